@@ -1,0 +1,239 @@
+"""A checkpoint: one self-contained folder. The only file that imports Orbax.
+
+    params/               the fp32 parameters (Orbax), the tree of model/mistral.py
+    config.json           the architecture, as Hugging Face writes it
+    tokenizer files       whatever the tokenizer came with, and its chat template
+    manifest.json         identity of the parameters, and where they came from
+
+A folder appears whole, by a rename, or not at all. Nothing is guessed from its name.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from model import config as model_config
+from model import mistral
+from model.config import MistralConfig
+
+# What a tokenizer may consist of; copied into every checkpoint as it is.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A folder that is no complete checkpoint: the message names the folder and what is wrong."""
+
+
+def save(folder: str, config: MistralConfig, params: mistral.Params, tokenizer_from: str,
+         origin: dict) -> str:  # fmt: skip
+    """Write a checkpoint and return its identity.
+
+    params: fp32 arrays (jax or numpy), stacked layers. tokenizer_from: the folder whose tokenizer
+    files and generation_config.json are copied. origin: what made it (stage, arguments, inputs,
+    identities), kept in the manifest. Replaces an unfinished folder, never a finished one.
+    """
+    if epath.Path(folder).exists():
+        raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
+    temporary = epath.Path(f"{str(folder).rstrip('/')}.tmp")
+    if temporary.exists():
+        temporary.rmtree()
+    temporary.mkdir(parents=True)
+    with _orbax(params):
+        ocp.save(temporary / "params", params)
+    source = epath.Path(tokenizer_from)
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).exists():
+            (source / name).copy(temporary / name)
+    (temporary / "config.json").write_text(
+        json.dumps(model_config.to_hf(config, config.torch_dtype), indent=2) + "\n"
+    )
+    identity = fingerprint(params)
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+    manifest = {"identity": identity, "parameters": count, "origin": origin}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    temporary.rename(folder)
+    return identity
+
+
+def read_manifest(folder: str) -> dict:
+    """The manifest of a complete checkpoint; CheckpointError names what is missing."""
+    path = epath.Path(folder)
+    if not path.exists():
+        raise CheckpointError(f"checkpoint {folder} does not exist")
+    for name in (MANIFEST, "config.json", "params", "tokenizer_config.json"):
+        if not (path / name).exists():
+            raise CheckpointError(
+                f"checkpoint {folder} is incomplete: {name} is missing; "
+                "make it again (python -m scripts.convert, or the stage that wrote it)"
+            )
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        manifest["identity"], manifest["parameters"], manifest["origin"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged ({error!r})") from None
+    return manifest
+
+
+def identity(folder: str) -> str:
+    """The identity of the checkpoint's parameters: equal where every weight is."""
+    return read_manifest(folder)["identity"]
+
+
+def load_config(folder: str) -> MistralConfig:
+    read_manifest(folder)
+    path = epath.Path(folder)
+    try:
+        generation = path / "generation_config.json"
+        return model_config.from_hf(
+            json.loads((path / "config.json").read_text()),
+            json.loads(generation.read_text()) if generation.exists() else None,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {folder}: {error}") from None
+
+
+def load(folder: str, shardings=None) -> tuple[MistralConfig, mistral.Params]:
+    """(config, fp32 parameters), placed by `shardings` (a tree like the parameters, or one)."""
+    config = load_config(folder)
+    abstract = mistral.abstract(config)
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        shardings if isinstance(shardings, dict) else jax.tree.map(lambda _: shardings, abstract),
+    )
+    try:
+        with _orbax(abstract):
+            params = ocp.load(epath.Path(folder) / "params", abstract)
+    except Exception as error:  # Orbax raises many kinds; all of them mean the folder is damaged
+        raise _unreadable(folder, error) from error
+    return config, params
+
+
+def load_leaf(folder: str, config: MistralConfig, path: tuple[str, ...]) -> np.ndarray:
+    """One parameter, e.g. ("layers", "q"), in host memory: for going through a model that need
+    not be there whole."""
+    leaf = mistral.abstract(config)
+    for key in path:
+        leaf = leaf[key]
+    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    tree = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu)
+    for key in reversed(path):
+        tree = {key: tree}
+    try:
+        with _orbax(tree, partial=True):
+            loaded = ocp.load(epath.Path(folder) / "params", tree)
+    except Exception as error:  # as in load
+        raise _unreadable(folder, error) from error
+    return np.asarray(jax.tree.leaves(loaded)[0])
+
+
+def _unreadable(folder: str, error: Exception) -> CheckpointError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return CheckpointError(f"checkpoint {folder}: params cannot be read ({first})")
+
+
+def save_state(folder: str, state) -> None:
+    """Write a training state (any tree of arrays), atomically, replacing what is there."""
+    path = epath.Path(folder)
+    temporary = epath.Path(f"{folder}.tmp")
+    if temporary.exists():
+        temporary.rmtree()
+    with _orbax(state):
+        ocp.save(temporary, state)
+    if path.exists():
+        shutil.rmtree(path)
+    temporary.rename(path)
+
+
+def load_state(folder: str, abstract):
+    """Read a training state into the shapes, dtypes and shardings of `abstract`."""
+    with _orbax(abstract):
+        return ocp.load(epath.Path(folder), abstract)
+
+
+@contextlib.contextmanager
+def _orbax(tree, partial: bool = False):
+    """Orbax set to hold little beside `tree`: its defaults keep a second copy of everything.
+
+    Host arrays are not copied first (nothing changes them: we wait); chunks of 64 MB go straight
+    to files of their own, where OCDBT gathers all of them in memory until the end; no more than
+    the largest array is read ahead. `partial`: a tree of some of the arrays may be loaded.
+    """
+    context = ocp.Context()
+    context.memory.deepcopy_host_arrays = False
+    context.array.saving.use_ocdbt = False
+    context.array.saving.storage_options.chunk_byte_size = 64 * 2**20
+    # Array by array the sizes are np.prod's: what an abstract array has no nbytes for.
+    largest = max((4 * int(np.prod(x.shape)) for x in jax.tree.leaves(tree)), default=0)
+    context.memory.read_concurrent_bytes = max(2**30, largest + 2**20)
+    context.pytree.loading.partial_load = partial
+    logger = logging.getLogger("absl")  # warns at every save and load that there is no OCDBT
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with context:
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+# ------------------------------------------------------------------------------- identity
+
+
+def fingerprint(params) -> str:
+    """A 64-hex identity of a tree of arrays: its paths, shapes and every bit of its fp32 values.
+
+    Computed where the arrays lie, in integer sums that no order of devices can change; two trees
+    that differ in one bit differ here. Not cryptographic: it detects mistakes, not forgery.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda x: str(x[0])):
+        name = "/".join(str(key.key) for key in path)
+        # Stacked leaves layer by layer: the mixed bits of a whole one would take four times its
+        # size, and a numpy leaf a copy besides.
+        slices = leaf if leaf.ndim > 2 else [leaf]
+        size = int(np.prod(leaf.shape)) // len(slices)
+        lanes = np.zeros(4, np.uint32)
+        for i in range(len(slices)):
+            first = jnp.uint32(i * size % 2**32)
+            lanes += np.asarray(_lanes(jnp.asarray(slices[i]), first))
+        digest.update(json.dumps([name, leaf.shape, lanes.tolist()]).encode())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _lanes(x: jax.Array, first: jax.Array) -> jax.Array:
+    """Four sums modulo 2³² of a mix of each value's bits with its index, which counts on from
+    `first` (modulo 2³²): uint32 [4]."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        index = index * jnp.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(
+            jnp.uint32, x.shape, axis
+        )
+    index += first
+    mixed = _mix(index ^ jnp.uint32(0x9E3779B9)) ^ bits
+    # One lane after the other: together they would take four times the memory.
+    lanes = jnp.arange(1, 5, dtype=jnp.uint32)
+    return jax.lax.map(lambda lane: jnp.sum(_mix(mixed + lane), dtype=jnp.uint32), lanes)
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    """The 32-bit finaliser of MurmurHash3: every input bit changes about half of the output's."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)

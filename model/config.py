@@ -1,0 +1,190 @@
+"""The architecture of a Mistral- or Llama-shaped model, as a frozen dataclass.
+
+Field names are Hugging Face's, so that a `config.json` can be read beside the code. What a config
+asks for and this project has not built is refused by name (ConfigError): ignoring it would give
+a model that runs and answers wrongly.
+"""
+
+import dataclasses
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run exactly: the message names the key, its value and the way out."""
+
+
+# Keys of a config.json that do not change the forward pass of inference and DPO training.
+HARMLESS = {
+    "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "return_dict",
+    "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+ARCHITECTURES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class MistralConfig:
+    """Shape and constants of one decoder. Sizes are counts, not bytes; ids are token ids."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    sliding_window: int | None = None  # a query sees this many positions, its own included
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (2,)
+    pad_token_id: int | None = None
+    initializer_range: float = 0.02
+    model_type: str = "mistral"  # or "llama": decides only what to_hf writes
+    torch_dtype: str = "float32"  # of the weights as they were published; ours are always fp32
+
+    def __post_init__(self):
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                      "num_attention_heads", "num_key_value_heads", "head_dim"):  # fmt: skip
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{field} is {value!r}: it must be a positive whole number")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd: RoPE rotates halves")
+
+    @property
+    def q_per_kv(self) -> int:
+        return self.num_attention_heads // self.num_key_value_heads
+
+
+def from_hf(hf: dict, generation: dict | None = None) -> MistralConfig:
+    """Read a `config.json` (transformers 4 or 5 spelling) of model type mistral or llama.
+
+    `generation`: the `generation_config.json`, whose EOS ids are what sampling stops at.
+    Raises ConfigError for everything that is not built.
+    """
+    hf = dict(hf)
+    model_type = hf.pop("model_type", None)
+    if model_type not in ("mistral", "llama"):
+        raise ConfigError(f"model_type {model_type!r} is not built: mistral and llama are")
+
+    # transformers 5 moved the RoPE base into rope_parameters; 4 had rope_theta and rope_scaling.
+    rope = dict(hf.pop("rope_parameters", None) or {})
+    for name in ("rope_scaling", "rope_parameters"):
+        scaling = rope if name == "rope_parameters" else (hf.pop("rope_scaling", None) or {})
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        extra = {k: v for k, v in scaling.items() if k not in ("rope_type", "type", "rope_theta")}
+        if kind != "default" or extra:
+            raise ConfigError(f"{name} {scaling} is not built: only plain RoPE is")
+    theta = rope.get("rope_theta", hf.pop("rope_theta", 10000.0))
+    hf.pop("rope_theta", None)
+    for key, built in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
+                       ("rope_interleaved", False), ("partial_rotary_factor", 1.0)):  # fmt: skip
+        value = hf.pop(key, built)
+        if value != built:
+            raise ConfigError(f"{key} {value!r} is not built: {built!r} is")
+    # Keys that are left out have the defaults of transformers' classes.
+    window = hf.pop("sliding_window", 4096 if model_type == "mistral" else None)
+    layer_types = hf.pop("layer_types", None)
+    if layer_types is not None:
+        kinds = set(layer_types)
+        if kinds - {"full_attention", "sliding_attention"} or len(kinds) > 1:
+            raise ConfigError(f"layer_types {sorted(kinds)} is not built: one kind for all is")
+        if kinds == {"full_attention"}:
+            window = None
+    if model_type == "llama" and window is not None:
+        raise ConfigError(f"sliding_window {window} in a llama config is not built")
+
+    def take(key, *default):
+        if key not in hf and not default:
+            raise ConfigError(f"{key} is missing")
+        return hf.pop(key, *default)
+
+    hidden, heads = take("hidden_size"), take("num_attention_heads")
+    head_dim = take("head_dim", None)
+    if head_dim is None:
+        if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
+            raise ConfigError(f"hidden_size {hidden} does not divide into {heads} heads")
+        head_dim = hidden // heads
+    dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    if dtype not in DTYPES:
+        raise ConfigError(f"torch_dtype {dtype!r} is not built: {', '.join(DTYPES)} are")
+    kv_heads = take("num_key_value_heads", 8 if model_type == "mistral" else None)
+    eos = (generation or {}).get("eos_token_id", None)
+    eos = hf.get("eos_token_id", 2) if eos is None else eos
+    config = MistralConfig(
+        vocab_size=take("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=take("intermediate_size"),
+        num_hidden_layers=take("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=heads if kv_heads is None else kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=float(take("rms_norm_eps", 1e-6)),
+        rope_theta=float(theta),
+        max_position_embeddings=take("max_position_embeddings", 32768),
+        sliding_window=window,
+        tie_word_embeddings=bool(take("tie_word_embeddings", False)),
+        bos_token_id=hf.get("bos_token_id", 1),
+        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else
+        (() if eos is None else (eos,)),
+        pad_token_id=hf.get("pad_token_id"),
+        initializer_range=hf.get("initializer_range", 0.02),
+        model_type=model_type,
+        torch_dtype=dtype,
+    )  # fmt: skip
+    for key, value in hf.items():
+        if key in HARMLESS or key.startswith(("_", "transformers.", "unsloth")):
+            continue
+        if value is None or value is False:
+            continue
+        raise ConfigError(
+            f"{key} {value!r} is not known here and might change the model; "
+            "remove the key from config.json if it does not"
+        )
+    return config
+
+
+def to_hf(config: MistralConfig, dtype: str) -> dict:
+    """The `config.json` of the model with its weights stored as `dtype` (one of DTYPES).
+
+    Written in the spelling of transformers 4 (rope_theta, torch_dtype), which 5 reads too.
+    """
+    c = config
+    eos = c.eos_token_ids
+    hf = {
+        "architectures": [ARCHITECTURES[c.model_type]],
+        "attention_dropout": 0.0,
+        "bos_token_id": c.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else (list(eos) or None),
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": c.hidden_size,
+        "initializer_range": c.initializer_range,
+        "intermediate_size": c.intermediate_size,
+        "max_position_embeddings": c.max_position_embeddings,
+        "model_type": c.model_type,
+        "num_attention_heads": c.num_attention_heads,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_key_value_heads": c.num_key_value_heads,
+        "pad_token_id": c.pad_token_id,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": c.vocab_size,
+    }  # fmt: skip
+    if c.model_type == "mistral":
+        hf["sliding_window"] = c.sliding_window
+    else:
+        hf |= {"attention_bias": False, "mlp_bias": False}
+    return hf

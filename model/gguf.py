@@ -1,0 +1,182 @@
+"""GGUF files of the Llama architecture: weights dequantized to fp32, config, tokenizer.
+
+Their tensors are Hugging Face's under other names, except that llama.cpp's rotary embedding turns
+neighbouring values, so the rows of Q and K lie interleaved; that is undone here.
+"""
+
+import json
+
+import numpy as np
+from etils import epath
+from gguf import GGUFReader, dequantize
+
+from model import hf
+from model.config import MistralConfig
+
+NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "blk.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "blk.{}.attn_q.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "blk.{}.attn_k.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "blk.{}.attn_v.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "blk.{}.attn_output.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "blk.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "blk.{}.ffn_gate.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "blk.{}.ffn_up.weight": "model.layers.{}.mlp.up_proj.weight",
+    "blk.{}.ffn_down.weight": "model.layers.{}.mlp.down_proj.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",  # absent where the embeddings are tied
+}
+
+
+class GgufError(ValueError):
+    """A GGUF file that cannot be converted: the message names file, key or tensor."""
+
+
+def read_gguf(path: str, tokenizer_folder: str | None = None) -> tuple[MistralConfig, dict]:
+    """(config, fp32 numpy parameters); the tokenizer's files go into `tokenizer_folder`.
+
+    Holds the parameters and one tensor. Raises GgufError (ConfigError for impossible sizes).
+    """
+    reader = _open(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(path, reader, tensors)
+    wanted = _by_gguf_name(config)
+    for name in wanted.keys() - tensors.keys():
+        raise GgufError(f"{path}: tensor {name} is missing: download the file again")
+    for name in tensors.keys() - wanted.keys():
+        raise GgufError(f"{path}: tensor {name} is not built (scaled RoPE, a bias, experts?)")
+    if tokenizer_folder is not None:
+        _write_tokenizer(path, reader, tokenizer_folder)
+    params = hf.empty_params(config)
+    for name, slot in wanted.items():
+        tensor = tensors[name]
+        shape, expected = tuple(int(n) for n in reversed(tensor.shape)), hf.hf_shape(config, slot)
+        if shape != expected:
+            raise GgufError(f"{path}: tensor {name} is {shape}, the file's keys make it {expected}")
+        try:
+            weights = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            problem = f"tensor {name} is {tensor.tensor_type.name}, which gguf cannot dequantize"
+            raise GgufError(f"{path}: {problem}: take another quantization") from None
+        if slot.path[-1] in ("q", "k"):
+            weights = half_split(weights, config.head_dim)
+        hf.put(params, config, slot, weights)
+    return config, params
+
+
+def half_split(weights: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows [heads · head_dim, d] from llama.cpp's order to Hugging Face's: rotary pairs stand
+    side by side there, half a head apart here (`permute` in llama.cpp's converter, undone)."""
+    rows, d = weights.shape
+    pairs = weights.reshape(rows // head_dim, head_dim // 2, 2, d)
+    return pairs.swapaxes(1, 2).reshape(rows, d)
+
+
+def _write_tokenizer(path: str, reader: GGUFReader, folder: str):
+    """Put tokenizer files, chat template and generation_config.json into `folder`."""
+    from transformers import AutoTokenizer  # slow to import, and needed only here
+
+    file = epath.Path(path)
+    if _value(reader, "tokenizer.chat_template") is None:
+        raise GgufError(f"{path}: no chat template: take the file of an instruction-tuned model")
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    tokenizer.save_pretrained(folder)
+    settings = epath.Path(folder) / "tokenizer_config.json"
+    content = json.loads(settings.read_text())
+    for key in ("is_local", "local_files_only", "backend"):  # of the loading, not of the tokenizer
+        content.pop(key, None)
+    if content.get("tokenizer_class") == "TokenizersBackend":  # a name of transformers 5 alone
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    ids = {f"{name}_token_id": value for name, value in _token_ids(reader).items()}
+    (epath.Path(folder) / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------- the file's keys
+
+
+def _open(path: str) -> GGUFReader:
+    if not epath.Path(path).exists():
+        raise GgufError(f"{path} does not exist: give the path of a .gguf file")
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # the reader raises whatever its numpy views raise
+        raise GgufError(f"{path} is no whole GGUF file ({error}): download it again") from None
+
+
+def _config(path: str, reader: GGUFReader, tensors: dict) -> MistralConfig:
+    architecture = _value(reader, "general.architecture")
+    if architecture != "llama":
+        raise GgufError(f"{path}: architecture {architecture!r} is not built: llama is")
+    keys = {name: _value(reader, name) for name in reader.fields if name.startswith("llama.")}
+
+    def take(key, *default):
+        if f"llama.{key}" not in keys and not default:
+            raise GgufError(f"{path}: key llama.{key} is missing")
+        return keys.pop(f"llama.{key}", *default)
+
+    hidden, heads = take("embedding_length"), take("attention.head_count")
+    head_dim = take("rope.dimension_count", hidden // heads)
+    if "token_embd.weight" not in tensors:
+        raise GgufError(f"{path}: tensor token_embd.weight is missing: download the file again")
+    vocab_size = int(tensors["token_embd.weight"].shape[1])
+    for key, value in (("vocab_size", vocab_size), ("attention.key_length", head_dim),
+                       ("attention.value_length", head_dim), ("expert_count", 0),
+                       ("expert_used_count", 0)):  # fmt: skip
+        if take(key, value) != value:
+            raise GgufError(f"{path}: key llama.{key} is not {value}: nothing else is built")
+    ids = _token_ids(reader)
+    eos = ids["eos"]
+    config = MistralConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=take("feed_forward_length"),
+        num_hidden_layers=take("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=take("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rms_norm_eps=_short(take("attention.layer_norm_rms_epsilon")),
+        rope_theta=_short(take("rope.freq_base", 10000.0)),
+        max_position_embeddings=take("context_length"),
+        tie_word_embeddings="output.weight" not in tensors,
+        bos_token_id=ids["bos"],
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        pad_token_id=ids["pad"],
+        model_type="llama",
+        torch_dtype="float32",  # dequantized values: half precision would not hold them
+    )
+    for key, value in keys.items():  # rope.scaling, attention.sliding_window, …
+        raise GgufError(f"{path}: key {key} ({value!r}) is not built, and may change the model")
+    return config
+
+
+def _token_ids(reader: GGUFReader) -> dict:
+    """bos, eos (a list where a turn has an end of its own) and pad; None for one that is not."""
+    ids = {
+        short: _value(reader, f"tokenizer.ggml.{name}_token_id")
+        for short, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("turn", "eot"))
+    }
+    turn = ids.pop("turn")
+    if turn is not None and turn != ids["eos"]:
+        ids["eos"] = [turn] if ids["eos"] is None else [ids["eos"], turn]
+    return ids
+
+
+def _value(reader: GGUFReader, key: str):
+    field = reader.fields.get(key)
+    return None if field is None else field.contents()
+
+
+def _short(value: float) -> float:
+    """1e-05 where the file's fp32 reads 9.999999747378752e-06: the same number in fp32."""
+    return float(str(np.float32(value)))
+
+
+def _by_gguf_name(config: MistralConfig) -> dict[str, hf.Slot]:
+    slots, found = hf.slots(config), {}
+    for gguf_name, hf_name in NAMES.items():
+        for layer in range(config.num_hidden_layers) if "{}" in gguf_name else [0]:
+            if hf_name.format(layer) in slots:
+                found[gguf_name.format(layer)] = slots[hf_name.format(layer)]
+    return found

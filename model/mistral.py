@@ -1,0 +1,288 @@
+"""Mistral (and Llama-shaped) decoders: parameters declared with nnx, computed by pure functions.
+
+The parameters are one nested dict of fp32 arrays, layers stacked along the first axis:
+
+    embed [v, d]   final_norm [d]   unembed [d, v] (absent where embeddings are tied)
+    layers/attn_norm [l, d]   layers/{q: [l, d, n, h], k, v: [l, d, k, h], o: [l, n, h, d]}
+    layers/mlp_norm [l, d]    layers/{gate, up: [l, d, f], down: [l, f, d]}
+
+Three ways through the model: `forward` (training: scan over the stacked layers), `prefill` (a
+prompt, giving its keys and values) and `decode` (one token a row through the cache). The last two
+take parameters from `unstack_layers`: a loop over separate arrays is unrolled by the compiler,
+where a scan would copy every layer's weights at every token.
+
+Axis letters: b batch, t position, s cache position, d width, n query head, k key/value head,
+h head width, f MLP width, v vocabulary, l layer. Mirrors transformers' modeling_mistral.py.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.attention import attention, matmul_precision, visible
+from model.config import MistralConfig
+from sharding.mesh import constrain
+
+Params = dict
+
+
+class Block(nnx.Module):
+    """Declaration of one layer's parameters."""
+
+    def __init__(self, c: MistralConfig, rngs: nnx.Rngs):
+        d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        f = c.intermediate_size
+
+        def normal(shape, axes):
+            value = c.initializer_range * jax.random.normal(rngs.params(), shape)
+            return nnx.Param(value, out_sharding=axes)
+
+        self.attn_norm = nnx.Param(jnp.ones((d,)), out_sharding=("act_embed",))
+        self.q = normal((d, n, h), ("embed", "heads", "head_dim"))
+        self.k = normal((d, k, h), ("embed", "kv_heads", "head_dim"))
+        self.v = normal((d, k, h), ("embed", "kv_heads", "head_dim"))
+        self.o = normal((n, h, d), ("heads", "head_dim", "embed"))
+        self.mlp_norm = nnx.Param(jnp.ones((d,)), out_sharding=("act_embed",))
+        self.gate = normal((d, f), ("embed", "mlp"))
+        self.up = normal((d, f), ("embed", "mlp"))
+        self.down = normal((f, d), ("mlp", "embed"))
+
+
+class Mistral(nnx.Module):
+    """Declaration of all parameters, layers stacked."""
+
+    def __init__(self, c: MistralConfig, rngs: nnx.Rngs):
+        def normal(shape, axes):
+            value = c.initializer_range * jax.random.normal(rngs.params(), shape)
+            return nnx.Param(value, out_sharding=axes)
+
+        self.embed = normal((c.vocab_size, c.hidden_size), ("vocab", "embed"))
+        stack = nnx.vmap(lambda r: Block(c, r), transform_metadata={nnx.PARTITION_NAME: "layers"})
+        self.layers = stack(rngs.split(c.num_hidden_layers))
+        self.final_norm = nnx.Param(jnp.ones((c.hidden_size,)), out_sharding=("act_embed",))
+        if not c.tie_word_embeddings:
+            self.unembed = normal((c.hidden_size, c.vocab_size), ("embed", "vocab"))
+
+
+def _state(config: MistralConfig, seed: int) -> nnx.State:
+    with nnx.use_eager_sharding(False):  # placement is the caller's, through sharding/
+        return nnx.state(Mistral(config, nnx.Rngs(seed)), nnx.Param)
+
+
+def init(config: MistralConfig, seed: int = 0) -> Params:
+    """Random fp32 parameters: normal(0, initializer_range), norms at one."""
+    return nnx.to_pure_dict(_state(config, seed))
+
+
+def abstract(config: MistralConfig) -> Params:
+    """The parameters' shapes and dtypes (jax.ShapeDtypeStruct), nothing allocated."""
+    return nnx.to_pure_dict(jax.eval_shape(partial(_state, config, 0)))
+
+
+def logical_axes(config: MistralConfig) -> Params:
+    """The parameters' logical axis names (tuples, see sharding/mesh.py) in the same tree."""
+    state = jax.eval_shape(partial(_state, config, 0))
+    return nnx.to_pure_dict(
+        jax.tree.map(
+            lambda v: v.get_metadata("out_sharding"),
+            state,
+            is_leaf=lambda v: isinstance(v, nnx.Variable),
+        )
+    )
+
+
+def unstack_layers(params: Params) -> Params:
+    """The same parameters with `layers` a list of per-layer dicts. Empties `params["layers"]` on
+    the way, so that no more than one stacked array exists twice."""
+    stacked = params["layers"]
+    names = list(stacked)
+    count = stacked[names[0]].shape[0]
+    layers = [{} for _ in range(count)]
+    for name in names:
+        array = stacked.pop(name)
+        for i in range(count):
+            layers[i][name] = array[i]
+        del array
+    return {**params, "layers": layers}
+
+
+def cast(params: Params, dtype) -> Params:
+    """A copy in the dtype of computation, for sampling; training keeps fp32 masters."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+# ------------------------------------------------------------------------------- pieces
+
+
+def matmul(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """einsum in x's dtype: fp32 master weights are rounded to bf16 where x is bf16."""
+    return jnp.einsum(equation, x, w.astype(x.dtype), precision=matmul_precision(x.dtype))
+
+
+def rms_norm(x: jax.Array, weight_d: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) · weight over the last axis; statistics in fp32 (Zhang & Sennrich 2019, Eq. 4)."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * weight_d.astype(x.dtype)
+
+
+def rope_angles(positions_bt: jax.Array, head_dim: int, theta: float):
+    """cos and sin, fp32 [b, t, 1, h/2], of each position's rotation (Su et al. 2021, §3.4.2)."""
+    frequency_h = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions_bt[:, :, None, None].astype(jnp.float32) * frequency_h
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x_btnh: jax.Array, cos, sin) -> jax.Array:
+    """Rotate the pairs (i, i + h/2): Hugging Face's half-split convention, computed in fp32."""
+    first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_btnh.dtype)
+
+
+def block(w: Params, config: MistralConfig, x_btd: jax.Array, rope, attend):
+    """One layer. `attend(q_btnh, k_btkh, v_btkh) -> (out_btnh, kept)`; returns (x_btd, kept)."""
+    with jax.named_scope("attention"):
+        y_btd = rms_norm(x_btd, w["attn_norm"], config.rms_norm_eps)
+        q_btnh = apply_rope(matmul("btd,dnh->btnh", y_btd, w["q"]), *rope)
+        k_btkh = apply_rope(matmul("btd,dkh->btkh", y_btd, w["k"]), *rope)
+        v_btkh = matmul("btd,dkh->btkh", y_btd, w["v"])
+        q_btnh = constrain(q_btnh, "batch", "length", "heads", "head_dim")
+        out_btnh, kept = attend(q_btnh, k_btkh, v_btkh)
+        # Two plain axes: over (n, h) XLA's CPU compiler transposes the weights at every call.
+        out_bte = out_btnh.reshape(*out_btnh.shape[:2], -1)
+        x_btd = x_btd + matmul("bte,ed->btd", out_bte, w["o"].reshape(-1, w["o"].shape[-1]))
+        x_btd = constrain(x_btd, "batch", "length", "act_embed")
+    with jax.named_scope("mlp"):
+        y_btd = rms_norm(x_btd, w["mlp_norm"], config.rms_norm_eps)
+        gate_btf = matmul("btd,df->btf", y_btd, w["gate"])
+        up_btf = matmul("btd,df->btf", y_btd, w["up"])
+        hidden_btf = constrain(jax.nn.silu(gate_btf) * up_btf, "batch", "length", "mlp")
+        x_btd = x_btd + matmul("btf,fd->btd", hidden_btf, w["down"])
+    return constrain(x_btd, "batch", "length", "act_embed"), kept
+
+
+def embed(params: Params, tokens_bt: jax.Array, dtype) -> jax.Array:
+    x_btd = params["embed"].astype(dtype)[tokens_bt]
+    return constrain(x_btd, "batch", "length", "act_embed")
+
+
+def logits(params: Params, config: MistralConfig, hidden: jax.Array) -> jax.Array:
+    """fp32 logits [..., v] of final hidden states [..., d]."""
+    if config.tie_word_embeddings:
+        equation, w = "...d,vd->...v", params["embed"]
+    else:
+        equation, w = "...d,dv->...v", params["unembed"]
+    return jnp.einsum(
+        equation, hidden, w.astype(hidden.dtype), precision=matmul_precision(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------- ways through the model
+
+
+def forward(
+    params: Params,
+    config: MistralConfig,
+    tokens_bt: jax.Array,
+    valid_bt: jax.Array | None = None,
+    dtype=jnp.float32,
+    remat: bool = False,
+) -> jax.Array:
+    """Final hidden states [b, t, d] (after the last norm) of whole sequences.
+
+    tokens_bt: int ids, padded on either side; valid_bt: bool, False at padding (None: no padding).
+    Positions count the valid tokens of a row from 0. `remat` keeps only each layer's input for
+    the backward pass and computes the rest again (for a third more operations).
+    """
+    b, t = tokens_bt.shape
+    if valid_bt is None:
+        positions_bt = jnp.broadcast_to(jnp.arange(t), (b, t))
+    else:
+        positions_bt = jnp.maximum(jnp.cumsum(valid_bt, axis=1) - 1, 0)
+    rope = rope_angles(positions_bt, config.head_dim, config.rope_theta)
+    # Order by index, not by position: left padding shares position 0 with the first token.
+    index_bt = jnp.broadcast_to(jnp.arange(t), (b, t))
+    seen_bts = visible(index_bt, index_bt, valid_bt, config.sliding_window)
+
+    def attend(q_btnh, k_btkh, v_btkh):
+        return attention(q_btnh, *_cache_layout(k_btkh, v_btkh), seen_bts), None
+
+    def body(x_btd, w):
+        return block(w, config, x_btd, rope, attend)[0], None
+
+    x_btd = embed(params, tokens_bt, dtype)
+    x_btd, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, x_btd, params["layers"])
+    return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps)
+
+
+def prefill(params: Params, config: MistralConfig, tokens_bt: jax.Array, dtype=jnp.float32):
+    """Hidden states [b, t, d] of prompts padded on the right, and their keys and values.
+
+    params: unstacked. Returns (hidden, [(k_bkht, v_bkth) of each layer]). Padding needs no mask:
+    nothing before it sees it, and what lies at or after it is overwritten or never read.
+    """
+    b, t = tokens_bt.shape
+    positions_bt = jnp.broadcast_to(jnp.arange(t), (b, t))
+    rope = rope_angles(positions_bt, config.head_dim, config.rope_theta)
+    seen_bts = visible(positions_bt, positions_bt, None, config.sliding_window)
+
+    def attend(q_btnh, k_btkh, v_btkh):
+        kv = _cache_layout(k_btkh, v_btkh)
+        return attention(q_btnh, *kv, seen_bts), kv
+
+    x_btd, cache = embed(params, tokens_bt, dtype), []
+    for w in params["layers"]:
+        x_btd, kv = block(w, config, x_btd, rope, attend)
+        cache.append(kv)
+    return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps), cache
+
+
+def empty_cache(config: MistralConfig, rows: int, length: int, dtype=jnp.float32) -> list:
+    """A KV cache for `rows` sequences of up to `length` positions: [(k_bkhs, v_bksh)] a layer."""
+    b, k, h = rows, config.num_key_value_heads, config.head_dim
+    layers = range(config.num_hidden_layers)
+    return [
+        (jnp.zeros((b, k, h, length), dtype), jnp.zeros((b, k, length, h), dtype)) for _ in layers
+    ]
+
+
+def decode(
+    params: Params,
+    config: MistralConfig,
+    cache: list,
+    tokens_b: jax.Array,
+    positions_b: jax.Array,
+    dtype=jnp.float32,
+):
+    """One token a row: writes it at its row's position of the cache, returns what follows it.
+
+    params: unstacked. tokens_b, positions_b: int [b]; a row's cache is filled below its position.
+    Returns (hidden_bd after the last norm, cache). A position beyond the cache writes nothing.
+    """
+    rows = jnp.arange(tokens_b.shape[0])
+    length = cache[0][0].shape[-1]
+    rope = rope_angles(positions_b[:, None], config.head_dim, config.rope_theta)
+    keys_bs = jnp.broadcast_to(jnp.arange(length), (tokens_b.shape[0], length))
+    seen_bts = visible(positions_b[:, None], keys_bs, None, config.sliding_window)
+
+    x_btd, new_cache = embed(params, tokens_b[:, None], dtype), []
+    for w, (k_bkhs, v_bksh) in zip(params["layers"], cache):
+
+        def attend(q_btnh, k_btkh, v_btkh, k_bkhs=k_bkhs, v_bksh=v_bksh):
+            # A scatter of one column a row: in place, since the caller donates the cache.
+            k_bkhs = k_bkhs.at[rows, :, :, positions_b].set(k_btkh[:, 0], mode="drop")
+            v_bksh = v_bksh.at[rows, :, positions_b].set(v_btkh[:, 0], mode="drop")
+            return attention(q_btnh, k_bkhs, v_bksh, seen_bts), (k_bkhs, v_bksh)
+
+        x_btd, kv = block(w, config, x_btd, rope, attend)
+        new_cache.append(kv)
+    hidden_btd = rms_norm(x_btd, params["final_norm"], config.rms_norm_eps)
+    return hidden_btd[:, 0], new_cache
+
+
+def _cache_layout(k_btkh: jax.Array, v_btkh: jax.Array):
+    return jnp.transpose(k_btkh, (0, 2, 3, 1)), jnp.transpose(v_btkh, (0, 2, 1, 3))

@@ -1,0 +1,309 @@
+"""Conversations and answers to token ids and back, exactly as the checkpoint was trained.
+
+    tokenizer = ChatTokenizer.from_folder(checkpoint, config.eos_token_ids)
+    prompt = tokenizer.prompt_ids([{"role": "user", "content": "Hello"}])
+    answer = tokenizer.response_ids("Hi!")      # prompt + answer + EOS is what DPO trains on
+
+Three traps that this file exists for:
+
+- The text of a user or of an answer never makes special tokens: who writes "</s>" gets the ordinary
+  pieces of "</s>". Only the chat template's own text makes them.
+- Answers are tokenised apart from what surrounds them: "…[/INST]Fine" in one go cuts "Fine"
+  otherwise than a sampler that starts after [/INST] ever could.
+- A folder with a sentencepiece `tokenizer.model` is encoded by sentencepiece itself. transformers 5
+  orders the merges it derives by piece id, not by score, and so cuts "a  b" (two spaces) otherwise;
+  beside a config.json of model_type mistral it loses the space in front of a text as well.
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable
+
+import jinja2
+import sentencepiece
+from transformers import AutoTokenizer
+
+# Cut by every tokenizer when its identity is taken: shows how it splits, not only what it knows.
+PROBE = "Hello, world!  [INST] déjà  vu\n\n\tx = 3.14159;  ﬁn① 你好 😀 </s> it's   2024"
+
+
+class TokenizerError(ValueError):
+    """A tokenizer or a conversation that cannot be used; the message says how to mend it."""
+
+
+class ChatTokenizer:
+    """A tokenizer with its chat template.
+
+    eos_ids: the ids at which an answer ends, as the checkpoint's config names them.
+    identity, template_identity: sha256 of how it cuts text and of the template, whatever the files
+    they came in are called.
+    """
+
+    def __init__(self, tokenizer, eos_ids: Iterable[int], tokenizer_model: str | None = None):
+        """tokenizer: a transformers tokenizer. tokenizer_model: path of its sentencepiece file."""
+        self._hf = tokenizer
+        self._sentencepiece = tokenizer_model and _open_sentencepiece(tokenizer_model)
+        if not tokenizer.is_fast:
+            raise TokenizerError(
+                f"a {type(tokenizer).__name__} is not built: bring a tokenizer.json or a "
+                "sentencepiece tokenizer.model"
+            )
+        self._fast = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self._fast.encode_special_tokens = True  # a special token's text becomes plain pieces
+        self.eos_ids = tuple(eos_ids)
+        self._template = _template_of(tokenizer)
+
+        vocabulary = tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        added = tokenizer.added_tokens_decoder
+        self._added_texts = {i: token.content for i, token in added.items()}
+        self._special = {t.content: i for i, t in added.items() if t.special}
+        self._special |= {t: vocabulary[t] for t in tokenizer.all_special_tokens if t in vocabulary}
+        self._special_ids = set(self._special.values())
+        self._special_pattern = _special_pattern(self._special, added.values())
+
+        # Does a text get a space in front ("dummy prefix"), and does one of its own get lost in it?
+        self._prefixes = self._first_piece("x")[:1] in ("▁", "Ġ")
+        self._loses_space = self._sentencepiece is None and self._raw(" x") == self._raw("x")
+        self._bos = self._bos_to_add()
+
+        content = {
+            "vocabulary": sorted(vocabulary.items()),
+            "special": sorted(self._special.items()),
+            "bos": self._bos,
+            "probe": self._encode(PROBE),
+        }
+        self.identity = _sha256(json.dumps(content, ensure_ascii=False))
+        self.template_identity = _sha256(self._template)
+
+    @classmethod
+    def from_folder(cls, folder: str, eos_ids: Iterable[int]) -> "ChatTokenizer":
+        """The tokenizer of a local checkpoint folder. Raises TokenizerError; never downloads."""
+        if not os.path.isdir(folder):
+            raise TokenizerError(f"{folder} is not a folder: give a checkpoint's folder")
+        tokenizer_model = os.path.join(folder, "tokenizer.model")
+        has_model = os.path.isfile(tokenizer_model)
+        if not has_model and not os.path.isfile(os.path.join(folder, "tokenizer.json")):
+            raise TokenizerError(
+                f"{folder} has no tokenizer.json and no tokenizer.model: "
+                "copy the tokenizer's files from where the model came"
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers raises whatever its parsers raise
+            raise TokenizerError(
+                f"{folder}: the tokenizer cannot be read ({_one_line(error)}): copy its files again"
+            ) from error
+        try:
+            return cls(tokenizer, eos_ids, tokenizer_model if has_model else None)
+        except TokenizerError as error:
+            raise TokenizerError(f"{folder}: {error}") from None
+
+    def __len__(self) -> int:
+        """One more than the highest id; the model's vocabulary must be at least as large."""
+        return self.vocab_size
+
+    # ------------------------------------------------------------------ text to ids
+
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """The conversation, ready to be answered: rendered by the chat template, then tokenised.
+
+        messages: [{"role", "content"}, …]. Earlier assistant turns are tokenised apart, as they
+        were when they were sampled. Starts with exactly one BOS where the model has one.
+        Raises TokenizerError with the template's own words where it refuses the conversation.
+        """
+        ids: list[int] = []
+        for kind, text in self._segments(messages):
+            ids += [self._special[text]] if kind == "special" else self._encode(text)
+        if self._bos is not None and ids[:1] != [self._bos]:
+            ids.insert(0, self._bos)
+        if self._hf.bos_token_id is not None and ids[:2] == [self._hf.bos_token_id] * 2:
+            raise TokenizerError("the chat template writes BOS twice: write it once")
+        return ids
+
+    def response_ids(self, text: str) -> list[int]:
+        """An answer as the sampler would have produced it: no BOS, no EOS."""
+        return self._encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of an answer's ids: special tokens and ids without a piece are left out.
+
+        Bytes that are no UTF-8, as an answer cut off inside a character ends with, give U+FFFD.
+        """
+        ids = [int(i) for i in ids if int(i) not in self._special_ids]
+        if self._sentencepiece is None:
+            return self._fast.decode(ids, skip_special_tokens=True)
+        size = self._sentencepiece.vocab_size()
+        texts = []
+        for known, run in itertools.groupby(ids, key=lambda i: i < size):
+            if known:
+                texts.append(self._sentencepiece.decode(list(run)))
+            else:  # tokens added to the model after the sentencepiece file was made
+                texts += [self._added_texts.get(i, "") for i in run]
+        return "".join(texts)
+
+    # ------------------------------------------------------------------ the pieces of a prompt
+
+    def _segments(self, messages: list[dict]) -> list[tuple[str, str]]:
+        """[("special" | "text", …)]: each text is tokenised on its own."""
+        contents = [m["content"] for m in messages]
+        skeleton = self._skeleton(messages, contents)
+        contents = _contents_as_rendered(skeleton, contents, self._render(messages))
+
+        segments: list[tuple[str, str]] = []
+        run: list[tuple[str, bool]] = []  # (text, whether it is the template's) to encode in one go
+
+        def close(before_answer: bool = False):
+            if text := self._join(run, before_answer):
+                segments.append(("text", text))
+            run.clear()
+
+        for piece in skeleton:
+            if not isinstance(piece, int):
+                # The pattern is one group, so every second part is a special token.
+                for i, part in enumerate(self._special_pattern.split(piece)):
+                    if i % 2:
+                        close()
+                        part = part if part in self._special else part.strip()
+                        segments.append(("special", part))
+                    elif part:
+                        run.append((part, True))
+            elif messages[piece]["role"] == "assistant":
+                close(before_answer=True)
+                segments.append(("text", contents[piece]))
+            elif contents[piece]:
+                run.append((contents[piece], False))
+        close(before_answer=True)
+        return segments
+
+    def _join(self, run: list[tuple[str, bool]], before_answer: bool) -> str:
+        """The run's text, less the template's own space where the tokenizer puts one anyway."""
+        text = "".join(part for part, _ in run)
+        if self._prefixes and run:
+            if run[0][1]:
+                text = text.removeprefix(" ")
+            if before_answer and run[-1][1]:
+                text = text.removesuffix(" ")
+        return text
+
+    def _skeleton(self, messages: list[dict], contents: list[str]) -> list[str | int]:
+        """The template's own text, with a message's number where its content goes."""
+        taken = set("".join(contents))
+        mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in taken)  # private use
+        numbered = [m | {"content": f"{mark}{i}{mark}"} for i, m in enumerate(messages)]
+        parts = re.split(f"{mark}([0-9]+){mark}", self._render(numbered))
+        skeleton = [int(part) if i % 2 else part for i, part in enumerate(parts)]
+        for i, message in enumerate(messages):
+            if i not in skeleton:
+                raise TokenizerError(
+                    f"the chat template leaves out message {i} (role {message['role']})"
+                )
+        return skeleton
+
+    def _render(self, messages: list[dict]) -> str:
+        try:
+            return self._hf.apply_chat_template(
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            raise TokenizerError(
+                f"the chat template refuses the conversation: {_one_line(error)}"
+            ) from None
+
+    # ------------------------------------------------------------------ one text
+
+    def _encode(self, text: str) -> list[int]:
+        """The ids of a text that stands alone; nothing in it is taken for a special token."""
+        # Halves of surrogate pairs have no UTF-8: pairs are joined, single ones become U+FFFD.
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        if self._loses_space and text[:1] in (" ", "▁"):
+            text = " " + text
+        return self._raw(text)
+
+    def _raw(self, text: str) -> list[int]:
+        if self._sentencepiece is not None:
+            return self._sentencepiece.encode(text)
+        return self._fast.encode(text, add_special_tokens=False).ids
+
+    def _first_piece(self, text: str) -> str:
+        first = self._raw(text)[0]
+        if self._sentencepiece is not None:
+            return self._sentencepiece.id_to_piece(first)
+        return self._fast.id_to_token(first)
+
+    def _bos_to_add(self) -> int | None:
+        """The BOS id where the tokenizer puts it before every text, else None."""
+        bos = self._hf.bos_token_id
+        with_bos = self._fast.encode("x", add_special_tokens=True).ids
+        return bos if bos is not None and with_bos[:1] == [bos] else None
+
+
+def _open_sentencepiece(path: str) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=path)
+    except (RuntimeError, OSError) as error:
+        raise TokenizerError(f"{path} is no sentencepiece model ({_one_line(error)})") from None
+
+
+def _template_of(tokenizer) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:
+        raise TokenizerError(
+            "no chat template: add it as chat_template.jinja, or as chat_template in "
+            "tokenizer_config.json"
+        ) from None
+
+
+def _special_pattern(special: dict[str, int], added) -> re.Pattern:
+    """Matches a special token in the template's text, in one group; swallows the white space that
+    the token is declared to swallow (lstrip, rstrip)."""
+    strips = {t.content: (t.lstrip, t.rstrip) for t in added}
+    alternatives = []
+    for text in sorted(special, key=len, reverse=True):
+        left, right = strips.get(text, (False, False))
+        alternatives.append(r"\s*" * left + re.escape(text) + r"\s*" * right)
+    return re.compile(f"({'|'.join(alternatives)})" if alternatives else r"((?!))")
+
+
+def _contents_as_rendered(skeleton: list[str | int], contents: list[str], text: str) -> list[str]:
+    """The contents as the template shows them: as they are, or stripped of white space.
+
+    Raises TokenizerError where it changes them in any other way: the ids would not be the text's.
+    """
+    shown, at = list(contents), 0
+    following = [*skeleton[1:], ""]
+    for piece, after in zip(skeleton, following):
+        if isinstance(piece, int):
+            content = contents[piece]
+            tail = after if isinstance(after, str) else ""
+            for candidate in (content, content.strip(), content.lstrip(), content.rstrip()):
+                if text.startswith(candidate + tail, at):
+                    break
+            else:
+                break
+            shown[piece], piece = candidate, candidate
+        if not text.startswith(piece, at):
+            break
+        at += len(piece)
+    else:
+        if at == len(text):
+            return shown
+    raise TokenizerError(
+        "the chat template changes what the messages say (beyond stripping white space), so that "
+        "its own text cannot be told from theirs: use a template that shows contents as they are"
+    )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

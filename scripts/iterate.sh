@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# Iterative preference alignment: sample → rank → pairs → dpo, each iteration from the last model.
+#
+#   bash scripts/iterate.sh [RECIPE]      demo (default), snorkel-mistral-7b, or a file of your own
+#
+# Run it again after any interruption: it goes on where it was. Environment:
+#   NAME=demo    the run is kept under runs/NAME/ (default: the recipe's name, and the seed if not 0)
+#   SEED=0       of sampling and of the order of the pairs
+#   LIMIT=64     take only so many prompts a slice: a smoke run of any recipe
+#   PYTHON=…     an interpreter that has everything installed: skips the set-up of .venv
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+recipe=${1:-demo}
+file=$recipe
+[[ -f $file ]] || file=scripts/recipes/$recipe.sh
+if [[ ! -f $file ]]; then
+  echo "error: no recipe $recipe: scripts/recipes/ has $(cd scripts/recipes && echo *.sh)" >&2
+  exit 2
+fi
+SEED=${SEED:-0} LIMIT=${LIMIT:-0}
+for number in SEED LIMIT; do
+  [[ ${!number} =~ ^[0-9]+$ ]] || { echo "error: $number=${!number} is no whole number" >&2; exit 2; }
+done
+NAME=${NAME:-$(basename "$recipe" .sh)$([[ $SEED == 0 ]] || echo "-seed$SEED")}
+run=runs/$NAME
+
+if [[ -z ${PYTHON:-} ]]; then
+  bash scripts/setup.sh
+  PYTHON=.venv/bin/python
+fi
+python() { command "$PYTHON" "$@"; }
+# Each length is compiled once for the whole run, not once a stage.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/.compiled}
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=1
+export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+
+HELDOUT_SAMPLE= EXPORT_DTYPE= PAIRS=
+source "$file"
+
+# One run, one set of settings: what is there must have been made by these.
+mkdir -p "$run"
+settings="seed $SEED limit $LIMIT recipe $(sha256sum <"$file" | cut -c1-16)"
+if [[ -f $run/settings && $(<"$run/settings") != "$settings" ]]; then
+  echo "error: $run was begun with other settings ($(<"$run/settings"); now $settings):" \
+    "choose another NAME, or remove $run" >&2
+  exit 2
+fi
+echo "$settings" >"$run/settings"
+if [[ -f $run/finished ]]; then
+  echo "$run is finished already:"
+  cat "$run/finished"
+  exit 0
+fi
+trap 'code=$?; [[ $code == 75 ]] && echo "stopped: bash scripts/iterate.sh $recipe goes on" >&2; exit $code' EXIT
+
+limited() { # FILE: keep only the first LIMIT prompts
+  [[ $LIMIT == 0 ]] || { head -n "$LIMIT" "$1" >"$1.cut" && mv "$1.cut" "$1"; }
+}
+fetched() { # COMMAND… FILE: make FILE by `COMMAND… FILE`, once and whole
+  local out=${*: -1}
+  [[ -f $out ]] && return
+  mkdir -p "$(dirname "$out")"
+  "${@:1:$#-1}" "$out.new"
+  limited "$out.new"
+  mv "$out.new" "$out"
+}
+evaluate() { # CHECKPOINT FOLDER: answers to the held-out prompts, scored
+  python -m stages.sample --checkpoint "$1" --prompts "$run/heldout.jsonl" \
+    --out "$2/heldout.samples.jsonl" --seed "$SEED" ${HELDOUT_SAMPLE:-$SAMPLE}
+  python -m stages.rank --ranker "$RANKER" --samples "$2/heldout.samples.jsonl" \
+    --out "$2/heldout.ranked.jsonl"
+}
+say() { printf '\n== %s  %s\n' "$(date +%H:%M:%S)" "$*"; }
+
+say "$NAME: $ITERATIONS iterations, seed $SEED, under $run/"
+fetched heldout_prompts "$run/heldout.jsonl"
+[[ -d $run/start/checkpoint ]] || start_model "$run/start/checkpoint"
+python -m scripts.table disk "$run" --iterations "$ITERATIONS"
+say "start: answers to the held-out prompts"
+evaluate "$run/start/checkpoint" "$run/start"
+
+model=$run/start/checkpoint
+for ((k = 1; k <= ITERATIONS; k++)); do
+  it=$run/iteration_$k
+  fetched train_prompts "$k" "$it/prompts.jsonl"
+  say "iteration $k of $ITERATIONS: sample"
+  python -m stages.sample --checkpoint "$model" --prompts "$it/prompts.jsonl" \
+    --out "$it/samples.jsonl" --seed "$SEED" $SAMPLE
+  say "iteration $k of $ITERATIONS: rank, pairs"
+  python -m stages.rank --ranker "$RANKER" --samples "$it/samples.jsonl" --out "$it/ranked.jsonl"
+  python -m stages.pairs --ranked "$it/ranked.jsonl" --out "$it/pairs.jsonl" $PAIRS
+  say "iteration $k of $ITERATIONS: dpo"
+  test_pairs=()
+  [[ -s $it/pairs.test.jsonl ]] && test_pairs=(--test-pairs "$it/pairs.test.jsonl")
+  python -m stages.dpo --checkpoint "$model" --pairs "$it/pairs.jsonl" "${test_pairs[@]}" \
+    --out "$it/checkpoint" --seed "$SEED" $DPO
+  model=$it/checkpoint
+  say "iteration $k of $ITERATIONS: answers to the held-out prompts"
+  evaluate "$model" "$it"
+  python -m scripts.table show "$run"
+done
+
+say "export"
+[[ -d $run/final-hf ]] || python -m scripts.convert to-hf "$model" "$run/final-hf" \
+  --base "$run/start/checkpoint" ${EXPORT_DTYPE:+--dtype "$EXPORT_DTYPE"}
+{
+  python -m scripts.table show "$run" --terms
+  echo "The last model, for transformers:"
+  echo "  AutoModelForCausalLM.from_pretrained(\"$run/final-hf\")"
+} | tee "$run/finished.new"
+mv "$run/finished.new" "$run/finished"

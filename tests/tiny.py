@@ -1,0 +1,82 @@
+"""Small models and tokenizers that several tests share."""
+
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from model import checkpoint, mistral
+from model.config import MistralConfig
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCABULARY = 320
+
+
+def write_tokenizer(folder: Path, template: str = TEMPLATE) -> None:
+    """A byte-level BPE tokenizer of 320 tokens, in SmolLM2's manner."""
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    core.train_from_iterator(["the model answers the question and stops"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token=special[0]
+    )
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
+
+def config(**changes) -> MistralConfig:
+    fields = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_ids=(2,),
+        initializer_range=0.2,
+        model_type="llama",
+    )
+    return MistralConfig(**fields | changes)
+
+
+def write_checkpoint(folder: Path, seed: int = 0, **changes) -> str:
+    """A random checkpoint with a tokenizer; returns its identity."""
+    source = folder.parent / f"{folder.name}-tokenizer"
+    write_tokenizer(source)
+    c = config(**changes)
+    return checkpoint.save(str(folder), c, mistral.init(c, seed), str(source), {})
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return str(path)
+
+
+def read_jsonl(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+PROMPTS = [
+    {"prompt": text}
+    for text in (
+        "Hello", "Name a colour.", "What is two and two?", "Write a line about rain.", "Why?",
+        "List three animals that can swim.", "Say it again, slowly and clearly, please.",
+    )
+]  # fmt: skip
