@@ -178,8 +178,8 @@ def uniforms(keys_b2: jax.Array, positions_b: jax.Array) -> jax.Array:
 
 
 def bucket(length: int) -> int:
-    """The padded length a prompt is compiled for: multiples of 64, then of an eighth of itself."""
-    step = 64
+    """The padded length a prompt is compiled for: multiples of 32, then of an eighth of itself."""
+    step = 32
     while length > 8 * step:
         step *= 2
     return -(-length // step) * step
@@ -209,7 +209,8 @@ class Sampler:
         self.params = mistral.unstack_layers(params)
         self.slots = slots
         self.group = min(sampling.n, slots)  # answers that share one prefill
-        self.length = bucket(longest_prompt) + sampling.max_new_tokens
+        self.longest_prompt = longest_prompt
+        self.length = max(bucket(longest_prompt), longest_prompt + sampling.max_new_tokens)
         self.tokens_drawn = 0  # of the answers given out, EOS not counted
         self._admit = jax.jit(
             partial(_admit, config=config, sampling=sampling, dtype=dtype), donate_argnums=1
@@ -267,8 +268,10 @@ class Sampler:
     def _start(self, prompt_id: str, token_ids: list[int], slots: list[int], indices):
         """Prefill a prompt into the slots of its answers and draw their first tokens."""
         length = len(token_ids)
-        if bucket(length) + self.sampling.max_new_tokens > self.length:
-            raise ValueError(f"a prompt of {length} tokens does not fit the cache of {self.length}")
+        if length > self.longest_prompt:
+            raise ValueError(
+                f"a prompt of {length} tokens: longest_prompt is {self.longest_prompt}"
+            )
         tokens_1t = np.zeros((1, bucket(length)), np.int32)
         tokens_1t[0, :length] = token_ids
         spare = [self.slots] * (self.group - len(slots))  # beyond the last slot: written nowhere

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 
 import jinja2
 import sentencepiece
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 # Cut by every tokenizer when its identity is taken: shows how it splits, not only what it knows.
 PROBE = "Hello, world!  [INST] déjà  vu\n\n\tx = 3.14159;  ﬁn① 你好 😀 </s> it's   2024"
@@ -95,7 +95,12 @@ class ChatTokenizer:
                 "copy the tokenizer's files from where the model came"
             )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            if has_model:
+                from transformers import AutoTokenizer
+
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            else:  # a tokenizer.json says it all; AutoTokenizer would import torch for 5 seconds
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises whatever its parsers raise
             raise TokenizerError(
                 f"{folder}: the tokenizer cannot be read ({_one_line(error)}): copy its files again"

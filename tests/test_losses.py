@@ -38,9 +38,7 @@ def test_dpo_loss_and_gradient_are_the_papers_formula(beta, eps):
         return losses.dpo_loss(pi_chosen, *jnp.array(vectors[1:], jnp.float32), beta, eps).sum()
 
     step = 1e-4
-    up, down = (
-        dpo_by_formula(vectors[0] + s, *vectors[1:], beta, eps) for s in (step, -step)
-    )
+    up, down = (dpo_by_formula(vectors[0] + s, *vectors[1:], beta, eps) for s in (step, -step))
     gradient = jax.grad(total)(jnp.array(vectors[0], jnp.float32))
     np.testing.assert_allclose(gradient, (up - down) / (2 * step), rtol=1e-3, atol=1e-5)
 
@@ -75,7 +73,10 @@ def torch_model(config, params):
         )
     )  # fmt: skip
     d, layers = 32, params["layers"]
-    state = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["final_norm"]}
+    state = {
+        "model.embed_tokens.weight": params["embed"],
+        "model.norm.weight": params["final_norm"],
+    }
     names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
              "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
              "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}  # fmt: skip
@@ -84,7 +85,9 @@ def torch_model(config, params):
             w = np.asarray(layers[ours][i])
             w = w if w.ndim == 1 else w.reshape(w.shape[0], -1).T
             state[f"model.layers.{i}.{theirs}.weight"] = w
-        state[f"model.layers.{i}.self_attn.o_proj.weight"] = np.asarray(layers["o"][i]).reshape(-1, d).T
+        state[f"model.layers.{i}.self_attn.o_proj.weight"] = (
+            np.asarray(layers["o"][i]).reshape(-1, d).T
+        )
     state = {name: torch.tensor(np.array(w)) for name, w in state.items()}
     missing, unexpected = hf.load_state_dict(state, strict=False)
     assert not unexpected and missing in ([], ["lm_head.weight"])

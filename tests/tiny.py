@@ -30,7 +30,10 @@ def write_tokenizer(folder: Path, template: str = TEMPLATE) -> None:
     )
     core.train_from_iterator(["the model answers the question and stops"] * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token=special[0]
+        tokenizer_object=core,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token=special[0],
     )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
