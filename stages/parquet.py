@@ -9,6 +9,7 @@ such a folder or from a dataset on the hub, row by row.
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -127,22 +128,28 @@ def read_dataset(source: str, out: str, split: str | None = None, overwrite: boo
 
 
 def read_prompts_dataset(
-    source: str, out: str, split: str | None = None, overwrite: bool = False
+    source: str,
+    out: str,
+    split: str | None = None,
+    first: int = 0,
+    last: int | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Write the prompts (prompt_id, prompt) of a dataset to the prompts.jsonl `out`.
+    """Write the prompts (prompt_id, prompt) of a dataset's rows [first, last) to `out`.
 
     Needs the column prompt; prompt_id is made where it is missing. For the published recipe: any
     split of the published dataset, or of HuggingFaceH4/ultrafeedback_binarized. Empty prompts are
     set aside, the same prompt again is merged. Raises UserError.
     """
     split, inputs = _find_split(source, split)
-    manifest = records.Manifest("prompts-from-parquet", {"split": split}, inputs, identities={})
+    arguments = {"split": split, "first": first, "last": last}
+    manifest = records.Manifest("prompts-from-parquet", arguments, inputs, identities={})
     output = records.Output.open(out, manifest, overwrite)
     if output.finished:
         return
     counts, order, seen = Counter(), [], {}
     with records.stop_signal() as check_stop:
-        for where, source_row in _rows(source, split, ("prompt",)):
+        for where, source_row in islice(_rows(source, split, ("prompt",)), first, last):
             check_stop()
             counts["in"] += 1
             prompt = records.field(source_row, "prompt", str, where)

@@ -44,14 +44,13 @@ def main(args: Args) -> None:
     output = Output.open(args.out, manifest, args.overwrite)
     if output.finished:
         return
-    with records.stop_signal() as check_stop:
-        progress = tqdm(total=len(order), initial=len(output), unit=" prompts", desc="rank")
+    progress = tqdm(total=len(order), initial=len(output), unit=" prompts", desc="rank")
+    with progress, records.stop_signal() as check_stop:
         for where, row in _read(args.samples, Counter()):
             if not output.has(row["prompt_id"]):
                 check_stop()
                 _rank_row(ranker, row, where, output)
                 progress.update()
-        progress.close()
     output.finish(iter(order), counts)
 
 

@@ -105,7 +105,7 @@ def main(args: Args) -> None:
 
     slots = min(args.slots, args.n * len(order))
     progress = tqdm(total=len(order), initial=len(output), unit=" prompts", desc="sample")
-    with jax.set_mesh(mesh), records.stop_signal() as check_stop:
+    with progress, jax.set_mesh(mesh), records.stop_signal() as check_stop:
         shardings = tree_shardings(mesh, mistral.logical_axes(config), mistral.abstract(config))
         try:
             params = checkpoint.load(args.checkpoint, shardings)[1]
@@ -125,7 +125,6 @@ def main(args: Args) -> None:
             rate = sampler.tokens_drawn / (time.monotonic() - start)
             progress.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
             progress.update()
-    progress.close()
     seconds = time.monotonic() - start
     results = {"tokens": sampler.tokens_drawn, "seconds": round(seconds, 1), "slots": slots}
     output.finish(iter(order), counts, results)

@@ -2,6 +2,7 @@ import json
 import math
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -257,7 +258,7 @@ FORMS = [  # prompt, an answer that has the form, answers that have it less and 
 def test_form_asked_is_recognised_and_graded(prompt, good, worse):
     values = [form(prompt, answer) for answer in [good, *worse]]
     assert values[0] == pytest.approx(1.0)
-    assert all(a > b for a, b in zip(values, values[1:], strict=False)), values
+    assert all(a > b for a, b in pairwise(values)), values
 
 
 def test_one_item_too_many_earns_half():

@@ -1,0 +1,84 @@
+"""scripts/iterate.sh, the loop itself, on a tiny model: one iteration, then again."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+RECIPE = """
+start_model()     {{ mkdir -p "$(dirname "$1")"; cp -r {model} "$1"; }}
+train_prompts()   {{ cp {prompts} "$2"; }}
+heldout_prompts() {{ cp {prompts} "$1"; }}
+ITERATIONS=1
+RANKER={reward}:reward
+SAMPLE="--n 3 --max-new-tokens 8 --temperature 1 --slots 8"
+PAIRS="--test-count 1"
+DPO="--learning-rate 1e-3 --batch-size 2 --micro-batch-size 2 --warmup-ratio 0"
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A copy of the code (runs/ lands in it) with a recipe for a tiny model."""
+    place = tmp_path_factory.mktemp("loop")
+    for name in ("model", "sharding", "stages", "scripts"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    tiny.write_checkpoint(place / "tiny")
+    prompts = tiny.write_jsonl(place / "prompts.jsonl", tiny.PROMPTS)
+    reward = place / "reward.py"
+    reward.write_text("def reward(prompt, responses):\n    return [len(set(r)) for r in responses]")
+    recipe = RECIPE.format(model=place / "tiny", prompts=prompts, reward=reward)
+    (place / "mine.sh").write_text(recipe)
+    return place
+
+
+def iterate(place, recipe="mine.sh", **environment):
+    return subprocess.run(
+        ["bash", "scripts/iterate.sh", recipe],
+        cwd=place,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_loop_runs_shows_its_table_exports_and_knows_when_it_is_done(place):
+    done = iterate(place)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = place / "runs" / "mine"
+    assert "win rate against start" in done.stdout and "best so far" in done.stdout
+    for name in ("prompts", "samples", "ranked", "pairs", "pairs.test"):
+        assert (run / "iteration_1" / f"{name}.jsonl").exists()
+    transformers.AutoModelForCausalLM.from_pretrained(run / "final-hf")
+    again = iterate(place)
+    assert again.returncode == 0 and "is finished already" in again.stdout
+    assert "sample" not in again.stdout.splitlines()[0]
+    other = iterate(place, LIMIT="3")
+    assert other.returncode == 2 and "other settings" in other.stderr
+
+
+def test_an_unknown_recipe_or_a_bad_number_is_refused(place):
+    unknown = iterate(place, "nothing")
+    assert unknown.returncode == 2 and "no recipe nothing" in unknown.stderr
+    bad = iterate(place, SEED="x")
+    assert bad.returncode == 2 and "SEED=x" in bad.stderr
+
+
+def test_the_published_recipe_asks_for_the_published_settings(place):
+    """The Zephyr recipes' numbers reach the stages' command lines."""
+    script = 'python() { :; }; source scripts/recipes/snorkel-mistral-7b.sh; echo "$SAMPLE $DPO"'
+    for year, words in (
+        ("2023", ("--beta 0.1", "linear", "rmsprop", "--epochs 3", "--batch-size 64")),
+        ("2024", ("--beta 0.01", "cosine", "adamw", "--epochs 1", "--batch-size 128")),
+    ):
+        shown = subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, text=True,
+                               env={**os.environ, "ZEPHYR": year})  # fmt: skip
+        for word in (*words, "--learning-rate 5e-7", "--max-length 1024", "--n 5"):
+            assert word in shown.stdout
