@@ -392,7 +392,7 @@ class Run:
         import jax
         from tensorboardX import SummaryWriter
 
-        args, work = self.args, self.work
+        work = self.work
         with jax.set_mesh(self.mesh), records.stop_signal() as check_stop:
             params, references = self._references()
             check_stop()
