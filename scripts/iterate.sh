@@ -38,12 +38,12 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=1
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
-HELDOUT_SAMPLE= EXPORT_DTYPE= PAIRS=
+HELDOUT_SAMPLE= EXPORT_DTYPE= PAIRS= SETTINGS=
 source "$file"
 
 # One run, one set of settings: what is there must have been made by these.
 mkdir -p "$run"
-settings="seed $SEED limit $LIMIT recipe $(sha256sum <"$file" | cut -c1-16)"
+settings="seed $SEED limit $LIMIT $SETTINGS recipe $(sha256sum <"$file" | cut -c1-16)"
 if [[ -f $run/settings && $(<"$run/settings") != "$settings" ]]; then
   echo "error: $run was begun with other settings ($(<"$run/settings"); now $settings):" \
     "choose another NAME, or remove $run" >&2

@@ -16,6 +16,7 @@ MODEL=${MODEL:-mistralai/Mistral-7B-Instruct-v0.2}
 DATASET=${DATASET:-snorkelai/Snorkel-Mistral-PairRM-DPO-Dataset}
 RANKER=${RANKER:-llm-blender/PairRM}
 ZEPHYR=${ZEPHYR:-2023}
+SETTINGS="$MODEL $DATASET $RANKER $ZEPHYR" # what must not change when a run goes on
 ITERATIONS=3
 
 start_model() { python -m scripts.convert from-hf "$MODEL" "$1"; }
