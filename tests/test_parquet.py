@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from scripts import convert
 from stages import pairs, parquet, records
 from stages.records import UserError
 
@@ -300,3 +301,14 @@ def test_one_id_with_two_prompts_is_named(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     message = refused(capsys, folder, out, reader=parquet.read_prompts_dataset)
     assert "row 2: prompt_id 'i' stood above with another prompt" in message
+
+
+def test_the_command_line_reads_pairs_and_slices_of_prompts(tmp_path):
+    folder = write(tmp_path / "d", [pair(prompt=f"q{i}", prompt_id=f"i{i}") for i in range(6)])
+    prompts, pairs = str(tmp_path / "p.jsonl"), str(tmp_path / "pairs.jsonl")
+    argv = ["prompts", folder, prompts, "--first", "2", "--last", "5"]
+    assert records.run(convert.main, convert.Command, argv) == 0
+    assert [row["prompt"] for row in read(prompts)] == ["q2", "q3", "q4"]
+    assert records.run(convert.main, convert.Command, ["from-parquet", folder, pairs]) == 0
+    assert [row["prompt_id"] for row in read(pairs)] == [f"i{i}" for i in range(6)]
+    assert records.run(convert.main, convert.Command, ["from-parquet", folder, prompts]) == 2
