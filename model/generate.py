@@ -100,7 +100,7 @@ def _keep_top_p(weights_bv: jax.Array, top_p: float, head: int = 128) -> jax.Arr
 
     A token is kept if the mass of all likelier ones is below top_p. Mostly the smallest kept
     weight is among the `head` largest; otherwise it is found by bisection. Both are exact, and
-    cost a tenth of sorting the vocabulary. Equal weights are kept or dropped together.
+    cost a fraction of sorting the vocabulary. Equal weights are kept or dropped together.
     """
     limit_b = top_p * jnp.sum(weights_bv, axis=-1)
     head_bk = jax.lax.top_k(weights_bv, min(head, weights_bv.shape[-1]))[0]

@@ -63,7 +63,7 @@ class Args:
 
 @dataclasses.dataclass
 class Example:
-    """One pair as token ids; `starts` index the first response token, where both prompts end."""
+    """One pair as token ids; `start` indexes the first response token, where both prompts end."""
 
     prompt_id: str
     chosen: list[int]
@@ -346,7 +346,8 @@ class Work:
             rows = [
                 json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")
             ]
-            kept = [row for row in rows if 0 < row["step"] <= step]
+            # An evaluation is logged after its step's training row, and made again with it.
+            kept = [r for r in rows if r["step"] < step or (r["step"] == step > 0 and "loss" in r)]
             file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def done(self) -> None:
@@ -440,6 +441,7 @@ class Run:
         args = self.args
         references = self.work.load_reference()
         if references is not None:
+            self._check_against_sampler(references["train"])
             return None, references
         folder = args.reference or args.checkpoint
         params = self._load(folder)
@@ -490,7 +492,7 @@ class Run:
     def _finish(self, params, results: dict) -> None:
         from model import checkpoint
 
-        self.manifest.results = results
+        self.manifest.results |= results
         identity = checkpoint.save(
             self.args.out, self.config, params, self.args.checkpoint,
             dataclasses.asdict(self.manifest),
@@ -509,7 +511,8 @@ class Run:
         epoch, number = divmod(step, self.steps_per_epoch)
         order = self._order(epoch)
         batch = order[number * self.args.batch_size : (number + 1) * self.args.batch_size]
-        values: dict[str, list] = {}
+        values: dict[str, list] = {}  # metric → one value a pair, in the order of `done`
+        done: list[str] = []  # prompt_ids
         for indices in self._micro_batches(batch):
             arrays, width = self._arrays([self.train[i] for i in indices])
             for column, name in enumerate(("ref_chosen", "ref_rejected")):
@@ -520,7 +523,8 @@ class Run:
             )
             for name, value in jax.device_get(micro).items():
                 values.setdefault(name, []).extend(value[: len(indices)])
-        self._check_finite(step, values, batch)
+            done += [self.train[i].prompt_id for i in indices]
+        _check_finite(step, values, done)
         params, optimizer_state, gradients, norm = self.trainer.apply(
             params, optimizer_state, gradients
         )
@@ -530,7 +534,10 @@ class Run:
         metrics["epoch"] = (step + 1) / self.steps_per_epoch
         self._check_first_loss(step, metrics["loss"])
         if not math.isfinite(metrics["grad_norm"]):
-            raise FloatingPointError(f"step {step + 1}: the gradient's norm is {norm}")
+            raise UserError(
+                f"step {step + 1}: the gradient's norm is {norm}: lower --learning-rate; "
+                f"{self.work.folder} keeps the last saved state"
+            )
         return params, optimizer_state, gradients, metrics
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -617,25 +624,6 @@ class Run:
                 "policy is the reference: their log-probs are computed differently"
             )
 
-    def _check_finite(self, step: int, values: dict[str, list], batch: np.ndarray) -> None:
-        bad = sorted({
-            self.train[i].prompt_id
-            for micro_start, indices in self._with_offsets(batch)
-            for offset, i in enumerate(indices)
-            if not all(np.isfinite(v[micro_start + offset]) for v in values.values())
-        })  # fmt: skip
-        if bad:
-            raise FloatingPointError(
-                f"step {step + 1}: loss or log-probs are not finite for prompt_id "
-                f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}: lower --learning-rate"
-            )
-
-    def _with_offsets(self, batch):
-        offset = 0
-        for indices in self._micro_batches(batch):
-            yield offset, indices
-            offset += len(indices)
-
     def _check_against_sampler(self, references: np.ndarray) -> None:
         """The sampler's log-probs must be the trainer's, where the reference sampled the pairs."""
         known = [i for i, e in enumerate(self.train) if e.sampled is not None]
@@ -658,6 +646,17 @@ class Run:
             )
         if a_token.mean() > WARN_DISAGREEMENT:
             print(f"warning: {message} (was one of them computed in bfloat16?)")
+
+
+def _check_finite(step: int, values: dict[str, list], prompt_ids: list[str]) -> None:
+    """UserError that names the pairs with a value that is not finite."""
+    finite = np.isfinite(list(values.values())).all(axis=0)
+    bad = [prompt_id for prompt_id, ok in zip(prompt_ids, finite) if not ok]
+    if bad:
+        raise UserError(
+            f"step {step + 1}: loss or log-probs are not finite for prompt_id "
+            f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}: lower --learning-rate"
+        )
 
 
 def _round_up(length: int) -> int:

@@ -126,8 +126,9 @@ def main(args: Args) -> None:
             progress.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
             progress.update()
     seconds = time.monotonic() - start
-    results = {"tokens": sampler.tokens_drawn, "seconds": round(seconds, 1), "slots": slots}
-    output.finish(iter(order), counts, results)
+    # Of this sitting alone: a run that was stopped before drew the rest then.
+    sitting = {"tokens": sampler.tokens_drawn, "seconds": round(seconds, 1), "slots": slots}
+    output.finish(iter(order), counts, {"last_sitting": sitting})
 
 
 def _token_ids(tokenizer, row: records.Row, where: str) -> list[int]:

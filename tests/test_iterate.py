@@ -73,7 +73,9 @@ def test_an_unknown_recipe_or_a_bad_number_is_refused(place):
 
 def test_the_published_recipe_asks_for_the_published_settings(place):
     """The Zephyr recipes' numbers reach the stages' command lines."""
-    script = 'python() { :; }; source scripts/recipes/snorkel-mistral-7b.sh; echo "$SAMPLE $DPO"'
+    script = (
+        'python() { :; }; source scripts/recipes/snorkel-mistral-7b.sh; echo "$SAMPLE $DPO $PAIRS"'
+    )
     for year, words in (
         ("2023", ("--beta 0.1", "linear", "rmsprop", "--epochs 3", "--batch-size 64")),
         ("2024", ("--beta 0.01", "cosine", "adamw", "--epochs 1", "--batch-size 128")),
@@ -82,3 +84,4 @@ def test_the_published_recipe_asks_for_the_published_settings(place):
                                env={**os.environ, "ZEPHYR": year})  # fmt: skip
         for word in (*words, "--learning-rate 5e-7", "--max-length 1024", "--n 5"):
             assert word in shown.stdout
+        assert "--test-count" not in shown.stdout  # with LIMIT it would leave nothing to train on

@@ -135,7 +135,8 @@ def test_devices_only_share_the_work(base, tmp_path):
 
 @pytest.mark.parametrize("how", ["signal", "kill after a save", "kill before any save"])
 def test_a_training_that_was_stopped_ends_bit_identical(base, tmp_path, how, monkeypatch, capsys):
-    assert run_dpo(base, tmp_path / "straight") == 0
+    test = ["--test-pairs", str(base / "pairs.test.jsonl")]
+    assert run_dpo(base, tmp_path / "straight", *test) == 0
     log = dpo.Run._log
 
     def stopping(self, step, values):
@@ -147,7 +148,7 @@ def test_a_training_that_was_stopped_ends_bit_identical(base, tmp_path, how, mon
                 raise MemoryError("stands for a kill")
 
     monkeypatch.setattr(dpo.Run, "_log", stopping)
-    more = ["--save-every", "2" if how == "kill after a save" else "0"]
+    more = [*test, "--save-every", "2" if how == "kill after a save" else "0"]
     if how == "signal":
         assert run_dpo(base, tmp_path / "out", *more) == 75
         assert "run the same command again" in capsys.readouterr().err
@@ -163,6 +164,9 @@ def test_a_training_that_was_stopped_ends_bit_identical(base, tmp_path, how, mon
         str(tmp_path / "straight")
     )
     assert metrics(tmp_path / "out") == metrics(tmp_path / "straight")
+    assert [r["step"] for r in metrics(tmp_path / "out") if "eval_loss" in r] == [0, 4]
+    results = checkpoint.read_manifest(str(tmp_path / "out"))["origin"]["results"]
+    assert results["sampler_disagreement"] < 1e-3 and results["steps"] == 4
 
 
 def test_sampling_that_was_stopped_goes_on_and_ends_with_the_same_answers(
@@ -363,6 +367,13 @@ def test_sampling_settings_that_make_no_sense_are_refused(base, tmp_path, capsys
 )  # fmt: skip
 def test_training_settings_that_make_no_sense_are_refused(base, tmp_path, capsys, flags, word):
     refused(capsys, run_dpo(base, tmp_path / "out", *flags), word)
+
+
+def test_values_that_are_not_finite_stop_the_training_and_name_the_pairs():
+    values = {"loss": [0.1, float("nan"), 0.2], "logps/chosen": [1.0, 2.0, float("-inf")]}
+    with pytest.raises(records.UserError, match=r"step 5: .* prompt_id b, c: lower"):
+        dpo._check_finite(4, values, ["a", "b", "c"])
+    dpo._check_finite(4, {"loss": [0.1, 0.2]}, ["a", "b"])
 
 
 def test_samplers_logprobs_that_are_not_the_models_stop_the_training(base, tmp_path, capsys):

@@ -36,7 +36,7 @@ esac
 # n is the published one; temperature, top-p and length are ours (SPPO's, of the same pipeline).
 SAMPLE="--n 5 --temperature 0.7 --top-p 0.9 --max-new-tokens 2048 --slots 64 --dtype bfloat16"
 HELDOUT_SAMPLE="--n 1 --temperature 0.7 --top-p 0.9 --max-new-tokens 2048 --slots 64 --dtype bfloat16"
-PAIRS="--test-count 1000"
+PAIRS="--test-fraction 0.05" # the published splits hold 1,000 test rows to 20,000
 DPO="--learning-rate 5e-7 --warmup-ratio 0.1 --max-length 1024 --max-prompt-length 512
      --micro-batch-size 8 --dtype bfloat16 --remat"
 case $ZEPHYR in
