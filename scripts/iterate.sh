@@ -83,7 +83,7 @@ say() { printf '\n== %s  %s\n' "$(date +%H:%M:%S)" "$*"; }
 say "$NAME: $ITERATIONS iterations, seed $SEED, under $run/"
 fetched heldout_prompts "$run/heldout.jsonl"
 [[ -d $run/start/checkpoint ]] || start_model "$run/start/checkpoint"
-python -m scripts.table disk "$run" --iterations "$ITERATIONS"
+python -m scripts.table ready "$run" --iterations "$ITERATIONS" --ranker "$RANKER"
 say "start: answers to the held-out prompts"
 evaluate "$run/start/checkpoint" "$run/start"
 

