@@ -145,8 +145,11 @@ def show(args: Show) -> None:
 
 
 def check_ready(args: Ready) -> None:
-    """Before hours of sampling, not after them. Checkpoints are fp32. Beside the ones that stay, the dearest moment is a save of DPO's
-    training state (parameters and two moments) while the one before it is still there."""
+    """Before hours of sampling, not after them.
+
+    Checkpoints are fp32. Beside the ones that stay, the dearest moment is a save of DPO's training
+    state (parameters and two moments) while the one before it is still there.
+    """
     try:
         open_ranker(args.ranker)
     except RankerError as error:
