@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,9 +26,9 @@ import numpy as np
 from tqdm import tqdm
 
 from stages import records
+from stages.examples import Example, read_pairs, to_arrays
 from stages.records import Manifest, UserError
 
-WIDTH_STEP = 32  # sequences are padded to multiples of this, each length compiled once
 # Of log-prob a token, mean over the pairs, between sampler and trainer: what one of them being in
 # bfloat16 may bring about, and what only another model, template or text can.
 WARN_DISAGREEMENT, STOP_DISAGREEMENT = 1e-2, 2e-1
@@ -59,21 +60,6 @@ class Args:
     mesh: tuple[int, int, int] = (1, -1, 1)  # devices along data, fsdp, tensor; -1: the rest
     save_every: int = 100  # steps between two saves of the training state; 0: only at a signal
     allow_other_model: bool = False  # train on pairs that another model than the reference sampled
-
-
-@dataclasses.dataclass
-class Example:
-    """One pair as token ids; `start` indexes the first response token, where both prompts end."""
-
-    prompt_id: str
-    chosen: list[int]
-    rejected: list[int]
-    start: int
-    sampled: tuple[float, float] | None  # the sampler's log-probs, where nothing was cut
-
-    @property
-    def longest(self) -> int:
-        return max(len(self.chosen), len(self.rejected))
 
 
 def main(args: Args) -> None:
@@ -114,15 +100,23 @@ def main(args: Args) -> None:
         print(f"{args.out} is finished already")
         return
     aside: list[dict] = []
-    train, counts = _read_pairs(args.pairs, tokenizer, config.vocab_size, args, aside)
+    read = partial(
+        read_pairs,
+        tokenizer=tokenizer,
+        vocabulary=config.vocab_size,
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        aside=aside,
+    )
+    train, counts = read(args.pairs)
     test, test_counts = [], Counter()
     if args.test_pairs:
-        test, test_counts = _read_pairs(args.test_pairs, tokenizer, config.vocab_size, args, aside)
+        test, test_counts = read(args.test_pairs)
     if not train:
         raise UserError(f"{args.pairs}: no pair can be trained on ({_counts(counts)})")
     manifest.counts = {**counts, **{f"test {name}": n for name, n in test_counts.items()}}
     print(f"{args.pairs}: {_counts(counts)}" + (f"; test: {_counts(test_counts)}" if test else ""))
-    work.write_aside(aside)
+    work.begin(manifest, aside)
     Run(args, config, train, test, manifest, work, all(sampled_by_reference)).run()
 
 
@@ -174,109 +168,6 @@ def _check_lineage(path: str, identities: dict, args: Args) -> bool:
     return model == identities["reference"]
 
 
-# ------------------------------------------------------------------------- pairs to tokens
-
-
-def _read_pairs(
-    path: str, tokenizer, vocabulary: int, args: Args, aside: list
-) -> tuple[list[Example], Counter]:
-    """The pairs as token ids. What cannot be trained on goes to `aside` with its reason."""
-    head = _template_head(tokenizer)
-    counts, examples, seen = Counter({"in": 0}), [], set()
-    for where, row in records.read_rows(path):
-        prompt_id = records.field(row, "prompt_id", str, where)
-        if prompt_id in seen:
-            raise UserError(f"{where}: prompt_id {prompt_id!r} stood above: remove one of them")
-        seen.add(prompt_id)
-        counts["in"] += 1
-        example = _example(row, where, tokenizer, head, args, counts)
-        if isinstance(example, Example) and max(example.chosen + example.rejected) >= vocabulary:
-            raise UserError(
-                f"{where}: a token id beyond the vocabulary: other tokenizer, or edited?"
-            )
-        if isinstance(example, str):
-            counts[f"set aside: {example}"] += 1
-            aside.append({"file": path, "prompt_id": prompt_id, "reason": example})
-        else:
-            examples.append(example)
-    return examples, counts
-
-
-def _example(row, where: str, tokenizer, head: int, args: Args, counts: Counter) -> Example | str:
-    """One pair as token ids, or the reason why it cannot be used."""
-    from model.tokenizer import TokenizerError
-
-    try:
-        prompt = _ids(row, "prompt_token_ids", where)
-        if prompt is None:
-            prompt = tokenizer.prompt_ids(records.messages_of(row, where))
-        sides = [_response(row, side, tokenizer, where) for side in ("chosen", "rejected")]
-    except TokenizerError as error:
-        raise UserError(f"{where}: {error}") from error
-    if not prompt or not all(sides):
-        return "empty prompt or response"
-    if sides[0] == sides[1]:
-        return "chosen equals rejected"
-    cut = len(prompt) > args.max_prompt_length
-    if cut:
-        if head >= args.max_prompt_length:
-            raise UserError(
-                f"--max-prompt-length {args.max_prompt_length} is no longer than the chat "
-                f"template's opening ({head} tokens): raise it"
-            )
-        prompt = prompt[:head] + prompt[len(prompt) - args.max_prompt_length + head :]
-        counts["prompts cut"] += 1
-    room = args.max_length - len(prompt)
-    for i, ids in enumerate(sides):
-        if len(ids) > room:
-            sides[i], cut = ids[:room], True
-            counts["responses cut"] += 1
-    if sides[0] == sides[1]:
-        return "chosen equals rejected after the cut"
-    recorded = [row.get(f"{side}_logprob") for side in ("chosen", "rejected")]
-    known = not cut and all(isinstance(x, (int, float)) for x in recorded)
-    return Example(
-        prompt_id=row["prompt_id"],
-        chosen=prompt + sides[0],
-        rejected=prompt + sides[1],
-        start=len(prompt),
-        sampled=tuple(recorded) if known else None,
-    )
-
-
-def _ids(row: records.Row, name: str, where: str) -> list[int] | None:
-    if row.get(name) is None:
-        return None
-    ids = records.field(row, name, list, where)
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise UserError(f"{where}: field {name!r} must hold token ids only")
-    return ids
-
-
-def _response(row: records.Row, side: str, tokenizer, where: str) -> list[int]:
-    """The tokens that were sampled, or else the text's; EOS only where the answer ended by itself
-    (a text without token ids counts as ended: published pairs hold whole answers)."""
-    messages = records.field(row, side, list, where)
-    ids = _ids(row, f"{side}_token_ids", where)
-    reason = row.get(f"{side}_finish_reason") or "stop"
-    if ids is None:
-        if not messages or not isinstance(messages[-1], dict):
-            raise UserError(f"{where}: {side!r} must be a list of {{role, content}}")
-        ids = tokenizer.response_ids(
-            records.field(messages[-1], "content", str, f"{where}, {side}")
-        )
-        if not ids:
-            return []
-    return ids + [tokenizer.eos_ids[0]] if reason == "stop" and tokenizer.eos_ids else ids
-
-
-def _template_head(tokenizer) -> int:
-    """How many tokens the chat template puts before a user's text."""
-    one, other = ([{"role": "user", "content": text}] for text in ("a", "7"))
-    one, other = tokenizer.prompt_ids(one), tokenizer.prompt_ids(other)
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), 0)
-
-
 # --------------------------------------------------------------------------- the work folder
 
 
@@ -299,21 +190,20 @@ class Work:
             self.finished = True
             shutil.rmtree(self.folder, ignore_errors=True)
             return
-        self.log.mkdir(parents=True, exist_ok=True)
-        name = self.folder / "manifest.json"
-        if name.exists():
-            there = Manifest(**json.loads(name.read_text()))
+        if self.load_reference() is not None:  # work that other arguments must not go on with
+            there = Manifest(**json.loads((self.folder / "manifest.json").read_text()))
             records.refuse_other(manifest, there, str(self.folder), f"remove {self.folder}")
-        else:
+
+    def begin(self, manifest: Manifest, aside: list[dict]) -> None:
+        """Make the folders, once the input is known to be sound, and write what was set aside."""
+        self.log.mkdir(parents=True, exist_ok=True)
+        if self.load_reference() is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            manifest.write(str(name))
-            (self.log / "metrics.jsonl").unlink(missing_ok=True)
-
-    def write_aside(self, rows: list[dict]) -> None:
-        if rows:
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (self.log / "set_aside.jsonl").write_text(text)
+            manifest.write(str(self.folder / "manifest.json"))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in aside)
+        file = self.log / "set_aside.jsonl"
+        file.write_text(text) if aside else file.unlink(missing_ok=True)
 
     # The reference's log-probs: fp32 [pairs, 2] of chosen and rejected.
 
@@ -514,7 +404,7 @@ class Run:
         values: dict[str, list] = {}  # metric → one value a pair, in the order of `done`
         done: list[str] = []  # prompt_ids
         for indices in self._micro_batches(batch):
-            arrays, width = self._arrays([self.train[i] for i in indices])
+            arrays, width = to_arrays([self.train[i] for i in indices], self.args.micro_batch_size)
             for column, name in enumerate(("ref_chosen", "ref_rejected")):
                 arrays[name] = self._pad(references[indices, column])
             arrays["weights"] = self._pad(np.ones(len(indices), np.float32))
@@ -555,22 +445,6 @@ class Run:
     def _pad(self, x_p: np.ndarray) -> np.ndarray:
         return np.pad(x_p.astype(np.float32), (0, self.args.micro_batch_size - len(x_p)))
 
-    def _arrays(self, examples: list[Example]) -> tuple[dict[str, np.ndarray], int]:
-        """A micro-batch of p pairs (see model/train.py) and the response width it needs.
-
-        A short micro-batch is filled up with copies of its first pair, whose values are dropped.
-        """
-        p = self.args.micro_batch_size
-        examples = examples + [examples[0]] * (p - len(examples))
-        rows = [e.chosen for e in examples] + [e.rejected for e in examples]
-        starts = np.array([e.start for e in examples] * 2, np.int32)
-        lengths = np.array([len(row) for row in rows], np.int32)
-        tokens = np.zeros((2 * p, _round_up(lengths.max())), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
-        width = _round_up((lengths - starts).max())
-        return {"tokens": tokens, "starts": starts, "lengths": lengths}, width
-
     def _means(self, values: dict[str, np.ndarray]) -> dict[str, float]:
         margins = values["rewards/chosen"] - values["rewards/rejected"]
         values |= {"rewards/margins": margins, "rewards/accuracies": margins > 0}
@@ -594,7 +468,7 @@ class Run:
         starts = range(0, len(order), size)
         for start in tqdm(starts, desc=name, unit=" batches", disable=not examples):
             indices = order[start : start + size]
-            arrays, width = self._arrays([examples[i] for i in indices])
+            arrays, width = to_arrays([examples[i] for i in indices], size)
             sides = jax.device_get(self.trainer.logprobs(params, batch=arrays, width=width))
             for column, side in enumerate(sides):
                 found[indices, column] = side[: len(indices)]
@@ -657,10 +531,6 @@ def _check_finite(step: int, values: dict[str, list], prompt_ids: list[str]) -> 
             f"step {step + 1}: loss or log-probs are not finite for prompt_id "
             f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}: lower --learning-rate"
         )
-
-
-def _round_up(length: int) -> int:
-    return -(-int(length) // WIDTH_STEP) * WIDTH_STEP
 
 
 if __name__ == "__main__":

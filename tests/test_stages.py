@@ -11,6 +11,7 @@ import pytest
 from model import checkpoint
 from scripts import table
 from stages import dpo, pairs, rank, records, sample
+from stages.examples import read_pairs, template_head
 from tests import tiny
 
 REWARD = """
@@ -211,14 +212,11 @@ def test_long_prompts_keep_the_templates_ends_and_cuts_are_counted(base, tmp_pat
     from model.tokenizer import ChatTokenizer
 
     tokenizer = ChatTokenizer.from_folder(str(base / "model"), (2,))
-    args = dpo.Args("", "", "", max_length=80, max_prompt_length=40)
-    examples, counts = dpo._read_pairs(
-        str(tmp_path / "p.jsonl"), tokenizer, tiny.VOCABULARY, args, []
-    )
+    examples, counts = read_pairs(str(tmp_path / "p.jsonl"), tokenizer, tiny.VOCABULARY, 80, 40, [])
     assert counts == {"in": 2, "prompts cut": 1, "responses cut": 1}
     whole = tokenizer.prompt_ids([{"role": "user", "content": rows[0]["prompt"]}])
     empty = tokenizer.prompt_ids([{"role": "user", "content": "a"}])
-    head = dpo._template_head(tokenizer)
+    head = template_head(tokenizer)
     cut = examples[0].chosen[: examples[0].start]
     assert len(cut) == 40 and cut[:head] == whole[:head] and cut[head:] == whole[-(40 - head) :]
     assert cut[-5:] == empty[-5:]
@@ -239,9 +237,7 @@ def test_eos_is_trained_only_where_the_answer_ended_by_itself(base, tmp_path):
     from model.tokenizer import ChatTokenizer
 
     tokenizer = ChatTokenizer.from_folder(str(base / "model"), (2,))
-    (example,), _ = dpo._read_pairs(
-        str(tmp_path / "p.jsonl"), tokenizer, tiny.VOCABULARY, dpo.Args("", "", ""), []
-    )
+    (example,), _ = read_pairs(str(tmp_path / "p.jsonl"), tokenizer, tiny.VOCABULARY, 1024, 512, [])
     assert example.chosen[example.start :] == [70]
     assert example.rejected[example.start :] == [71, 2]
 
@@ -384,6 +380,24 @@ def test_samplers_logprobs_that_are_not_the_models_stop_the_training(base, tmp_p
     manifest = records.manifest_path(str(base / "pairs.jsonl"))
     (tmp_path / "p.jsonl.manifest.json").write_text(open(manifest).read())
     refused(capsys, run_dpo(base, tmp_path / "out", pairs=tmp_path / "p.jsonl"), "log-probs differ")
+
+
+def test_a_line_that_was_mended_can_be_trained_on_at_once(base, tmp_path, capsys):
+    rows = tiny.read_jsonl(base / "pairs.jsonl")
+    tiny.write_jsonl(tmp_path / "p.jsonl", [*rows, {"prompt_id": "x", "prompt": "hi"}])
+    code = run_dpo(base, tmp_path / "out", pairs=tmp_path / "p.jsonl")
+    refused(capsys, code, f"line {len(rows) + 1}", "'chosen' is missing")
+    tiny.write_jsonl(tmp_path / "p.jsonl", rows)
+    assert run_dpo(base, tmp_path / "out", pairs=tmp_path / "p.jsonl") == 0
+
+
+def test_work_that_was_begun_is_not_gone_on_with_by_other_arguments(
+    base, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(dpo.Run, "_log", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_dpo(base, tmp_path / "out") == 75
+    capsys.readouterr()
+    refused(capsys, run_dpo(base, tmp_path / "out", "--beta", "0.3"), "beta", "remove", "out.work")
 
 
 # ------------------------------------------------------------------------------- the table

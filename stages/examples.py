@@ -1,0 +1,163 @@
+"""Pairs as token ids: from the rows of pairs.jsonl to the arrays that training takes.
+
+Tokens that were sampled are taken as they are; a row without token ids has its texts tokenised,
+prompt and responses apart. Runs without JAX.
+"""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+
+from model.tokenizer import ChatTokenizer, TokenizerError
+from stages import records
+from stages.records import UserError
+
+WIDTH_STEP = 32  # sequences are padded to multiples of this, each length compiled once
+
+
+@dataclasses.dataclass
+class Example:
+    """One pair as token ids; `start` indexes the first response token, where both prompts end."""
+
+    prompt_id: str
+    chosen: list[int]
+    rejected: list[int]
+    start: int
+    sampled: tuple[float, float] | None  # the sampler's log-probs, where nothing was cut
+
+    @property
+    def longest(self) -> int:
+        return max(len(self.chosen), len(self.rejected))
+
+
+def read_pairs(
+    path: str,
+    tokenizer: ChatTokenizer,
+    vocabulary: int,
+    max_length: int,
+    max_prompt_length: int,
+    aside: list[dict],
+) -> tuple[list[Example], Counter]:
+    """(the pairs as token ids, the counts of what was read, cut and set aside).
+
+    A prompt beyond max_prompt_length is cut behind its template's head, a response beyond
+    max_length (of both together) at its end. What cannot be trained on goes to `aside` with its
+    reason. Raises UserError for a malformed row.
+    """
+    head = template_head(tokenizer)
+    if head >= max_prompt_length:
+        raise UserError(
+            f"--max-prompt-length {max_prompt_length} is no longer than the chat "
+            f"template's opening ({head} tokens): raise it"
+        )
+    lengths = max_length, max_prompt_length
+    counts, examples, seen = Counter({"in": 0}), [], set()
+    for where, row in records.read_rows(path):
+        prompt_id = records.field(row, "prompt_id", str, where)
+        if prompt_id in seen:
+            raise UserError(f"{where}: prompt_id {prompt_id!r} stood above: remove one of them")
+        seen.add(prompt_id)
+        counts["in"] += 1
+        example = _example(row, where, tokenizer, head, lengths, counts)
+        if isinstance(example, Example) and max(example.chosen + example.rejected) >= vocabulary:
+            raise UserError(
+                f"{where}: a token id beyond the vocabulary: other tokenizer, or edited?"
+            )
+        if isinstance(example, str):
+            counts[f"set aside: {example}"] += 1
+            aside.append({"file": path, "prompt_id": prompt_id, "reason": example})
+        else:
+            examples.append(example)
+    return examples, counts
+
+
+def _example(row: records.Row, where: str, tokenizer, head: int, lengths, counts: Counter):
+    """One pair as an Example, or the reason (str) why it cannot be used."""
+    max_length, max_prompt_length = lengths
+    try:
+        prompt = _ids(row, "prompt_token_ids", where)
+        if prompt is None:
+            prompt = tokenizer.prompt_ids(records.messages_of(row, where))
+        sides = [_response(row, side, tokenizer, where) for side in ("chosen", "rejected")]
+    except TokenizerError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not prompt or not all(sides):
+        return "empty prompt or response"
+    if sides[0] == sides[1]:
+        return "chosen equals rejected"
+    cut = len(prompt) > max_prompt_length
+    if cut:
+        prompt = prompt[:head] + prompt[len(prompt) - max_prompt_length + head :]
+        counts["prompts cut"] += 1
+    room = max_length - len(prompt)
+    for i, ids in enumerate(sides):
+        if len(ids) > room:
+            sides[i], cut = ids[:room], True
+            counts["responses cut"] += 1
+    if sides[0] == sides[1]:
+        return "chosen equals rejected after the cut"
+    recorded = [row.get(f"{side}_logprob") for side in ("chosen", "rejected")]
+    known = not cut and all(isinstance(x, (int, float)) for x in recorded)
+    return Example(
+        prompt_id=row["prompt_id"],
+        chosen=prompt + sides[0],
+        rejected=prompt + sides[1],
+        start=len(prompt),
+        sampled=tuple(recorded) if known else None,
+    )
+
+
+def _ids(row: records.Row, name: str, where: str) -> list[int] | None:
+    if row.get(name) is None:
+        return None
+    ids = records.field(row, name, list, where)
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise UserError(f"{where}: field {name!r} must hold token ids only")
+    return ids
+
+
+def _response(row: records.Row, side: str, tokenizer, where: str) -> list[int]:
+    """The tokens that were sampled, or else the text's; EOS only where the answer ended by itself
+    (a text without token ids counts as ended: published pairs hold whole answers)."""
+    messages = records.field(row, side, list, where)
+    ids = _ids(row, f"{side}_token_ids", where)
+    reason = row.get(f"{side}_finish_reason") or "stop"
+    if ids is None:
+        if not messages or not isinstance(messages[-1], dict):
+            raise UserError(f"{where}: {side!r} must be a list of {{role, content}}")
+        ids = tokenizer.response_ids(
+            records.field(messages[-1], "content", str, f"{where}, {side}")
+        )
+        if not ids:
+            return []
+    return ids + [tokenizer.eos_ids[0]] if reason == "stop" and tokenizer.eos_ids else ids
+
+
+def template_head(tokenizer) -> int:
+    """How many tokens the chat template puts before a user's text."""
+    one, other = ([{"role": "user", "content": text}] for text in ("a", "7"))
+    one, other = tokenizer.prompt_ids(one), tokenizer.prompt_ids(other)
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), 0)
+
+
+def to_arrays(examples: list[Example], p: int) -> tuple[dict[str, np.ndarray], int]:
+    """(a micro-batch of p pairs as model/train.py takes it, the response width it needs).
+
+    `tokens` int32 [2p, t], chosen rows first, padded to a multiple of WIDTH_STEP; `starts`,
+    `lengths` int32 [2p]. A short micro-batch is filled up with copies of its first pair, whose
+    values the caller drops.
+    """
+    examples = examples + [examples[0]] * (p - len(examples))
+    rows = [e.chosen for e in examples] + [e.rejected for e in examples]
+    starts = np.array([e.start for e in examples] * 2, np.int32)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((2 * p, _round_up(lengths.max())), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    width = _round_up((lengths - starts).max())
+    return {"tokens": tokens, "starts": starts, "lengths": lengths}, width
+
+
+def _round_up(length: int) -> int:
+    return -(-int(length) // WIDTH_STEP) * WIDTH_STEP
