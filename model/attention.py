@@ -11,21 +11,29 @@ import jax.numpy as jnp
 def visible(
     query_positions_bt: jax.Array,
     key_positions_bs: jax.Array,
-    key_valid_bs: jax.Array | None,
+    allowed_bts: jax.Array | None,
     sliding_window: int | None,
 ) -> jax.Array:
-    """Which keys a query sees, bool [b, t, s]: valid ones at or before it, within the window.
+    """Which keys a query sees, bool [b, t, s]: allowed ones at or before it, within the window.
 
     A window of w counts the query itself, as transformers' sliding_window_overlay does: the
-    oldest visible key is w - 1 positions back.
+    oldest visible key is w - 1 positions back. allowed_bts: bool, may be [b, 1, s]; None: all.
     """
     distance_bts = query_positions_bt[:, :, None] - key_positions_bs[:, None, :]
     seen_bts = distance_bts >= 0
     if sliding_window is not None:
         seen_bts &= distance_bts < sliding_window
-    if key_valid_bs is not None:
-        seen_bts &= key_valid_bs[:, None, :]
+    if allowed_bts is not None:
+        seen_bts &= allowed_bts
     return seen_bts
+
+
+def same_sequence(sequences_bt: jax.Array, branches_bt: jax.Array) -> jax.Array:
+    """Which tokens of a packed row belong together, bool [b, t, t]: of one sequence, and either of
+    one branch or the key in the prompt, branch 0 (see model/packing.py)."""
+    same_bts = sequences_bt[:, :, None] == sequences_bt[:, None, :]
+    branch_bts = branches_bt[:, None, :]
+    return same_bts & ((branch_bts == 0) | (branch_bts == branches_bt[:, :, None]))
 
 
 def attention(

@@ -24,6 +24,7 @@ import numpy as np
 
 from model import mistral
 from model.config import MistralConfig
+from model.packing import bucket
 
 STEPS_A_CALL = 32  # decode steps between two looks of the host, at most
 
@@ -175,14 +176,6 @@ def uniforms(keys_b2: jax.Array, positions_b: jax.Array) -> jax.Array:
 
 
 # ----------------------------------------------------------------------------- the engine
-
-
-def bucket(length: int) -> int:
-    """The padded length a prompt is compiled for: multiples of 32, then of an eighth of itself."""
-    step = 32
-    while length > 8 * step:
-        step *= 2
-    return -(-length // step) * step
 
 
 class Sampler:

@@ -1,12 +1,14 @@
 """Log-probabilities of responses, without ever holding the logits of a whole batch.
 
-Axis letters: b sequence, t position, r response position, d width, v vocabulary.
+Axis letters: b row, t index in a row, r response token of a row, n response, d width,
+v vocabulary.
 """
 
 import jax
 import jax.numpy as jnp
 
 from model import mistral
+from model.attention import same_sequence
 from model.config import MistralConfig
 from sharding.mesh import constrain
 
@@ -16,32 +18,26 @@ CHUNK = 512  # response tokens whose logits exist at a time: 100 MB of fp32 at 4
 def response_logprobs(
     params: mistral.Params,
     config: MistralConfig,
-    tokens_bt: jax.Array,
-    starts_b: jax.Array,
-    lengths_b: jax.Array,
-    width: int,
+    batch: dict[str, jax.Array],
+    responses: int,
     dtype=jnp.float32,
     remat: bool = False,
 ) -> jax.Array:
-    """Summed log π(response | prompt) of each sequence, fp32 [b].
+    """Summed log π(response | prompt), fp32 [responses]; 0 for one that is not in the batch.
 
-    tokens_bt: prompt and response, padded on the right; starts_b: the index at which the response
-    starts (≥ 1); lengths_b: of the whole sequence; width: static, at least the longest response.
-    Only response positions see the vocabulary product. Sums, no means (Rafailov et al. 2023).
+    batch: the arrays of model/packing.py. Only response tokens see the vocabulary product.
+    Sums, no means (Rafailov et al. 2023).
     """
-    t = tokens_bt.shape[1]
-    valid_bt = jnp.arange(t) < lengths_b[:, None]
-    hidden_btd = mistral.forward(params, config, tokens_bt, valid_bt, dtype, remat)
-
-    # The token at index i is predicted at index i - 1.
-    index_br = starts_b[:, None] + jnp.arange(width)
-    counted_br = index_br < lengths_b[:, None]
-    index_br = jnp.minimum(index_br, t - 1)
-    hidden_brd = jnp.take_along_axis(hidden_btd, index_br[..., None] - 1, axis=1)
+    allowed_bts = same_sequence(batch["sequences"], batch["branches"])
+    hidden_btd = mistral.forward(
+        params, config, batch["tokens"], batch["positions"], allowed_bts, dtype, remat
+    )
+    hidden_brd = jnp.take_along_axis(hidden_btd, batch["predictors"][..., None], axis=1)
     hidden_brd = constrain(hidden_brd, "batch", "length", "act_embed")
-    targets_br = jnp.take_along_axis(tokens_bt, index_br, axis=1)
-    logprobs_br = token_logprobs(params, config, hidden_brd, targets_br)
-    return jnp.sum(jnp.where(counted_br, logprobs_br, 0.0), axis=1)
+    logprobs_br = token_logprobs(params, config, hidden_brd, batch["targets"])
+    # A masked sum, not a scatter: the same bits at every run on every device.
+    mine_brn = batch["owners"][..., None] == jnp.arange(responses)
+    return jnp.sum(jnp.where(mine_brn, logprobs_br[..., None], 0.0), axis=(0, 1))
 
 
 def token_logprobs(params, config, hidden_brd, targets_br) -> jax.Array:
@@ -51,7 +47,7 @@ def token_logprobs(params, config, hidden_brd, targets_br) -> jax.Array:
     chunk's logits, for one more vocabulary product.
     """
     b, r, d = hidden_brd.shape
-    step = max(1, min(r, CHUNK // b))
+    step = -(-r // -(-b * r // CHUNK))  # as few chunks as may be, of equal size
     padding = -r % step
     hidden_brd = jnp.pad(hidden_brd, ((0, 0), (0, padding), (0, 0)))
     targets_br = jnp.pad(targets_br, ((0, 0), (0, padding)))

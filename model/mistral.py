@@ -188,25 +188,23 @@ def forward(
     params: Params,
     config: MistralConfig,
     tokens_bt: jax.Array,
-    valid_bt: jax.Array | None = None,
+    positions_bt: jax.Array | None = None,
+    allowed_bts: jax.Array | None = None,
     dtype=jnp.float32,
     remat: bool = False,
 ) -> jax.Array:
     """Final hidden states [b, t, d] (after the last norm) of whole sequences.
 
-    tokens_bt: int ids, padded on either side; valid_bt: bool, False at padding (None: no padding).
-    Positions count the valid tokens of a row from 0. `remat` keeps only each layer's input for
-    the backward pass and computes the rest again (for a third more operations).
+    tokens_bt: int ids; positions_bt: each token's position in its own sequence (None: 0, 1, …);
+    allowed_bts: bool, the keys that a query may see if they are at or before its position (None:
+    all of its row) – what is padding, or of another sequence in the row, is not allowed.
+    `remat` keeps only each layer's input for the backward pass and computes the rest again (for a
+    third more operations).
     """
-    b, t = tokens_bt.shape
-    if valid_bt is None:
-        positions_bt = jnp.broadcast_to(jnp.arange(t), (b, t))
-    else:
-        positions_bt = jnp.maximum(jnp.cumsum(valid_bt, axis=1) - 1, 0)
+    if positions_bt is None:
+        positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
     rope = rope_angles(positions_bt, config.head_dim, config.rope_theta)
-    # Order by index, not by position: left padding shares position 0 with the first token.
-    index_bt = jnp.broadcast_to(jnp.arange(t), (b, t))
-    seen_bts = visible(index_bt, index_bt, valid_bt, config.sliding_window)
+    seen_bts = visible(positions_bt, positions_bt, allowed_bts, config.sliding_window)
 
     def attend(q_btnh, k_btkh, v_btkh):
         return attention(q_btnh, *_cache_layout(k_btkh, v_btkh), seen_bts), None

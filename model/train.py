@@ -3,6 +3,8 @@
 A step over many pairs is a sum of micro-batches: `accumulate` adds one micro-batch's gradient in
 fp32, `apply` clips the sum and updates. Parameters, gradients and moments are donated from call to
 call, so that none of them exists twice.
+
+Axis letters: p pair, n response.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ from model.config import MistralConfig
 from model.logprobs import response_logprobs
 from model.losses import dpo_loss, implicit_rewards
 
-Batch = dict  # of arrays: see stages/dpo.py, which makes them
+Batch = dict  # of arrays: see model/packing.py, which makes them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,61 +91,53 @@ def optimizer_shardings(tx: optax.GradientTransformation, params, shardings, rep
 # ------------------------------------------------------------------------------- the step
 
 
-def pair_logprobs(params, config: MistralConfig, batch: Batch, width: int, dtype, remat: bool):
-    """Summed log-probs (chosen_p, rejected_p), fp32 [p], of a micro-batch of p pairs.
-
-    batch: `tokens` int [2p, t], the chosen rows first, then the rejected ones (one forward pass
-    for both, so that they share every compiled shape); `starts`, `lengths` int [2p].
-    """
-    logprobs_b = response_logprobs(
-        params, config, batch["tokens"], batch["starts"], batch["lengths"], width, dtype, remat
-    )
-    return jnp.split(logprobs_b, 2)
+def pair_logprobs(params, config: MistralConfig, batch: Batch, pairs: int, dtype, remat: bool):
+    """Summed log-probs (chosen_p, rejected_p), fp32 [p], of a micro-batch of up to `pairs` pairs:
+    the sequences of model/packing.py with two responses each, chosen and rejected."""
+    found_n = response_logprobs(params, config, batch, 2 * pairs, dtype, remat)
+    return found_n[0::2], found_n[1::2]
 
 
-def _accumulate(params, gradients, batch, pairs, width, *, config, recipe, dtype, remat):
-    """gradients + ∂(Σ weighted loss / pairs), and the micro-batch's values, one per pair.
+def _accumulate(params, gradients, batch, references, pairs, *, config, recipe, dtype, remat):
+    """gradients (None: nothing yet) + ∂(Σ weighted loss / pairs), and the values, one per pair.
 
-    batch also holds `ref_chosen`, `ref_rejected`, `weights` fp32 [p]: 0 where a row only fills up
-    the micro-batch. `pairs`: real pairs in the whole step.
+    batch: see pair_logprobs; references: `chosen`, `rejected` and `weights`, fp32 [p]: weight 0
+    where the micro-batch has fewer pairs. `pairs`: real pairs in the whole step.
     """
 
     def loss_of(params):
-        chosen_p, rejected_p = pair_logprobs(params, config, batch, width, dtype, remat)
-        references = batch["ref_chosen"], batch["ref_rejected"]
-        loss_p = dpo_loss(chosen_p, rejected_p, *references, recipe.beta, recipe.label_smoothing)
+        weights_p = references["weights"]
+        chosen_p, rejected_p = pair_logprobs(params, config, batch, len(weights_p), dtype, remat)
+        sides = references["chosen"], references["rejected"]
+        loss_p = dpo_loss(chosen_p, rejected_p, *sides, recipe.beta, recipe.label_smoothing)
         values = {
             "loss": loss_p,
             "logps/chosen": chosen_p,
             "logps/rejected": rejected_p,
-            "rewards/chosen": implicit_rewards(chosen_p, references[0], recipe.beta),
-            "rewards/rejected": implicit_rewards(rejected_p, references[1], recipe.beta),
+            "rewards/chosen": implicit_rewards(chosen_p, sides[0], recipe.beta),
+            "rewards/rejected": implicit_rewards(rejected_p, sides[1], recipe.beta),
         }
-        return jnp.sum(batch["weights"] * loss_p) / pairs, values
+        return jnp.sum(weights_p * loss_p) / pairs, values
 
     new, values = jax.grad(loss_of, has_aux=True)(params)
-    return jax.tree.map(jnp.add, gradients, new), values
+    return new if gradients is None else jax.tree.map(jnp.add, gradients, new), values
 
 
 def _apply(params, state, gradients, *, tx, max_norm):
-    """Clip by global norm, update. Returns (params, optimizer state, gradients at zero, norm)."""
+    """Clip by global norm, update. Returns (params, optimizer state, norm)."""
     norm = optax.tree.norm(gradients)
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))  # torch's clip_grad_norm_
     clipped = jax.tree.map(lambda g: g * scale, gradients)
     updates, state = tx.update(clipped, state, params)
-    return (
-        optax.apply_updates(params, updates),
-        state,
-        jax.tree.map(jnp.zeros_like, gradients),
-        norm,
-    )
+    return optax.apply_updates(params, updates), state, norm
 
 
 class Trainer:
     """The compiled functions of a run, under the current mesh (`jax.set_mesh`).
 
-    `logprobs(params, batch, width)`, `accumulate(params, gradients, batch, pairs, width)`,
-    `apply(params, optimizer_state, gradients)`, `init_optimizer(params)`, `zeros(params)`.
+    `logprobs(params, batch, pairs)`, `accumulate(params, gradients, batch, references, pairs)`,
+    `apply(params, optimizer_state, gradients)`, `init_optimizer(params)`. A batch has a multiple of
+    `batch_shards(mesh)` rows.
     """
 
     def __init__(self, config, recipe: Recipe, total_steps: int, shardings, replicated,
@@ -156,17 +150,15 @@ class Trainer:
         self.optimizer_shapes = jax.eval_shape(tx.init, mistral.abstract(config))
         self.logprobs = jax.jit(
             partial(pair_logprobs, config=config, dtype=dtype, remat=False),
-            static_argnames="width",
+            static_argnames="pairs",
         )
         self.accumulate = jax.jit(
             partial(_accumulate, config=config, recipe=recipe, dtype=dtype, remat=remat),
-            static_argnames="width", donate_argnames="gradients",
-            out_shardings=(shardings, None),
+            donate_argnames="gradients", out_shardings=(shardings, None),
         )  # fmt: skip
         self.apply = jax.jit(
             partial(_apply, tx=tx, max_norm=recipe.max_grad_norm),
-            donate_argnums=(0, 1, 2),
-            out_shardings=(shardings, self.optimizer_shardings, shardings, replicated),
+            donate_argnums=(0, 1),
+            out_shardings=(shardings, self.optimizer_shardings, replicated),
         )
         self.init_optimizer = jax.jit(tx.init, out_shardings=self.optimizer_shardings)
-        self.zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=shardings)

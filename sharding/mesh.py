@@ -88,6 +88,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh cuts a batch."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation's sharding inside jit, by logical names; no mesh set, nothing done."""
     mesh = jax.sharding.get_abstract_mesh()

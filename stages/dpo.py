@@ -17,7 +17,6 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -25,8 +24,9 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from model.packing import pack
 from stages import records
-from stages.examples import Example, read_pairs, to_arrays
+from stages.examples import Example, read_pairs
 from stages.records import Manifest, UserError
 
 # Of log-prob a token, mean over the pairs, between sampler and trainer: what one of them being in
@@ -255,7 +255,7 @@ class Run:
 
         from model import mistral
         from model import train as training
-        from sharding.mesh import make_mesh, replicated, tree_shardings
+        from sharding.mesh import batch_shards, make_mesh, replicated, tree_shardings
 
         self.args, self.config, self.manifest, self.work = args, config, manifest, work
         self.train, self.test = train, test
@@ -264,6 +264,7 @@ class Run:
             self.mesh = make_mesh(*args.mesh)
         except ValueError as error:
             raise UserError(str(error)) from error
+        self.shards = batch_shards(self.mesh)
         self.shardings = tree_shardings(
             self.mesh, mistral.logical_axes(config), mistral.abstract(config)
         )
@@ -293,12 +294,11 @@ class Run:
             self.board = SummaryWriter(str(work.log / "tensorboard"), purge_step=step)
             if step == 0 and self.test:
                 self._log(0, self._evaluate(params, references["test"]))
-            gradients = self.trainer.zeros(params)
             start = time.monotonic()
             with tqdm(total=self.total_steps, initial=step, unit=" steps", desc="dpo") as progress:
                 while step < self.total_steps:
-                    params, optimizer_state, gradients, values = self._step(
-                        step, params, optimizer_state, gradients, references["train"]
+                    params, optimizer_state, values = self._step(
+                        step, params, optimizer_state, references["train"]
                     )
                     step += 1
                     self._log(step, values)
@@ -316,7 +316,7 @@ class Run:
                     if save and step < self.total_steps:
                         self._save(step, params, optimizer_state)
             seconds = time.monotonic() - start
-            del optimizer_state, gradients
+            del optimizer_state
             results = {"steps": self.total_steps, "train_seconds": round(seconds, 1)}
             if self.test:
                 after = self._evaluate(params, references["test"])
@@ -394,30 +394,30 @@ class Run:
 
     # -------------------------------------------------------------------------- one step
 
-    def _step(self, step: int, params, optimizer_state, gradients, references):
-        """One optimizer step: (parameters, optimizer state, zeroed gradients, its metrics)."""
+    def _step(self, step: int, params, optimizer_state, references):
+        """One optimizer step: (parameters, optimizer state, its metrics)."""
         import jax
 
         epoch, number = divmod(step, self.steps_per_epoch)
         order = self._order(epoch)
         batch = order[number * self.args.batch_size : (number + 1) * self.args.batch_size]
+        gradients = None
         values: dict[str, list] = {}  # metric → one value a pair, in the order of `done`
         done: list[str] = []  # prompt_ids
-        for indices in self._micro_batches(batch):
-            arrays, width = to_arrays([self.train[i] for i in indices], self.args.micro_batch_size)
-            for column, name in enumerate(("ref_chosen", "ref_rejected")):
-                arrays[name] = self._pad(references[indices, column])
-            arrays["weights"] = self._pad(np.ones(len(indices), np.float32))
+        for indices in self._micro_batches(self.train, batch):
+            sides = {
+                "chosen": self._pad(references[indices, 0]),
+                "rejected": self._pad(references[indices, 1]),
+                "weights": self._pad(np.ones(len(indices))),
+            }
             gradients, micro = self.trainer.accumulate(
-                params, gradients, arrays, float(len(batch)), width
+                params, gradients, self._pack(self.train, indices), sides, float(len(batch))
             )
             for name, value in jax.device_get(micro).items():
                 values.setdefault(name, []).extend(value[: len(indices)])
             done += [self.train[i].prompt_id for i in indices]
         _check_finite(step, values, done)
-        params, optimizer_state, gradients, norm = self.trainer.apply(
-            params, optimizer_state, gradients
-        )
+        params, optimizer_state, norm = self.trainer.apply(params, optimizer_state, gradients)
         metrics = self._means({name: np.array(value) for name, value in values.items()})
         metrics["grad_norm"] = float(norm)
         metrics["learning_rate"] = float(self.trainer.schedule(step))
@@ -428,19 +428,21 @@ class Run:
                 f"step {step + 1}: the gradient's norm is {norm}: lower --learning-rate; "
                 f"{self.work.folder} keeps the last saved state"
             )
-        return params, optimizer_state, gradients, metrics
+        return params, optimizer_state, metrics
 
     def _order(self, epoch: int) -> np.ndarray:
         """The order of the pairs in an epoch: a function of (seed, epoch) alone."""
         seed = hashlib.sha256(f"{self.args.seed}\n{epoch}".encode()).digest()
         return np.random.Generator(np.random.PCG64(list(seed))).permutation(len(self.train))
 
-    def _micro_batches(self, batch: np.ndarray) -> Iterator[np.ndarray]:
-        """A step's pairs in micro-batches of like lengths: the sum does not care, padding does."""
-        by_length = sorted(batch, key=lambda i: (-self.train[i].longest, i))
-        size = self.args.micro_batch_size
-        for start in range(0, len(by_length), size):
-            yield np.array(by_length[start : start + size])
+    def _micro_batches(self, examples: list[Example], indices) -> list[np.ndarray]:
+        """The indices in micro-batches of about as many tokens each, so of few compiled shapes."""
+        by_length = sorted(indices, key=lambda i: (-len(examples[i].sequence), i))
+        count = math.ceil(len(by_length) / self.args.micro_batch_size)
+        return [np.array(by_length[m::count]) for m in range(count)]
+
+    def _pack(self, examples: list[Example], indices) -> dict[str, np.ndarray]:
+        return pack([examples[i].sequence for i in indices], self.shards)
 
     def _pad(self, x_p: np.ndarray) -> np.ndarray:
         return np.pad(x_p.astype(np.float32), (0, self.args.micro_batch_size - len(x_p)))
@@ -463,13 +465,12 @@ class Run:
         import jax
 
         found = np.zeros((len(examples), 2), np.float32)
-        order = sorted(range(len(examples)), key=lambda i: (-examples[i].longest, i))
-        size = self.args.micro_batch_size
-        starts = range(0, len(order), size)
-        for start in tqdm(starts, desc=name, unit=" batches", disable=not examples):
-            indices = order[start : start + size]
-            arrays, width = to_arrays([examples[i] for i in indices], size)
-            sides = jax.device_get(self.trainer.logprobs(params, batch=arrays, width=width))
+        batches = self._micro_batches(examples, range(len(examples)))
+        for indices in tqdm(batches, desc=name, unit=" batches", disable=not examples):
+            batch = self._pack(examples, indices)
+            sides = jax.device_get(
+                self.trainer.logprobs(params, batch=batch, pairs=self.args.micro_batch_size)
+            )
             for column, side in enumerate(sides):
                 found[indices, column] = side[: len(indices)]
         return found
@@ -504,7 +505,6 @@ class Run:
         if not known or not self.sampled_by_reference:
             return
         tokens = np.array([[len(self.train[i].chosen), len(self.train[i].rejected)] for i in known])
-        tokens = tokens - np.array([[self.train[i].start] for i in known])
         sampled = np.array([self.train[i].sampled for i in known])
         a_token = np.abs(references[known] - sampled) / np.maximum(tokens, 1)
         print(f"sampler and trainer agree within {a_token.max():.1e} of log-prob a token "

@@ -1,4 +1,4 @@
-"""Pairs as token ids: from the rows of pairs.jsonl to the arrays that training takes.
+"""Pairs as token ids: from the rows of pairs.jsonl to what training packs into batches.
 
 Tokens that were sampled are taken as they are; a row without token ids has its texts tokenised,
 prompt and responses apart. Runs without JAX.
@@ -7,28 +7,25 @@ prompt and responses apart. Runs without JAX.
 import dataclasses
 from collections import Counter
 
-import numpy as np
-
+from model.packing import Sequence
 from model.tokenizer import ChatTokenizer, TokenizerError
 from stages import records
 from stages.records import UserError
 
-WIDTH_STEP = 32  # sequences are padded to multiples of this, each length compiled once
-
 
 @dataclasses.dataclass
 class Example:
-    """One pair as token ids; `start` indexes the first response token, where both prompts end."""
+    """One pair as token ids, each response with the EOS that it ended with."""
 
     prompt_id: str
+    prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    start: int
     sampled: tuple[float, float] | None  # the sampler's log-probs, where nothing was cut
 
     @property
-    def longest(self) -> int:
-        return max(len(self.chosen), len(self.rejected))
+    def sequence(self) -> Sequence:
+        return Sequence(self.prompt, [self.chosen, self.rejected])
 
 
 def read_pairs(
@@ -60,15 +57,15 @@ def read_pairs(
         seen.add(prompt_id)
         counts["in"] += 1
         example = _example(row, where, tokenizer, head, lengths, counts)
-        if isinstance(example, Example) and max(example.chosen + example.rejected) >= vocabulary:
-            raise UserError(
-                f"{where}: a token id beyond the vocabulary: other tokenizer, or edited?"
-            )
         if isinstance(example, str):
             counts[f"set aside: {example}"] += 1
             aside.append({"file": path, "prompt_id": prompt_id, "reason": example})
-        else:
-            examples.append(example)
+            continue
+        if max(example.prompt + example.chosen + example.rejected) >= vocabulary:
+            raise UserError(
+                f"{where}: a token id beyond the vocabulary: other tokenizer, or edited?"
+            )
+        examples.append(example)
     return examples, counts
 
 
@@ -101,9 +98,9 @@ def _example(row: records.Row, where: str, tokenizer, head: int, lengths, counts
     known = not cut and all(isinstance(x, (int, float)) for x in recorded)
     return Example(
         prompt_id=row["prompt_id"],
-        chosen=prompt + sides[0],
-        rejected=prompt + sides[1],
-        start=len(prompt),
+        prompt=prompt,
+        chosen=sides[0],
+        rejected=sides[1],
         sampled=tuple(recorded) if known else None,
     )
 
@@ -139,25 +136,3 @@ def template_head(tokenizer) -> int:
     one, other = ([{"role": "user", "content": text}] for text in ("a", "7"))
     one, other = tokenizer.prompt_ids(one), tokenizer.prompt_ids(other)
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), 0)
-
-
-def to_arrays(examples: list[Example], p: int) -> tuple[dict[str, np.ndarray], int]:
-    """(a micro-batch of p pairs as model/train.py takes it, the response width it needs).
-
-    `tokens` int32 [2p, t], chosen rows first, padded to a multiple of WIDTH_STEP; `starts`,
-    `lengths` int32 [2p]. A short micro-batch is filled up with copies of its first pair, whose
-    values the caller drops.
-    """
-    examples = examples + [examples[0]] * (p - len(examples))
-    rows = [e.chosen for e in examples] + [e.rejected for e in examples]
-    starts = np.array([e.start for e in examples] * 2, np.int32)
-    lengths = np.array([len(row) for row in rows], np.int32)
-    tokens = np.zeros((2 * p, _round_up(lengths.max())), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    width = _round_up((lengths - starts).max())
-    return {"tokens": tokens, "starts": starts, "lengths": lengths}, width
-
-
-def _round_up(length: int) -> int:
-    return -(-int(length) // WIDTH_STEP) * WIDTH_STEP

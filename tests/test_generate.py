@@ -10,6 +10,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from model import generate, mistral
 from model.generate import Sampler, Sampling
 from model.logprobs import response_logprobs
+from model.packing import Sequence, pack
 from sharding.mesh import make_mesh, tree_shardings
 from tests import tiny
 
@@ -136,10 +137,7 @@ def test_recorded_logprobs_are_what_the_trainer_computes_for_the_same_tokens():
         for answer in found:
             reasons.add(answer.finish_reason)
             ids = answer.token_ids + ([2] if answer.finish_reason == "stop" else [])
-            logprob = response_logprobs(
-                params, config, jnp.array([prompt + ids]), jnp.array([len(prompt)]),
-                jnp.array([len(prompt + ids)]), len(ids),
-            )  # fmt: skip
+            logprob = response_logprobs(params, config, pack([Sequence(prompt, [ids])]), 1)
             assert answer.logprob == pytest.approx(float(logprob[0]), abs=1e-3)
     assert reasons == {"stop", "length"}
 

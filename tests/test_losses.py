@@ -13,7 +13,8 @@ import transformers
 
 from model import losses, mistral, train
 from model.logprobs import response_logprobs
-from sharding.mesh import make_mesh, replicated, tree_shardings
+from model.packing import Sequence, pack
+from sharding.mesh import batch_shards, make_mesh, replicated, tree_shardings
 from tests import tiny
 
 RECIPE = train.Recipe(
@@ -55,11 +56,11 @@ def test_loss_is_ln_2_where_policy_and_reference_agree():
         np.testing.assert_allclose(losses.dpo_loss(x, y, x, y, 0.3, eps), math.log(2), rtol=1e-6)
 
 
-def batch(lengths, starts, t=24):
+def sequences(*sizes):
+    """Random sequences of (prompt length, response length, …)."""
     rng = np.random.default_rng(1)
-    tokens = rng.integers(3, tiny.VOCABULARY, size=(len(lengths), t)).astype(np.int32)
-    return {"tokens": tokens, "starts": np.array(starts, np.int32),
-            "lengths": np.array(lengths, np.int32)}  # fmt: skip
+    tokens = [[rng.integers(3, tiny.VOCABULARY, n).tolist() for n in row] for row in sizes]
+    return [Sequence(prompt, responses) for prompt, *responses in tokens]
 
 
 def torch_model(config, params):
@@ -94,25 +95,45 @@ def torch_model(config, params):
     return hf
 
 
-def torch_logprobs(model, b):
+def torch_logprobs(model, sequences):
+    """Every response alone behind its prompt, unpadded."""
     found = []
-    for row, start, length in zip(b["tokens"], b["starts"], b["lengths"]):
-        ids = torch.tensor(row[:length], dtype=torch.long)[None]
-        logprobs = torch.log_softmax(model(ids).logits[0], -1)
-        found.append(logprobs[range(start - 1, length - 1), ids[0, start:]].sum())
+    for sequence in sequences:
+        for response in sequence.responses:
+            ids = torch.tensor(sequence.prompt + response)[None]
+            logprobs = torch.log_softmax(model(ids).logits[0], -1)
+            start, end = len(sequence.prompt), ids.shape[1]
+            found.append(logprobs[range(start - 1, end - 1), ids[0, start:]].sum())
     return torch.stack(found)
 
 
-def test_response_logprobs_equal_transformers_whatever_the_padding_and_chunks(monkeypatch):
+@pytest.mark.parametrize("row_tokens", [16, 40, 1024])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_packed_logprobs_equal_transformers_on_each_response_alone(row_tokens, shards, monkeypatch):
     config = tiny.config()
     params = mistral.init(config)
-    b = batch([24, 10, 17, 8], [6, 3, 16, 1])
-    expected = torch_logprobs(torch_model(config, params), b).detach().numpy()
-    for chunk in (512, 8, 4):
+    rows = sequences((6, 18, 4), (3, 7, 7), (16, 1, 9), (1, 7), (5, 30, 2, 11))
+    expected = torch_logprobs(torch_model(config, params), rows).detach().numpy()
+    monkeypatch.setattr("model.packing.ROW_TOKENS", row_tokens)
+    batch = pack(rows, shards)
+    assert len(batch["tokens"]) % shards == 0
+    for chunk in (512, 8):
         monkeypatch.setattr("model.logprobs.CHUNK", chunk)
-        for width in (18, 23):
-            found = response_logprobs(params, config, *b.values(), width)
-            np.testing.assert_allclose(found, expected, atol=1e-4)
+        found = response_logprobs(params, config, batch, len(expected) + 1)
+        np.testing.assert_allclose(found[:-1], expected, atol=1e-4)
+        assert found[-1] == 0  # no such response
+
+
+def test_packing_keeps_the_sliding_window_of_each_branch():
+    config = tiny.config(sliding_window=5)
+    params = mistral.init(config)
+    rows = sequences((9, 12, 8), (4, 10, 13))
+    together = response_logprobs(params, config, pack(rows), 4)
+    for i, (row, k) in enumerate((row, k) for row in rows for k in (0, 1)):
+        alone = pack([Sequence(row.prompt, [row.responses[k]])])
+        np.testing.assert_allclose(
+            together[i], response_logprobs(params, config, alone, 1)[0], atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])
@@ -122,11 +143,10 @@ def test_training_steps_equal_torchs_optimizer_on_transformers_model(name):
     params = mistral.init(config)
     recipe = dataclasses.replace(RECIPE, optimizer=name, schedule="cosine")
     steps, pairs = 6, 4
-    batches = [batch([24, 20, 18, 23], [6, 6, 4, 4]), batch([12, 15, 22, 9], [5, 5, 3, 3])]
-    for b in batches:  # rows 0, 1: chosen; 2, 3: rejected
-        b |= {"ref_chosen": np.array([-60.0, -50.0], np.float32),
-              "ref_rejected": np.array([-55.0, -40.0], np.float32),
-              "weights": np.ones(2, np.float32)}  # fmt: skip
+    batches = [sequences((6, 18, 12), (4, 14, 19)), sequences((5, 7, 17), (3, 12, 6))]
+    references = {"chosen": np.array([-60.0, -50.0], np.float32),
+                  "rejected": np.array([-55.0, -40.0], np.float32),
+                  "weights": np.ones(2, np.float32)}  # fmt: skip
 
     model = torch_model(config, params)
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
@@ -140,9 +160,9 @@ def test_training_steps_equal_torchs_optimizer_on_transformers_model(name):
     for _ in range(steps):
         loss = 0
         for b in batches:
-            chosen, rejected = torch_logprobs(model, b).chunk(2)
-            margin = (chosen - torch.tensor(b["ref_chosen"])) - (
-                rejected - torch.tensor(b["ref_rejected"])
+            chosen, rejected = torch_logprobs(model, b).reshape(2, 2).T
+            margin = (chosen - torch.tensor(references["chosen"])) - (
+                rejected - torch.tensor(references["rejected"])
             )
             loss = loss - torch.nn.functional.logsigmoid(0.1 * margin).sum() / pairs
         loss.backward()
@@ -158,13 +178,15 @@ def test_training_steps_equal_torchs_optimizer_on_transformers_model(name):
     with jax.set_mesh(mesh):
         trainer = train.Trainer(config, recipe, steps, shardings, replicated(mesh))
         ours = jax.tree.map(jnp.copy, params)
-        state, gradients = trainer.init_optimizer(ours), trainer.zeros(ours)
+        state = trainer.init_optimizer(ours)
         for i, (loss, norm, rate) in enumerate(expected):
-            values = []
+            gradients, values = None, []
             for b in batches:
-                gradients, micro = trainer.accumulate(ours, gradients, b, float(pairs), width=20)
+                gradients, micro = trainer.accumulate(
+                    ours, gradients, pack(b), references, float(pairs)
+                )
                 values.append(micro["loss"])
-            ours, state, gradients, our_norm = trainer.apply(ours, state, gradients)
+            ours, state, our_norm = trainer.apply(ours, state, gradients)
             assert float(np.sum(values) / pairs) == pytest.approx(loss, abs=1e-5)
             assert float(our_norm) == pytest.approx(norm, rel=1e-4)
             assert float(trainer.schedule(i)) == pytest.approx(rate, rel=1e-5, abs=1e-12)
@@ -198,7 +220,12 @@ def test_moments_lie_as_their_parameters_do_and_old_buffers_are_donated(shape):
     with jax.set_mesh(mesh):
         trainer = train.Trainer(config, RECIPE, 4, shardings, replicated(mesh))
         params = jax.device_put(mistral.init(config), shardings)
-        state, gradients = trainer.init_optimizer(params), trainer.zeros(params)
+        state = trainer.init_optimizer(params)
+        references = {name: np.full(2, -50, np.float32) for name in ("chosen", "rejected")}
+        references["weights"] = np.ones(2, np.float32)
+        b = pack(sequences((6, 18, 12), (4, 14, 19)), batch_shards(mesh))
+        first, _ = trainer.accumulate(params, None, b, references, 2.0)
+        gradients, _ = trainer.accumulate(params, first, b, references, 2.0)
         adam = next(s for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s))
         for moment in (adam.mu, adam.nu, gradients):
             same = jax.tree.map(
@@ -206,12 +233,8 @@ def test_moments_lie_as_their_parameters_do_and_old_buffers_are_donated(shape):
             )
             assert all(jax.tree.leaves(same))
         assert any(not p.sharding.is_fully_replicated for p in jax.tree.leaves(params))
-        b = batch([24, 20, 18, 23], [6, 6, 4, 4])
-        b |= {name: np.full(2, -50, np.float32) for name in ("ref_chosen", "ref_rejected")}
-        b["weights"] = np.ones(2, np.float32)
-        gradients, _ = trainer.accumulate(params, gradients, b, 2.0, width=20)
         new, *_ = trainer.apply(params, state, gradients)
-        assert all(x.is_deleted() for x in jax.tree.leaves((params, state, gradients)))
+        assert all(x.is_deleted() for x in jax.tree.leaves((params, state, first)))
         assert new["layers"]["q"].sharding.is_equivalent_to(shardings["layers"]["q"], 4)
 
 
@@ -222,10 +245,10 @@ def _is_adam(x):
 def test_rematerialisation_changes_no_gradient():
     config = tiny.config()
     params = mistral.init(config)
-    b = batch([24, 20, 18, 23], [6, 6, 4, 4])
+    b = pack(sequences((6, 18, 12), (4, 14, 19)))
 
     def total(params, remat):
-        return response_logprobs(params, config, *b.values(), 20, remat=remat).sum()
+        return response_logprobs(params, config, b, 4, remat=remat).sum()
 
     one, other = (jax.grad(total)(params, remat) for remat in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, other)

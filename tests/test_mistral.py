@@ -62,7 +62,13 @@ class Pair:
 
 @partial(jax.jit, static_argnames=("config", "dtype", "remat"))
 def full_logits(params, config, tokens_bt, valid_bt=None, **kwargs):
-    hidden_btd = mistral.forward(params, config, jnp.asarray(tokens_bt), valid_bt, **kwargs)
+    positions_bt = allowed_bts = None
+    if valid_bt is not None:
+        positions_bt = jnp.maximum(jnp.cumsum(valid_bt, axis=1) - 1, 0)
+        allowed_bts = valid_bt[:, None, :]
+    hidden_btd = mistral.forward(
+        params, config, jnp.asarray(tokens_bt), positions_bt, allowed_bts, **kwargs
+    )
     return mistral.logits(params, config, hidden_btd)
 
 
