@@ -47,20 +47,28 @@ def attention(
     row's harmless answer, and never NaN.
     """
     b, t, n, h = q_btnh.shape
-    k = k_bkhs.shape[1]
+    k, s = k_bkhs.shape[1], k_bkhs.shape[-1]
+    g = n // k
     precision = matmul_precision(q_btnh.dtype)
-    # One token a row is its own case: an axis t of size 1 makes XLA's CPU compiler choose
-    # transposed layouts and copy the cache (the decode step takes 1.5 times as long).
-    r, seen = ("", seen_bts[:, None]) if t == 1 else ("t", seen_bts[:, None, None])
-    q = q_btnh.reshape(b, k, n // k, h) if t == 1 else q_btnh.reshape(b, t, k, n // k, h)
-    scores = jnp.einsum(
-        f"b{r}kgh,bkhs->bkg{r}s", q, k_bkhs, precision=precision,
+    # All queries of a key head as the rows of one matrix: on CPU two to three times as fast as a
+    # product over separate axes t and g.
+    q_bkrh = jnp.transpose(q_btnh.reshape(b, t, k, g, h), (0, 2, 3, 1, 4)).reshape(b, k, g * t, h)
+    scores_bkrs = jnp.einsum(
+        "bkrh,bkhs->bkrs", q_bkrh, k_bkhs, precision=precision,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
-    scores = jnp.where(seen, scores * h**-0.5, -1e30)
-    probs = jax.nn.softmax(scores, axis=-1).astype(q_btnh.dtype)
-    out = jnp.einsum(f"bkg{r}s,bksh->b{r}kgh", probs, v_bksh, precision=precision)
-    return out.reshape(b, t, n, h)
+    hidden_bts = jnp.where(seen_bts, 0.0, -1e30)
+    scores = scores_bkrs.reshape(b, k, g, t, s) * h**-0.5 + hidden_bts[:, None, None]
+    # Softmax whose division comes last, over h numbers a query instead of s.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1)[..., None]
+    weights_bkrs = weights.reshape(b, k, g * t, s).astype(q_btnh.dtype)
+    out_bkrh = jnp.einsum(
+        "bkrs,bksh->bkrh", weights_bkrs, v_bksh, precision=precision,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    out = (out_bkrh.reshape(b, k, g, t, h) / total).astype(q_btnh.dtype)
+    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(b, t, n, h)
 
 
 def matmul_precision(dtype):

@@ -1,22 +1,27 @@
 """The sampling engine: a fixed set of slots, each holding one answer in the making.
 
-A prompt is prefilled once and its keys and values are copied to the slots of its answers; all
-slots then advance together, one token a step, in a compiled loop; a slot whose answer has ended is
-given the next one. The cache and everything else a slot needs stay on the device, donated from
-call to call.
+A prompt is prefilled once, packed into a row with others that can start too, and its keys and
+values are copied to the slots of its answers; all slots then advance together, one token a step, in
+a compiled loop; a slot whose answer has ended is given the next one. The cache and everything else
+a slot needs stay on the device, donated from call to call. The cache is only as long as the longest
+answer in the making needs, and when no prompt waits any more, the last answers are gathered into
+fewer slots: both in a few fixed sizes, each compiled once.
 
 Randomness is a function of (seed, prompt_id, answer index, token position) alone, so an answer does
 not depend on the slots, the order of the prompts, or a restart. (The arithmetic may: a matrix
 product of another shape rounds differently, and where a draw falls within that rounding of the
 border between two tokens, the answer goes another way from there on.)
 
-Axis letters: b slot, g answers of one prompt, t prompt position, m answer position, v vocabulary.
+Axis letters: b slot, g answer that starts, t index in the row of prompts, s cache position,
+v vocabulary.
 """
 
 import dataclasses
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +29,10 @@ import numpy as np
 
 from model import mistral
 from model.config import MistralConfig
-from model.packing import bucket
 
 STEPS_A_CALL = 32  # decode steps between two looks of the host, at most
+PREFILL_TOKENS = 512  # of prompts that are prefilled together, where there are several
+PREFILL_PROMPTS = 8  # at most; a power of two, so that few numbers are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +184,24 @@ def uniforms(keys_b2: jax.Array, positions_b: jax.Array) -> jax.Array:
 # ----------------------------------------------------------------------------- the engine
 
 
+def size(needed: int) -> int:
+    """64, 96, 128, 192, 256, …: each is compiled, and at most a third of it is idle."""
+    size = 64
+    while size < needed:
+        size *= 2
+    return size * 3 // 4 if 64 < needed <= size * 3 // 4 else size
+
+
+@dataclasses.dataclass
+class Making:
+    """An answer in the making: which one, and how far it is."""
+
+    prompt_id: str
+    index: int
+    prompt_length: int
+    steps: int = 1  # tokens drawn
+
+
 class Sampler:
     """Draws answers for a stream of prompts.
 
@@ -200,19 +224,17 @@ class Sampler:
     ):
         self.config, self.sampling, self.decode_text = config, sampling, decode_text
         self.params = mistral.unstack_layers(params)
-        self.slots = slots
+        self.slots, self.dtype = slots, dtype
         self.group = min(sampling.n, slots)  # answers that share one prefill
         self.longest_prompt = longest_prompt
-        self.length = max(bucket(longest_prompt), longest_prompt + sampling.max_new_tokens)
+        self.longest = longest_prompt + sampling.max_new_tokens  # positions
         self.tokens_drawn = 0  # of the answers given out, EOS not counted
-        self._admit = jax.jit(
-            partial(_admit, config=config, sampling=sampling, dtype=dtype), donate_argnums=1
-        )
+        self._prefill = jax.jit(partial(_prefill, config=config, dtype=dtype))
+        self._admit = jax.jit(partial(_admit, config=config, sampling=sampling), donate_argnums=1)
         self._advance = jax.jit(
             partial(_advance, config=config, sampling=sampling, dtype=dtype), donate_argnums=1
         )
         self._release = jax.jit(_release, donate_argnums=0)
-        self.state = jax.jit(partial(_empty, config, slots, self.length, sampling, dtype))()
 
     def run(
         self,
@@ -224,27 +246,30 @@ class Sampler:
         `each_call` runs between two calls of the device; it may raise to stop the run.
         """
         groups = self._groups(prompts)
-        waiting = next(groups, None)
-        doing: dict[int, tuple[str, int]] = {}  # slot → (prompt_id, answer index)
+        waiting = deque(islice(groups, PREFILL_PROMPTS))
+        self.rows = self.slots
+        self.length = self._cache_length(self.longest_prompt + STEPS_A_CALL)
+        self.state = _empty(self.config, self.rows, self.length, self.sampling, self.dtype)
+        self.doing: dict[int, Making] = {}  # slot → its answer
         done: dict[str, dict[int, Answer]] = {}  # prompt_id → index → answer
-        free = list(range(self.slots))
         while True:
-            while waiting is not None and len(free) >= len(waiting[2]):
-                prompt_id, token_ids, indices = waiting
-                slots = [free.pop() for _ in indices]
-                self._start(prompt_id, token_ids, slots, indices)
-                doing |= {slot: (prompt_id, index) for slot, index in zip(slots, indices)}
-                done.setdefault(prompt_id, {})
-                waiting = next(groups, None)
-            if not doing:
+            while count := self._how_many_fit(waiting):
+                starting = [waiting.popleft() for _ in range(count)]
+                self._start(starting)
+                for prompt_id, *_ in starting:
+                    done.setdefault(prompt_id, {})
+                waiting.extend(islice(groups, count))
+            if not self.doing:
                 return
-            # Look at the slots again as soon as the waiting group fits.
-            wanted = self.slots if waiting is None else len(waiting[2])
             each_call()
-            self.state = self._advance(self.params, self.state, self.slots - wanted)
-            for slot, answer in self._ended(doing):
-                prompt_id, index = doing.pop(slot)
-                free.append(slot)
+            self._fit(more=bool(waiting))
+            # Look at the slots again as soon as the waiting group fits, or half of them are idle.
+            if waiting:
+                look = self.rows - len(waiting[0][2])
+            else:
+                look = self.rows // 2 if self._may_halve() else 0
+            self.state = self._advance(self.params, self.state, look)
+            for prompt_id, index, answer in self._ended():
                 done[prompt_id][index] = answer
                 self.tokens_drawn += len(answer.token_ids)
                 if len(done[prompt_id]) == self.sampling.n:
@@ -258,41 +283,110 @@ class Sampler:
                 indices = range(start, min(start + self.group, self.sampling.n))
                 yield prompt_id, token_ids, indices
 
-    def _start(self, prompt_id: str, token_ids: list[int], slots: list[int], indices):
-        """Prefill a prompt into the slots of its answers and draw their first tokens."""
-        length = len(token_ids)
-        if length > self.longest_prompt:
-            raise ValueError(
-                f"a prompt of {length} tokens: longest_prompt is {self.longest_prompt}"
-            )
-        tokens_1t = np.zeros((1, bucket(length)), np.int32)
-        tokens_1t[0, :length] = token_ids
-        spare = [self.slots] * (self.group - len(slots))  # beyond the last slot: written nowhere
-        keys = [answer_key(self.sampling.seed, prompt_id, i) for i in indices]
-        keys += [np.zeros(2, np.uint32)] * len(spare)
-        slots_g = np.array(slots + spare, np.int32)
-        self.state = self._admit(
-            self.params, self.state, tokens_1t, length, slots_g, np.stack(keys)
-        )
+    def _how_many_fit(self, waiting: deque) -> int:
+        """How many of the first waiting groups can start now: 8, 4, 2, 1 or none."""
+        count, free = PREFILL_PROMPTS, self.rows - len(self.doing)
+        while count:
+            first = list(islice(waiting, count))
+            fits = len(first) == count and sum(len(indices) for *_, indices in first) <= free
+            tokens = sum(len(token_ids) for _, token_ids, _ in first)
+            if fits and (tokens <= PREFILL_TOKENS or count == 1):
+                return count
+            count //= 2
+        return 0
 
-    def _ended(self, doing: dict) -> list[tuple[int, Answer]]:
-        """The answers that have ended since the last look."""
+    def _start(self, groups: list[tuple[str, list[int], range]]) -> None:
+        """Prefill prompts, packed into one row, into free slots, one for each answer, and draw
+        the answers' first tokens."""
+        t = size(sum(len(token_ids) for _, token_ids, _ in groups))
+        row = {name: np.zeros((1, t), np.int32) for name in ("tokens", "positions", "prompts")}
+        count = self.group * len(groups)
+        starting = {
+            "slots": np.full(count, self.rows, np.int32),  # beyond the last slot: written nowhere
+            "starts": np.zeros(count, np.int32),
+            "lengths": np.ones(count, np.int32),
+            "keys": np.zeros((count, 2), np.uint32),
+        }
+        free = [slot for slot in range(self.rows) if slot not in self.doing]
+        start = 0
+        for number, (prompt_id, token_ids, indices) in enumerate(groups):
+            length = len(token_ids)
+            if length > self.longest_prompt:
+                raise ValueError(
+                    f"a prompt of {length} tokens: longest_prompt is {self.longest_prompt}"
+                )
+            here = slice(start, start + length)
+            row["tokens"][0, here] = token_ids
+            row["positions"][0, here] = np.arange(length)
+            row["prompts"][0, here] = number + 1
+            for g, index in enumerate(indices, number * self.group):
+                slot = free.pop()
+                self.doing[slot] = Making(prompt_id, index, length)
+                starting["slots"][g], starting["starts"][g] = slot, start
+                starting["lengths"][g] = length
+                starting["keys"][g] = answer_key(self.sampling.seed, prompt_id, index)
+            start += length
+        needed = self._cache_length(max(len(token_ids) for _, token_ids, _ in groups))
+        if self.length < needed:
+            self._resize(needed)
+        prefilled = self._prefill(self.params, row)
+        self.state = self._admit(self.params, self.state, *prefilled, starting)
+
+    # ------------------------------------------------------------ the sizes of the state
+
+    def _cache_length(self, needed: int) -> int:
+        return min(size(needed), self.longest)
+
+    def _may_halve(self) -> bool:
+        return self.rows > max(1, self.slots // 4)
+
+    def _fit(self, more: bool) -> None:
+        """Make the cache long enough for the next call, or shorter if that halves it; with no more
+        prompts to come, halve the slots (twice at most) once half are idle."""
+        limit = self.sampling.max_new_tokens
+        ends = (m.prompt_length + min(m.steps + STEPS_A_CALL, limit) for m in self.doing.values())
+        length, rows = self._cache_length(max(ends)), self.rows
+        if not more and self._may_halve() and len(self.doing) <= rows // 2:
+            rows //= 2
+        if rows < self.rows:
+            live = sorted(self.doing)
+            idle = [slot for slot in range(self.rows) if slot not in self.doing]
+            self._resize(length, live + idle[: rows - len(live)])
+            self.doing = {new: self.doing[old] for new, old in enumerate(live)}
+        elif not self.length // 2 < length <= self.length:
+            self._resize(length)
+
+    def _resize(self, length: int, slots: list[int] | None = None) -> None:
+        """A cache of this length, and only these slots (None: all)."""
+        if slots is not None:
+            slots = np.array(slots)
+            rest = {name: x[slots] for name, x in self.state.items() if name != "cache"}
+            self.state = rest | {"cache": self.state["cache"]}
+            self.rows = len(slots)
+        cache = self.state["cache"]
+        for i in range(len(cache)):  # one layer at a time, so that only one exists twice
+            cache[i] = _resize_layer(*cache[i], slots, length)
+        self.length = length
+
+    # ---------------------------------------------------------------------- the answers
+
+    def _ended(self) -> list[tuple[str, int, Answer]]:
+        """(prompt_id, index, answer) of the answers that have ended since the last look."""
         names = ("active", "steps", "tokens", "logprobs")
         active, steps, tokens, logprobs = jax.device_get([self.state[n] for n in names])
-        ended, stopped = [], []
-        for slot in doing:
-            drawn, scores = tokens[slot, : steps[slot]].tolist(), logprobs[slot, : steps[slot]]
+        ended, stopped = [], np.zeros(self.rows, bool)
+        for slot, making in list(self.doing.items()):
+            making.steps = int(steps[slot])
+            drawn, scores = tokens[slot, : making.steps].tolist(), logprobs[slot, : making.steps]
             answer = self._cut_at_stop_string(drawn, scores)
-            if answer is not None:
-                stopped.append(slot)
-            elif not active[slot]:
+            stopped[slot] = answer is not None
+            if answer is None and not active[slot]:
                 answer = self._answer(drawn, scores)
             if answer is not None:
-                ended.append((slot, answer))
-        if stopped:
-            mask_b = np.zeros(self.slots, bool)
-            mask_b[stopped] = True
-            self.state = self._release(self.state, mask_b)
+                ended.append((making.prompt_id, making.index, answer))
+                del self.doing[slot]
+        if stopped.any():
+            self.state = self._release(self.state, stopped)
         return ended
 
     def _answer(self, drawn: list[int], scores) -> Answer:
@@ -334,24 +428,37 @@ def _empty(config: MistralConfig, slots: int, length: int, sampling: Sampling, d
     }
 
 
-def _admit(params, state, tokens_1t, length, slots_g, keys_g2, *, config, sampling, dtype) -> dict:
-    """Prefill one prompt and start an answer in each of `slots_g` (those beyond the last: none)."""
-    hidden_1td, prompt_cache = mistral.prefill(params, config, tokens_1t, dtype)
-    last_1d = jax.lax.dynamic_index_in_dim(hidden_1td, length - 1, axis=1, keepdims=False)
-    g, t = slots_g.shape[0], tokens_1t.shape[1]
-    logits_gv = jnp.broadcast_to(mistral.logits(params, config, last_1d), (g, config.vocab_size))
-    first_g = jnp.zeros(g, jnp.int32)
-    tokens_g, logprobs_g = draw(logits_gv, uniforms(keys_g2, first_g), sampling)
-    cache = [
-        (k.at[slots_g, :, :, :t].set(pk, mode="drop"), v.at[slots_g, :, :t].set(pv, mode="drop"))
-        for (k, v), (pk, pv) in zip(state["cache"], prompt_cache)
-    ]
+def _prefill(params, row, *, config, dtype):
+    """(hidden states [t, d] of a row of prompts, the keys and values of each layer)."""
+    same_1tt = row["prompts"][:, :, None] == row["prompts"][:, None, :]
+    hidden_1td, cache = mistral.prefill(
+        params, config, row["tokens"], row["positions"], same_1tt, dtype
+    )
+    return hidden_1td[0], cache
+
+
+def _admit(params, state, hidden_td, prompts_cache, starting, *, config, sampling) -> dict:
+    """Start answers: copy their prompts' keys and values to their slots (those beyond the last:
+    nowhere), and draw their first tokens."""
+    slots_g, starts_g, lengths_g = (starting[name] for name in ("slots", "starts", "lengths"))
+    logits_gv = mistral.logits(params, config, hidden_td[starts_g + lengths_g - 1])
+    first_g = jnp.zeros_like(slots_g)
+    tokens_g, logprobs_g = draw(logits_gv, uniforms(starting["keys"], first_g), sampling)
+    # What lies behind a prompt in the row is copied too: it is overwritten before it is read.
+    length = state["cache"][0][0].shape[-1]
+    from_gs = jnp.minimum(starts_g[:, None] + jnp.arange(length), hidden_td.shape[0] - 1)
+    cache = []
+    for (k, v), (prompts_k, prompts_v) in zip(state["cache"], prompts_cache):
+        new_k = jnp.moveaxis(prompts_k[0][:, :, from_gs], 2, 0)
+        new_v = jnp.moveaxis(prompts_v[0][:, from_gs], 1, 0)
+        k = k.at[slots_g].set(new_k, mode="drop")
+        cache.append((k, v.at[slots_g].set(new_v, mode="drop")))
     active_g = ~_is_eos(tokens_g, config) & (sampling.max_new_tokens > 1)
     new = {
         "active": active_g,
-        "keys": keys_g2,
-        "prompt_lengths": jnp.full(g, length),
-        "steps": jnp.ones(g, jnp.int32),
+        "keys": starting["keys"],
+        "prompt_lengths": lengths_g,
+        "steps": jnp.ones_like(slots_g),
     }
     state = {**state, "cache": cache} | {
         name: state[name].at[slots_g].set(value, mode="drop") for name, value in new.items()
@@ -392,6 +499,16 @@ def _advance(params, state, stop_at_active, *, config, sampling, dtype) -> dict:
         }
 
     return jax.lax.while_loop(unfinished, step, (0, state))[1]
+
+
+@partial(jax.jit, static_argnames="length")
+def _resize_layer(k_bkhs, v_bksh, slots_b, length):
+    """One layer's cache of the given slots (None: all), cut or padded to `length` positions."""
+    if slots_b is not None:
+        k_bkhs, v_bksh = k_bkhs[slots_b], v_bksh[slots_b]
+    extra = max(length - k_bkhs.shape[-1], 0)
+    k_bkhs = jnp.pad(k_bkhs[..., :length], ((0, 0),) * 3 + ((0, extra),))
+    return k_bkhs, jnp.pad(v_bksh[:, :, :length], ((0, 0), (0, 0), (0, extra), (0, 0)))
 
 
 def _release(state, mask_b) -> dict:

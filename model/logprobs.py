@@ -21,7 +21,7 @@ def response_logprobs(
     batch: dict[str, jax.Array],
     responses: int,
     dtype=jnp.float32,
-    remat: bool = False,
+    remat: mistral.Remat = "none",
 ) -> jax.Array:
     """Summed log π(response | prompt), fp32 [responses]; 0 for one that is not in the batch.
 

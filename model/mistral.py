@@ -16,6 +16,7 @@ h head width, f MLP width, v vocabulary, l layer. Mirrors transformers' modeling
 """
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from model.config import MistralConfig
 from sharding.mesh import constrain
 
 Params = dict
+Remat = Literal["none", "dots", "full"]
 
 
 class Block(nnx.Module):
@@ -191,15 +193,16 @@ def forward(
     positions_bt: jax.Array | None = None,
     allowed_bts: jax.Array | None = None,
     dtype=jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> jax.Array:
     """Final hidden states [b, t, d] (after the last norm) of whole sequences.
 
     tokens_bt: int ids; positions_bt: each token's position in its own sequence (None: 0, 1, …);
     allowed_bts: bool, the keys that a query may see if they are at or before its position (None:
     all of its row) – what is padding, or of another sequence in the row, is not allowed.
-    `remat` keeps only each layer's input for the backward pass and computes the rest again (for a
-    third more operations).
+    remat: what the backward pass computes again instead of keeping it. "none": nothing; "dots":
+    all but the products with weights, so attention and whatever is elementwise; "full": all but
+    each layer's input, for a third more operations.
     """
     if positions_bt is None:
         positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
@@ -213,28 +216,43 @@ def forward(
         return block(w, config, x_btd, rope, attend)[0], None
 
     x_btd = embed(params, tokens_bt, dtype)
-    x_btd, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, x_btd, params["layers"])
+    if remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(body, policy=policy)
+    elif remat == "full":
+        body = jax.checkpoint(body)
+    x_btd, _ = jax.lax.scan(body, x_btd, params["layers"])
     return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps)
 
 
-def prefill(params: Params, config: MistralConfig, tokens_bt: jax.Array, dtype=jnp.float32):
-    """Hidden states [b, t, d] of prompts padded on the right, and their keys and values.
+def prefill(
+    params: Params,
+    config: MistralConfig,
+    tokens_bt: jax.Array,
+    positions_bt: jax.Array | None = None,
+    allowed_bts: jax.Array | None = None,
+    dtype=jnp.float32,
+):
+    """As `forward`, with the keys and values: (hidden, [(k_bkht, v_bkth) of each layer]).
 
-    params: unstacked. Returns (hidden, [(k_bkht, v_bkth) of each layer]). Padding needs no mask:
-    nothing before it sees it, and what lies at or after it is overwritten or never read.
+    params: unstacked. Padding behind a sequence needs no mask: nothing before it sees it.
     """
-    b, t = tokens_bt.shape
-    positions_bt = jnp.broadcast_to(jnp.arange(t), (b, t))
+    if positions_bt is None:
+        positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
     rope = rope_angles(positions_bt, config.head_dim, config.rope_theta)
-    seen_bts = visible(positions_bt, positions_bt, None, config.sliding_window)
+    seen_bts = visible(positions_bt, positions_bt, allowed_bts, config.sliding_window)
 
-    def attend(q_btnh, k_btkh, v_btkh):
-        kv = _cache_layout(k_btkh, v_btkh)
-        return attention(q_btnh, *kv, seen_bts), kv
+    @jax.jit  # so that all layers are traced and lowered once
+    def layer(w, x_btd):
+        def attend(q_btnh, k_btkh, v_btkh):
+            kv = _cache_layout(k_btkh, v_btkh)
+            return attention(q_btnh, *kv, seen_bts), kv
+
+        return block(w, config, x_btd, rope, attend)
 
     x_btd, cache = embed(params, tokens_bt, dtype), []
     for w in params["layers"]:
-        x_btd, kv = block(w, config, x_btd, rope, attend)
+        x_btd, kv = layer(w, x_btd)
         cache.append(kv)
     return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps), cache
 
@@ -267,16 +285,19 @@ def decode(
     keys_bs = jnp.broadcast_to(jnp.arange(length), (tokens_b.shape[0], length))
     seen_bts = visible(positions_b[:, None], keys_bs, None, config.sliding_window)
 
-    x_btd, new_cache = embed(params, tokens_b[:, None], dtype), []
-    for w, (k_bkhs, v_bksh) in zip(params["layers"], cache):
-
-        def attend(q_btnh, k_btkh, v_btkh, k_bkhs=k_bkhs, v_bksh=v_bksh):
+    @jax.jit  # as in prefill
+    def layer(w, x_btd, k_bkhs, v_bksh):
+        def attend(q_btnh, k_btkh, v_btkh):
             # A scatter of one column a row: in place, since the caller donates the cache.
-            k_bkhs = k_bkhs.at[rows, :, :, positions_b].set(k_btkh[:, 0], mode="drop")
-            v_bksh = v_bksh.at[rows, :, positions_b].set(v_btkh[:, 0], mode="drop")
-            return attention(q_btnh, k_bkhs, v_bksh, seen_bts), (k_bkhs, v_bksh)
+            k = k_bkhs.at[rows, :, :, positions_b].set(k_btkh[:, 0], mode="drop")
+            v = v_bksh.at[rows, :, positions_b].set(v_btkh[:, 0], mode="drop")
+            return attention(q_btnh, k, v, seen_bts), (k, v)
 
-        x_btd, kv = block(w, config, x_btd, rope, attend)
+        return block(w, config, x_btd, rope, attend)
+
+    x_btd, new_cache = embed(params, tokens_b[:, None], dtype), []
+    for w, kv in zip(params["layers"], cache):
+        x_btd, kv = layer(w, x_btd, *kv)
         new_cache.append(kv)
     hidden_btd = rms_norm(x_btd, params["final_norm"], config.rms_norm_eps)
     return hidden_btd[:, 0], new_cache

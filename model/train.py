@@ -91,7 +91,9 @@ def optimizer_shardings(tx: optax.GradientTransformation, params, shardings, rep
 # ------------------------------------------------------------------------------- the step
 
 
-def pair_logprobs(params, config: MistralConfig, batch: Batch, pairs: int, dtype, remat: bool):
+def pair_logprobs(
+    params, config: MistralConfig, batch: Batch, pairs: int, dtype, remat: mistral.Remat
+):
     """Summed log-probs (chosen_p, rejected_p), fp32 [p], of a micro-batch of up to `pairs` pairs:
     the sequences of model/packing.py with two responses each, chosen and rejected."""
     found_n = response_logprobs(params, config, batch, 2 * pairs, dtype, remat)
@@ -141,7 +143,7 @@ class Trainer:
     """
 
     def __init__(self, config, recipe: Recipe, total_steps: int, shardings, replicated,
-                 dtype=jnp.float32, remat=False):  # fmt: skip
+                 dtype=jnp.float32, remat: mistral.Remat = "dots"):  # fmt: skip
         tx = optimizer(recipe, total_steps)
         self.schedule = learning_rate(recipe, total_steps)
         self.optimizer_shardings = optimizer_shardings(
@@ -149,7 +151,7 @@ class Trainer:
         )
         self.optimizer_shapes = jax.eval_shape(tx.init, mistral.abstract(config))
         self.logprobs = jax.jit(
-            partial(pair_logprobs, config=config, dtype=dtype, remat=False),
+            partial(pair_logprobs, config=config, dtype=dtype, remat="none"),
             static_argnames="pairs",
         )
         self.accumulate = jax.jit(

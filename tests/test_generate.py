@@ -92,6 +92,29 @@ def test_greedy_answers_are_the_argmax_of_the_full_forward_pass():
             assert token == int(jnp.argmax(logits[len(prompt) + i - 1]))
 
 
+def test_cache_and_slots_are_fitted_to_the_answers_in_the_making(monkeypatch):
+    sizes = []
+    resize = Sampler._resize
+
+    def spy(self, *args):
+        resize(self, *args)
+        sizes.append((self.rows, self.length, len(self.doing)))
+
+    monkeypatch.setattr(Sampler, "_resize", spy)
+    prompts = [(f"p{i}", RNG.integers(3, 300, n).tolist()) for i, n in enumerate((5, 100, 9, 30))]
+    sampling = Sampling(n=4, temperature=1.0, top_p=1.0, max_new_tokens=70)
+    often = {"eos_token_ids": tuple(range(2, 14))}  # so that answers end at different steps
+    found = answers(sampling, slots=16, prompts=prompts, **often)
+    assert {rows for rows, *_ in sizes} >= {8, 4}
+    assert max(length for _, length, _ in sizes) == 170  # the longest possible answer
+    assert all(doing <= rows for rows, _, doing in sizes)
+    # and each answer is what it is alone
+    for prompt in prompts:
+        for one, other in zip(found[prompt[0]], answers(sampling, 1, [prompt], **often)[prompt[0]]):
+            assert one.token_ids == other.token_ids and one.finish_reason == other.finish_reason
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
 def test_answers_do_not_depend_on_slots_order_or_company():
     sampling = Sampling(n=3, temperature=1.0, top_p=0.9, max_new_tokens=20, seed=5)
     base = answers(sampling, slots=8)

@@ -240,15 +240,3 @@ def test_moments_lie_as_their_parameters_do_and_old_buffers_are_donated(shape):
 
 def _is_adam(x):
     return isinstance(x, optax.ScaleByAdamState)
-
-
-def test_rematerialisation_changes_no_gradient():
-    config = tiny.config()
-    params = mistral.init(config)
-    b = pack(sequences((6, 18, 12), (4, 14, 19)))
-
-    def total(params, remat):
-        return response_logprobs(params, config, b, 4, remat=remat).sum()
-
-    one, other = (jax.grad(total)(params, remat) for remat in (False, True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, other)

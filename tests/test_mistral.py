@@ -175,16 +175,16 @@ def test_a_position_beyond_the_cache_writes_nothing():
         np.testing.assert_array_equal(before[1], now[1])
 
 
-@pytest.mark.parametrize("name", ["window"])
-def test_rematerialization_changes_neither_values_nor_gradients(name):
-    pair, tokens_bt = make_pair(name), random_tokens(2, 12)
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialization_changes_neither_values_nor_gradients(remat):
+    pair, tokens_bt = make_pair("window"), random_tokens(2, 12)
 
     def loss(params, remat):
         logits_btv = full_logits(params, pair.config, tokens_bt, remat=remat)
         return -jnp.mean(jax.nn.log_softmax(logits_btv)[:, :, 1])
 
-    plain, plain_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)(pair.params, False)
-    again, again_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)(pair.params, True)
+    plain, plain_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)(pair.params, "none")
+    again, again_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)(pair.params, remat)
     np.testing.assert_allclose(again, plain, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(plain_grad), jax.tree.leaves(again_grad)):
         assert np.abs(a).max() > 0

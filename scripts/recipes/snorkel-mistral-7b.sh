@@ -38,7 +38,7 @@ SAMPLE="--n 5 --temperature 0.7 --top-p 0.9 --max-new-tokens 2048 --slots 64 --d
 HELDOUT_SAMPLE="--n 1 --temperature 0.7 --top-p 0.9 --max-new-tokens 2048 --slots 64 --dtype bfloat16"
 PAIRS="--test-fraction 0.05" # the published splits hold 1,000 test rows to 20,000
 DPO="--learning-rate 5e-7 --warmup-ratio 0.1 --max-length 1024 --max-prompt-length 512
-     --micro-batch-size 8 --dtype bfloat16 --remat"
+     --micro-batch-size 8 --dtype bfloat16 --remat full"
 case $ZEPHYR in
   2023) DPO+=" --beta 0.1 --schedule linear --optimizer rmsprop --epochs 3 --batch-size 64" ;;
   2024) DPO+=" --beta 0.01 --schedule cosine --optimizer adamw --epochs 1 --batch-size 128" ;;
