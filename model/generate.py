@@ -29,6 +29,7 @@ import numpy as np
 
 from model import mistral
 from model.config import MistralConfig
+from model.packing import coarse_bucket
 
 STEPS_A_CALL = 32  # decode steps between two looks of the host, at most
 PREFILL_TOKENS = 512  # of prompts that are prefilled together, where there are several
@@ -184,14 +185,6 @@ def uniforms(keys_b2: jax.Array, positions_b: jax.Array) -> jax.Array:
 # ----------------------------------------------------------------------------- the engine
 
 
-def size(needed: int) -> int:
-    """64, 96, 128, 192, 256, …: each is compiled, and at most a third of it is idle."""
-    size = 64
-    while size < needed:
-        size *= 2
-    return size * 3 // 4 if 64 < needed <= size * 3 // 4 else size
-
-
 @dataclasses.dataclass
 class Making:
     """An answer in the making: which one, and how far it is."""
@@ -298,7 +291,7 @@ class Sampler:
     def _start(self, groups: list[tuple[str, list[int], range]]) -> None:
         """Prefill prompts, packed into one row, into free slots, one for each answer, and draw
         the answers' first tokens."""
-        t = size(sum(len(token_ids) for _, token_ids, _ in groups))
+        t = coarse_bucket(sum(len(token_ids) for _, token_ids, _ in groups))
         row = {name: np.zeros((1, t), np.int32) for name in ("tokens", "positions", "prompts")}
         count = self.group * len(groups)
         starting = {
@@ -335,7 +328,7 @@ class Sampler:
     # ------------------------------------------------------------ the sizes of the state
 
     def _cache_length(self, needed: int) -> int:
-        return min(size(needed), self.longest)
+        return min(coarse_bucket(needed), self.longest)
 
     def _may_halve(self) -> bool:
         return self.rows > max(1, self.slots // 4)

@@ -186,6 +186,13 @@ def logits(params: Params, config: MistralConfig, hidden: jax.Array) -> jax.Arra
 # ------------------------------------------------------------------- ways through the model
 
 
+def _rope_and_mask(config: MistralConfig, tokens_bt, positions_bt, allowed_bts):
+    if positions_bt is None:
+        positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
+    rope = rope_angles(positions_bt, config.head_dim, config.rope_theta)
+    return rope, visible(positions_bt, positions_bt, allowed_bts, config.sliding_window)
+
+
 def forward(
     params: Params,
     config: MistralConfig,
@@ -204,10 +211,7 @@ def forward(
     all but the products with weights, so attention and whatever is elementwise; "full": all but
     each layer's input, for a third more operations.
     """
-    if positions_bt is None:
-        positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
-    rope = rope_angles(positions_bt, config.head_dim, config.rope_theta)
-    seen_bts = visible(positions_bt, positions_bt, allowed_bts, config.sliding_window)
+    rope, seen_bts = _rope_and_mask(config, tokens_bt, positions_bt, allowed_bts)
 
     def attend(q_btnh, k_btkh, v_btkh):
         return attention(q_btnh, *_cache_layout(k_btkh, v_btkh), seen_bts), None
@@ -237,10 +241,7 @@ def prefill(
 
     params: unstacked. Padding behind a sequence needs no mask: nothing before it sees it.
     """
-    if positions_bt is None:
-        positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
-    rope = rope_angles(positions_bt, config.head_dim, config.rope_theta)
-    seen_bts = visible(positions_bt, positions_bt, allowed_bts, config.sliding_window)
+    rope, seen_bts = _rope_and_mask(config, tokens_bt, positions_bt, allowed_bts)
 
     @jax.jit  # so that all layers are traced and lowered once
     def layer(w, x_btd):

@@ -97,17 +97,20 @@ def test_cache_and_slots_are_fitted_to_the_answers_in_the_making(monkeypatch):
     resize = Sampler._resize
 
     def spy(self, *args):
+        before = self.length
         resize(self, *args)
-        sizes.append((self.rows, self.length, len(self.doing)))
+        sizes.append((self.rows, before, self.length))
 
     monkeypatch.setattr(Sampler, "_resize", spy)
-    prompts = [(f"p{i}", RNG.integers(3, 300, n).tolist()) for i, n in enumerate((5, 100, 9, 30))]
+    # The long prompt comes first: once its answers have ended, the cache can be halved.
+    lengths = (200, 5, 9, 30, 12, 20)
+    prompts = [(f"p{i}", RNG.integers(14, 300, n).tolist()) for i, n in enumerate(lengths)]
     sampling = Sampling(n=4, temperature=1.0, top_p=1.0, max_new_tokens=70)
     often = {"eos_token_ids": tuple(range(2, 14))}  # so that answers end at different steps
-    found = answers(sampling, slots=16, prompts=prompts, **often)
-    assert {rows for rows, *_ in sizes} >= {8, 4}
-    assert max(length for _, length, _ in sizes) == 170  # the longest possible answer
-    assert all(doing <= rows for rows, _, doing in sizes)
+    found = answers(sampling, slots=8, prompts=prompts, **often)
+    assert {rows for rows, *_ in sizes} == {8, 4, 2}
+    assert (8, 256, 270) in sizes  # grown, but not beyond the longest possible answer
+    assert any(after <= before // 2 for _, before, after in sizes)  # and halved
     # and each answer is what it is alone
     for prompt in prompts:
         for one, other in zip(found[prompt[0]], answers(sampling, 1, [prompt], **often)[prompt[0]]):
