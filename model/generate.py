@@ -107,17 +107,26 @@ def _keep_top_p(weights_bv: jax.Array, top_p: float, head: int = 128) -> jax.Arr
     """Keep the tokens before which less than top_p of the mass lies, in descending order.
 
     A token is kept if the mass of all likelier ones is below top_p. Mostly the smallest kept
-    weight is among the `head` largest; otherwise it is found by bisection. Both are exact, and
-    cost a fraction of sorting the vocabulary. Equal weights are kept or dropped together.
+    weight is among the `head` largest; otherwise it is found by bisection, a few rows at a time.
+    Both are exact, and cost a fraction of sorting the vocabulary. Equal weights are kept or dropped
+    together.
     """
+    b, v = weights_bv.shape
     limit_b = top_p * jnp.sum(weights_bv, axis=-1)
-    head_bk = jax.lax.top_k(weights_bv, min(head, weights_bv.shape[-1]))[0]
+    head_bk = jax.lax.top_k(weights_bv, min(head, v))[0]
     above_bk = jnp.cumsum(head_bk, axis=-1) - head_bk
-    smallest_b = jax.lax.cond(
-        jnp.all(above_bk[:, -1] >= limit_b),
-        lambda: jnp.min(jnp.where(above_bk < limit_b[:, None], head_bk, jnp.inf), axis=-1),
-        lambda: _bisect_top_p(weights_bv, limit_b),
-    )
+    smallest_b = jnp.min(jnp.where(above_bk < limit_b[:, None], head_bk, jnp.inf), axis=-1)
+    open_b = above_bk[:, -1] < limit_b
+
+    def bisect(carry):
+        open_b, smallest_b = carry
+        rows = jnp.nonzero(open_b, size=min(8, b), fill_value=b)[0]  # b: no row
+        found = _bisect_top_p(
+            weights_bv.at[rows].get(mode="clip"), limit_b.at[rows].get(mode="clip")
+        )
+        return open_b.at[rows].set(False, mode="drop"), smallest_b.at[rows].set(found, mode="drop")
+
+    _, smallest_b = jax.lax.while_loop(lambda c: jnp.any(c[0]), bisect, (open_b, smallest_b))
     return jnp.where(weights_bv >= smallest_b[:, None], weights_bv, 0.0)
 
 
@@ -222,7 +231,6 @@ class Sampler:
         self.longest_prompt = longest_prompt
         self.longest = longest_prompt + sampling.max_new_tokens  # positions
         self.tokens_drawn = 0  # of the answers given out, EOS not counted
-        self._prefill = jax.jit(partial(_prefill, config=config, dtype=dtype))
         self._admit = jax.jit(partial(_admit, config=config, sampling=sampling), donate_argnums=1)
         self._advance = jax.jit(
             partial(_advance, config=config, sampling=sampling, dtype=dtype), donate_argnums=1
@@ -322,13 +330,18 @@ class Sampler:
         needed = self._cache_length(max(len(token_ids) for _, token_ids, _ in groups))
         if self.length < needed:
             self._resize(needed)
-        prefilled = self._prefill(self.params, row)
-        self.state = self._admit(self.params, self.state, *prefilled, starting)
+        hidden_1td, prompts_cache = _prefill(self.params, self.config, row, self.dtype)
+        cache = self.state.pop("cache")
+        for i, kv in enumerate(prompts_cache):
+            cache[i] = _copy_prompts(*cache[i], *kv, starting["slots"], starting["starts"])
+        self.state = self._admit(self.params, self.state, hidden_1td, starting)
+        self.state["cache"] = cache
 
     # ------------------------------------------------------------ the sizes of the state
 
     def _cache_length(self, needed: int) -> int:
-        return min(coarse_bucket(needed), self.longest)
+        # Below 128, compiling another length costs more than it saves.
+        return min(max(128, coarse_bucket(needed)), self.longest)
 
     def _may_halve(self) -> bool:
         return self.rows > max(1, self.slots // 4)
@@ -421,31 +434,31 @@ def _empty(config: MistralConfig, slots: int, length: int, sampling: Sampling, d
     }
 
 
-def _prefill(params, row, *, config, dtype):
-    """(hidden states [t, d] of a row of prompts, the keys and values of each layer)."""
+def _prefill(params, config: MistralConfig, row, dtype):
+    """(hidden states [1, t, d] of a row of prompts, the keys and values of each layer)."""
     same_1tt = row["prompts"][:, :, None] == row["prompts"][:, None, :]
-    hidden_1td, cache = mistral.prefill(
-        params, config, row["tokens"], row["positions"], same_1tt, dtype
-    )
-    return hidden_1td[0], cache
+    return mistral.prefill(params, config, row["tokens"], row["positions"], same_1tt, dtype)
 
 
-def _admit(params, state, hidden_td, prompts_cache, starting, *, config, sampling) -> dict:
-    """Start answers: copy their prompts' keys and values to their slots (those beyond the last:
-    nowhere), and draw their first tokens."""
+@partial(jax.jit, donate_argnums=(0, 1))
+def _copy_prompts(k_bkhs, v_bksh, prompts_k, prompts_v, slots_g, starts_g):
+    """One layer's cache with the prompts that start at `starts_g` in their row copied to `slots_g`
+    (those beyond the last slot: nowhere). Layer by layer, so that one layer is compiled."""
+    # What lies behind a prompt in the row is copied too: it is overwritten before it is read.
+    from_gs = starts_g[:, None] + jnp.arange(k_bkhs.shape[-1])
+    from_gs = jnp.minimum(from_gs, prompts_k.shape[-1] - 1)
+    new_k = jnp.moveaxis(prompts_k[0][:, :, from_gs], 2, 0)
+    new_v = jnp.moveaxis(prompts_v[0][:, from_gs], 1, 0)
+    k_bkhs = k_bkhs.at[slots_g].set(new_k, mode="drop")
+    return k_bkhs, v_bksh.at[slots_g].set(new_v, mode="drop")
+
+
+def _admit(params, state, hidden_1td, starting, *, config, sampling) -> dict:
+    """Start answers in their slots, but for the cache: draw their first tokens."""
     slots_g, starts_g, lengths_g = (starting[name] for name in ("slots", "starts", "lengths"))
-    logits_gv = mistral.logits(params, config, hidden_td[starts_g + lengths_g - 1])
+    logits_gv = mistral.logits(params, config, hidden_1td[0, starts_g + lengths_g - 1])
     first_g = jnp.zeros_like(slots_g)
     tokens_g, logprobs_g = draw(logits_gv, uniforms(starting["keys"], first_g), sampling)
-    # What lies behind a prompt in the row is copied too: it is overwritten before it is read.
-    length = state["cache"][0][0].shape[-1]
-    from_gs = jnp.minimum(starts_g[:, None] + jnp.arange(length), hidden_td.shape[0] - 1)
-    cache = []
-    for (k, v), (prompts_k, prompts_v) in zip(state["cache"], prompts_cache):
-        new_k = jnp.moveaxis(prompts_k[0][:, :, from_gs], 2, 0)
-        new_v = jnp.moveaxis(prompts_v[0][:, from_gs], 1, 0)
-        k = k.at[slots_g].set(new_k, mode="drop")
-        cache.append((k, v.at[slots_g].set(new_v, mode="drop")))
     active_g = ~_is_eos(tokens_g, config) & (sampling.max_new_tokens > 1)
     new = {
         "active": active_g,
@@ -453,7 +466,7 @@ def _admit(params, state, hidden_td, prompts_cache, starting, *, config, samplin
         "prompt_lengths": lengths_g,
         "steps": jnp.ones_like(slots_g),
     }
-    state = {**state, "cache": cache} | {
+    state = state | {
         name: state[name].at[slots_g].set(value, mode="drop") for name, value in new.items()
     }
     state["tokens"] = state["tokens"].at[slots_g, 0].set(tokens_g, mode="drop")

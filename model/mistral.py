@@ -186,6 +186,7 @@ def logits(params: Params, config: MistralConfig, hidden: jax.Array) -> jax.Arra
 # ------------------------------------------------------------------- ways through the model
 
 
+@partial(jax.jit, static_argnames="config")
 def _rope_and_mask(config: MistralConfig, tokens_bt, positions_bt, allowed_bts):
     if positions_bt is None:
         positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
@@ -239,23 +240,24 @@ def prefill(
 ):
     """As `forward`, with the keys and values: (hidden, [(k_bkht, v_bkth) of each layer]).
 
-    params: unstacked. Padding behind a sequence needs no mask: nothing before it sees it.
+    params: unstacked. Padding behind a sequence needs no mask: nothing before it sees it. Outside
+    jit, one layer is compiled and called for each, which is the quicker where lengths vary.
     """
     rope, seen_bts = _rope_and_mask(config, tokens_bt, positions_bt, allowed_bts)
-
-    @jax.jit  # so that all layers are traced and lowered once
-    def layer(w, x_btd):
-        def attend(q_btnh, k_btkh, v_btkh):
-            kv = _cache_layout(k_btkh, v_btkh)
-            return attention(q_btnh, *kv, seen_bts), kv
-
-        return block(w, config, x_btd, rope, attend)
-
     x_btd, cache = embed(params, tokens_bt, dtype), []
     for w in params["layers"]:
-        x_btd, kv = layer(w, x_btd)
+        x_btd, kv = _prefill_layer(w, config, x_btd, rope, seen_bts)
         cache.append(kv)
     return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps), cache
+
+
+@partial(jax.jit, static_argnames="config")
+def _prefill_layer(w: Params, config: MistralConfig, x_btd, rope, seen_bts):
+    def attend(q_btnh, k_btkh, v_btkh):
+        kv = _cache_layout(k_btkh, v_btkh)
+        return attention(q_btnh, *kv, seen_bts), kv
+
+    return block(w, config, x_btd, rope, attend)
 
 
 def empty_cache(config: MistralConfig, rows: int, length: int, dtype=jnp.float32) -> list:
@@ -286,7 +288,7 @@ def decode(
     keys_bs = jnp.broadcast_to(jnp.arange(length), (tokens_b.shape[0], length))
     seen_bts = visible(positions_b[:, None], keys_bs, None, config.sliding_window)
 
-    @jax.jit  # as in prefill
+    @jax.jit  # so that all layers are traced and lowered once
     def layer(w, x_btd, k_bkhs, v_bksh):
         def attend(q_btnh, k_btkh, v_btkh):
             # A scatter of one column a row: in place, since the caller donates the cache.

@@ -30,9 +30,10 @@ if [[ -z ${PYTHON:-} ]]; then
   PYTHON=.venv/bin/python
 fi
 python() { command "$PYTHON" "$@"; }
-# Each length is compiled once for the whole run, not once a stage.
+# Each length is compiled once for the whole run, not once a stage; the many small programs as well,
+# which together cost every stage several seconds.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/.compiled}
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=1
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 # On CPU, XLA asks malloc anew for its buffers at every call; huge pages make them cost a tenth less
 # of a training step.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
