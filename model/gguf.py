@@ -5,6 +5,7 @@ neighbouring values, so the rows of Q and K lie interleaved; that is undone here
 """
 
 import json
+from unittest import mock
 
 import numpy as np
 from etils import epath
@@ -80,7 +81,8 @@ def _write_tokenizer(path: str, reader: GGUFReader, folder: str):
     file = epath.Path(path)
     if _value(reader, "tokenizer.chat_template") is None:
         raise GgufError(f"{path}: no chat template: take the file of an instruction-tuned model")
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    with mock.patch("gguf.GGUFReader", _Reader):  # transformers reads the file again
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     tokenizer.save_pretrained(folder)
     settings = epath.Path(folder) / "tokenizer_config.json"
     content = json.loads(settings.read_text())
@@ -96,11 +98,20 @@ def _write_tokenizer(path: str, reader: GGUFReader, folder: str):
 # ---------------------------------------------------------------------- the file's keys
 
 
+class _Reader(GGUFReader):
+    """GGUFReader over a plain array: of a memmap, each of its 500,000 slices costs three times as
+    much."""
+
+    def _get(self, *args, **kwargs):
+        self.data = self.data.view(np.ndarray)
+        return super()._get(*args, **kwargs)
+
+
 def _open(path: str) -> GGUFReader:
     if not epath.Path(path).exists():
         raise GgufError(f"{path} does not exist: give the path of a .gguf file")
     try:
-        return GGUFReader(path)
+        return _Reader(path)
     except Exception as error:  # the reader raises whatever its numpy views raise
         raise GgufError(f"{path} is no whole GGUF file ({error}): download it again") from None
 

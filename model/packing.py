@@ -64,7 +64,8 @@ def pack(sequences: list[Sequence], shards: int = 1) -> dict[str, np.ndarray]:
         rows[row].append(i)
         filled[row] += len(sequences[i])
     responses = [sum(len(sequences[i]) - len(sequences[i].prompt) for i in row) for row in rows]
-    b, t, r = len(rows), bucket(max(filled)), bucket(max(responses))
+    # A response token more costs little: fewer lengths, so that fewer programs are compiled.
+    b, t, r = len(rows), bucket(max(filled)), -(-max(responses) // 128) * 128
     arrays = {name: np.zeros((b, t), np.int32)
               for name in ("tokens", "positions", "sequences", "branches")}  # fmt: skip
     arrays |= {name: np.zeros((b, r), np.int32) for name in ("predictors", "targets")}
