@@ -1,4 +1,4 @@
-"""The architecture of a Mistral- or Llama-shaped model, as a frozen dataclass.
+"""The architectures as frozen dataclasses: Mistral- or Llama-shaped decoders, DeBERTa encoders.
 
 Field names are Hugging Face's, so that a `config.json` can be read beside the code. What a config
 asks for and this project has not built is refused by name (ConfigError): ignoring it would give
@@ -63,6 +63,13 @@ class MistralConfig:
     @property
     def q_per_kv(self) -> int:
         return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Axis letter → size, as model/mistral.py uses the letters."""
+        return {"v": self.vocab_size, "d": self.hidden_size, "n": self.num_attention_heads,
+                "k": self.num_key_value_heads, "h": self.head_dim,
+                "f": self.intermediate_size}  # fmt: skip
 
 
 def from_hf(hf: dict, generation: dict | None = None) -> MistralConfig:
@@ -188,3 +195,88 @@ def to_hf(config: MistralConfig, dtype: str) -> dict:
     else:
         hf |= {"attention_bias": False, "mlp_bias": False}
     return hf
+
+
+# ------------------------------------------------------------------------------- DeBERTa
+
+
+# What a DeBERTa config may say, and nothing else, for the encoder of model/deberta.py.
+DEBERTA_BUILT = {
+    "model_type": "deberta-v2", "hidden_act": "gelu", "relative_attention": True,
+    "share_att_key": True, "norm_rel_ebd": "layer_norm", "pos_att_type": "p2c|c2p",
+    "position_biased_input": False, "type_vocab_size": 0, "conv_kernel_size": 0,
+}  # fmt: skip
+# transformers' defaults (DebertaV2Config), where they are not what is built.
+DEBERTA_DEFAULTS = {
+    "relative_attention": False, "share_att_key": False, "norm_rel_ebd": "none",
+    "pos_att_type": "", "position_biased_input": True,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DebertaConfig:
+    """Shape and constants of one DeBERTa-v2/v3 encoder (disentangled attention, c2p and p2c)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    layer_norm_eps: float
+    position_buckets: int  # of each sign; the first half of them one token wide, then logarithmic
+    max_relative_positions: int  # the distance at which the last bucket begins
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "layer_norm_eps" and (type(value) is not int or value < 1):
+                raise ConfigError(f"{field.name} is {value!r}: it must be a positive whole number")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} does not divide into "
+                f"{self.num_attention_heads} heads"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Axis letter → size, as model/deberta.py uses the letters."""
+        return {"v": self.vocab_size, "d": self.hidden_size, "n": self.num_attention_heads,
+                "h": self.head_dim, "f": self.intermediate_size,
+                "p": 2 * self.position_buckets}  # fmt: skip
+
+
+def deberta_from_hf(hf: dict) -> DebertaConfig:
+    """Read the `config.json` of a DeBERTa-v2 or v3 encoder. Raises ConfigError by name for what is
+    not built: a convolution (v2-xlarge), absolute positions, keys of their own for positions."""
+    for key, built in DEBERTA_BUILT.items():
+        value = hf.get(key, DEBERTA_DEFAULTS.get(key, built))
+        if key == "pos_att_type":
+            kinds = value.split("|") if isinstance(value, str) else (value or [])
+            same = {kind.strip() for kind in kinds} == {"c2p", "p2c"}
+        else:
+            same = value == built
+        if not same:
+            raise ConfigError(f"{key} {value!r} is not built: {built!r} is")
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                "intermediate_size"):  # fmt: skip
+        if key not in hf:
+            raise ConfigError(f"{key} is missing")
+    head_dim = hf["hidden_size"] // hf["num_attention_heads"]
+    for key, built in (("embedding_size", hf["hidden_size"]), ("attention_head_size", head_dim)):
+        if hf.get(key) not in (None, built):
+            raise ConfigError(f"{key} {hf[key]!r} is not built: {built!r} is")
+    furthest = hf.get("max_relative_positions", -1)
+    return DebertaConfig(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_hidden_layers=hf["num_hidden_layers"],
+        num_attention_heads=hf["num_attention_heads"],
+        layer_norm_eps=float(hf.get("layer_norm_eps", 1e-7)),
+        position_buckets=hf.get("position_buckets", -1),
+        max_relative_positions=hf.get("max_position_embeddings", 512) if furthest < 1 else furthest,
+    )

@@ -12,6 +12,7 @@ h head width, f MLP width.
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import ml_dtypes
@@ -53,7 +54,7 @@ class HfError(ValueError):
 class Slot:
     """Where one HF tensor lies in our parameters."""
 
-    path: tuple[str, ...]
+    path: tuple[str | int, ...]
     layer: int | None  # index of the stacked axis
     hf_axes: tuple[str, ...]
     our_axes: tuple[str, ...]
@@ -61,32 +62,35 @@ class Slot:
 
 def slots(config: MistralConfig) -> dict[str, Slot]:
     """Every tensor of the model by its HF name, in the order in which they are written."""
-    found = {}
-    for layer in (None, *range(config.num_hidden_layers)):
-        for name, (path, hf_axes, our_axes) in TABLE.items():
-            if ("{}" in name) == (layer is None):
-                continue
-            if path == "unembed" and config.tie_word_embeddings:
-                continue
-            axes = tuple(hf_axes.split()), tuple(our_axes.split())
-            found[name.format(layer)] = Slot(tuple(path.split("/")), layer, *axes)
+    found = table_slots(TABLE, config.num_hidden_layers)
+    if config.tie_word_embeddings:
+        del found["lm_head.weight"]
     return found
 
 
-def axis_sizes(config: MistralConfig) -> dict[str, int]:
-    c = config
-    return {"v": c.vocab_size, "d": c.hidden_size, "n": c.num_attention_heads,
-            "k": c.num_key_value_heads, "h": c.head_dim, "f": c.intermediate_size}  # fmt: skip
+def table_slots(table: dict[str, tuple[str, str, str]], layers: int) -> dict[str, Slot]:
+    """The tensors that a table names, by HF name. "{}" there is the layer: in a name alone, the
+    layers are stacked on our side; in the path too, they are a list."""
+    found = {}
+    for layer in (None, *range(layers)):
+        for name, (path, hf_axes, our_axes) in table.items():
+            if ("{}" in name) == (layer is None):
+                continue
+            keys = tuple(layer if key == "{}" else key for key in path.split("/"))
+            stacked = layer if layer not in keys else None
+            axes = tuple(hf_axes.split()), tuple(our_axes.split())
+            found[name.format(layer)] = Slot(keys, stacked, *axes)
+    return found
 
 
-def hf_shape(config: MistralConfig, slot: Slot) -> tuple[int, ...]:
-    sizes = axis_sizes(config)
+def hf_shape(config, slot: Slot) -> tuple[int, ...]:
+    sizes = config.axis_sizes
     return tuple(math.prod(sizes[letter] for letter in axis) for axis in slot.hf_axes)
 
 
 def empty_params(config: MistralConfig) -> dict:
     """The parameters' tree as uninitialised fp32 numpy arrays."""
-    sizes, params = axis_sizes(config), {}
+    sizes, params = config.axis_sizes, {}
     for slot in slots(config).values():
         shape = tuple(sizes[letter] for letter in slot.our_axes)
         stack = () if slot.layer is None else (config.num_hidden_layers,)
@@ -98,9 +102,14 @@ def empty_params(config: MistralConfig) -> dict:
 
 def put(params: dict, config: MistralConfig, slot: Slot, tensor: np.ndarray):
     """Write one HF tensor (fp32, fp16 or bf16: all exact in fp32) into its place, in place."""
-    sizes, letters = axis_sizes(config), "".join(slot.hf_axes)
+    _place(params, slot)[...] = to_ours(config, slot, tensor)
+
+
+def to_ours(config, slot: Slot, tensor: np.ndarray) -> np.ndarray:
+    """One HF tensor with our axes: a view."""
+    sizes, letters = config.axis_sizes, "".join(slot.hf_axes)
     split = tensor.reshape([sizes[letter] for letter in letters])
-    _place(params, slot)[...] = split.transpose([letters.index(axis) for axis in slot.our_axes])
+    return split.transpose([letters.index(axis) for axis in slot.our_axes])
 
 
 def get(params: dict, config: MistralConfig, slot: Slot, dtype) -> np.ndarray:
@@ -121,6 +130,25 @@ def _place(params: dict, slot: Slot) -> np.ndarray:
 # ---------------------------------------------------------------------- reading a folder
 
 
+def local_folder(src: str, files: list[str], revision: str = "main") -> tuple[str, str | None]:
+    """(local folder, commit on the hub or None) of a folder or a hub id, ORG/NAME, of which those
+    `files` (patterns) are downloaded that it has. Raises HfError."""
+    if epath.Path(src).is_dir():
+        return src, None
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", src):
+        raise HfError(f"{src} is neither a folder nor a hub id of the form ORG/NAME")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(src, revision=revision, allow_patterns=files)
+    except Exception as error:  # of many kinds: no such model, gated, no network, no space
+        line = next((s.strip() for s in str(error).splitlines() if s.strip()), repr(error))
+        raise HfError(
+            f"{src} is no folder here, and the hub does not give it (revision {revision}): {line}"
+        ) from None
+    return folder, epath.Path(folder).name
+
+
 def read_hf(folder: str) -> tuple[MistralConfig, dict]:
     """(config, fp32 numpy parameters) of a folder as the hub holds it.
 
@@ -128,23 +156,9 @@ def read_hf(folder: str) -> tuple[MistralConfig, dict]:
     back by default gives the same bits. Raises HfError (ConfigError for an unbuilt architecture).
     """
     config = read_config(folder)
-    wanted, stored = slots(config), _stored_tensors(folder)
-    for name, slot in wanted.items():
-        if name not in stored:
-            raise HfError(f"{folder}: tensor {name} is missing: download the folder again")
-        shape, expected = stored[name].shape, hf_shape(config, slot)
-        if shape != expected:
-            raise HfError(
-                f"{stored[name].file}: tensor {name} is {list(shape)}, config.json makes it "
-                f"{list(expected)}: the two belong to different models"
-            )
+    wanted, stored = slots(config), stored_tensors(folder)
     tied_copy = stored.get("lm_head.weight") if config.tie_word_embeddings else None
-    for name in sorted(stored.keys() - wanted.keys()):
-        if not _is_harmless(name) and stored[name] is not tied_copy:
-            raise HfError(
-                f"{stored[name].file}: tensor {name} has no place in this architecture "
-                "(a bias, an adapter, another model?): remove it only if it is not used"
-            )
+    check_tensors(folder, config, wanted, stored, {"lm_head.weight"} if tied_copy else set())
     params = empty_params(config)
     for name, slot in wanted.items():
         put(params, config, slot, stored[name].read())
@@ -158,14 +172,34 @@ def read_hf(folder: str) -> tuple[MistralConfig, dict]:
     return dataclasses.replace(config, torch_dtype=np.dtype(dtype).name), params
 
 
+def check_tensors(folder: str, config, wanted: dict[str, Slot], stored: dict, more: set[str]):
+    """HfError, naming the tensor, unless `stored` (name → StoredTensor or its like) has what is
+    `wanted`, each in the shape that the config makes it, and beside them only those in `more`."""
+    for name, slot in wanted.items():
+        if name not in stored:
+            raise HfError(f"{folder}: tensor {name} is missing: download the folder again")
+        shape, expected = tuple(stored[name].shape), hf_shape(config, slot)
+        if shape != expected:
+            raise HfError(
+                f"{stored[name].file}: tensor {name} is {list(shape)}, config.json makes it "
+                f"{list(expected)}: the two belong to different models"
+            )
+    for name in sorted(stored.keys() - wanted.keys() - more):
+        if not _is_harmless(name):
+            raise HfError(
+                f"{stored[name].file}: tensor {name} has no place in this architecture "
+                "(a bias, an adapter, another model?): remove it only if it is not used"
+            )
+
+
 def read_config(folder: str) -> MistralConfig:
     path = epath.Path(folder)
     if not (path / "config.json").exists():
         raise HfError(f"{folder}: config.json is missing: give the folder of a downloaded model")
     generation = path / "generation_config.json"
-    hf = _read_json(path / "config.json")
+    hf = read_json(path / "config.json")
     try:
-        return model_config.from_hf(hf, _read_json(generation) if generation.exists() else None)
+        return model_config.from_hf(hf, read_json(generation) if generation.exists() else None)
     except ConfigError as error:
         raise ConfigError(f"{path / 'config.json'}: {error}") from None
 
@@ -180,7 +214,7 @@ def weight_files(folder: str) -> list[epath.Path]:
             f"{folder}: neither model.safetensors nor model.safetensors.index.json is there "
             "(other formats are not read: save the model with safe serialization)"
         )
-    index = _read_json(path / "model.safetensors.index.json")
+    index = read_json(path / "model.safetensors.index.json")
     if not isinstance(index.get("weight_map"), dict):
         raise HfError(f"{path / 'model.safetensors.index.json'}: weight_map is missing")
     files = [path / name for name in sorted(set(index["weight_map"].values()))]
@@ -210,7 +244,7 @@ class StoredTensor:
         return np.frombuffer(data, self.dtype).reshape(self.shape)
 
 
-def _stored_tensors(folder: str) -> dict[str, StoredTensor]:
+def stored_tensors(folder: str) -> dict[str, StoredTensor]:
     found = {}
     for file in weight_files(folder):
         for tensor in read_header(file):
@@ -259,11 +293,11 @@ def read_header(file: epath.Path) -> list[StoredTensor]:
 
 
 def _is_harmless(name: str) -> bool:
-    """RoPE's frequencies, which old conversions hold: config.json gives them."""
-    return name.endswith(".rotary_emb.inv_freq")
+    """RoPE's frequencies and position numbers, which old conversions hold: both are computed."""
+    return name.endswith((".rotary_emb.inv_freq", ".position_ids"))
 
 
-def _read_json(path: epath.Path) -> dict:
+def read_json(path: epath.Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -374,7 +408,7 @@ def rounded_away(folder: str, base: str, dtype: str) -> tuple[int, int]:
     each model is in memory at a time.
     """
     config, before = checkpoint.load_config(folder), checkpoint.load_config(base)
-    if axis_sizes(config) != axis_sizes(before) or slots(config).keys() != slots(before).keys():
+    if config.axis_sizes != before.axis_sizes or slots(config).keys() != slots(before).keys():
         raise HfError(f"{base} is another architecture than {folder}: give the one trained from")
     lost = changed = 0
     for path in dict.fromkeys(slot.path for slot in slots(config).values()):

@@ -30,9 +30,9 @@ class Sequence:
         return len(self.prompt) + sum(map(len, self.responses))
 
 
-def bucket(length: int) -> int:
-    """The padded length that is compiled: multiples of 32, from 256 on of about an eighth."""
-    step = 32
+def bucket(length: int, step: int = 32) -> int:
+    """The padded length that is compiled: multiples of `step`, from eight of them on of about an
+    eighth of the length."""
     while length > 8 * step:
         step *= 2
     return -(-length // step) * step
@@ -64,8 +64,8 @@ def pack(sequences: list[Sequence], shards: int = 1) -> dict[str, np.ndarray]:
         rows[row].append(i)
         filled[row] += len(sequences[i])
     responses = [sum(len(sequences[i]) - len(sequences[i].prompt) for i in row) for row in rows]
-    # A response token more costs little: fewer lengths, so that fewer programs are compiled.
-    b, t, r = len(rows), bucket(max(filled)), -(-max(responses) // 128) * 128
+    # Few lengths: a step of another shape is compiled for as long as several steps take.
+    b, t, r = len(rows), bucket(max(filled), 128), bucket(max(responses), 128)
     arrays = {name: np.zeros((b, t), np.int32)
               for name in ("tokens", "positions", "sequences", "branches")}  # fmt: skip
     arrays |= {name: np.zeros((b, r), np.int32) for name in ("predictors", "targets")}

@@ -12,7 +12,6 @@ C is a checkpoint folder, DST a folder that transformers loads, DIR a data set a
 import dataclasses
 import importlib.util
 import json
-import re
 import sys
 import tempfile
 from typing import Literal
@@ -125,7 +124,7 @@ def main(args: Command):
 def from_hf(args: FromHf):
     from model import checkpoint, hf
 
-    folder, commit = _model_folder(args.src, args.revision)
+    folder, commit = hf.local_folder(args.src, HUB_FILES, args.revision)
     path = epath.Path(folder)
     hf.read_config(folder)  # refuse before the weights are hashed
     if not (path / "tokenizer_config.json").exists():
@@ -195,24 +194,6 @@ def _warn_of_rounding(args: ToHf, dtype: str):
 
 
 # ---------------------------------------------------------------------- sources and reports
-
-
-def _model_folder(src: str, revision: str) -> tuple[str, str | None]:
-    """(local folder, commit on the hub or None)."""
-    if epath.Path(src).is_dir():
-        return src, None
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", src):
-        raise UserError(f"{src} is neither a folder nor a hub id of the form ORG/NAME")
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(src, revision=revision, allow_patterns=HUB_FILES)
-    except Exception as error:  # of many kinds: no such model, gated, no network, no space
-        line = next((s.strip() for s in str(error).splitlines() if s.strip()), repr(error))
-        raise UserError(
-            f"{src} is no folder here, and the hub does not give it (revision {revision}): {line}"
-        ) from None
-    return folder, epath.Path(folder).name
 
 
 def _gguf_file(file: str) -> str:

@@ -113,12 +113,15 @@ def show(args: Show) -> None:
     if not done or done[0] != folders[0]:
         raise UserError(f"{run} has no start/heldout.ranked.jsonl yet: run scripts/iterate.sh")
     models = [read_answers(f.name, f / "heldout.ranked.jsonl") for f in done]
+    # PairRM's scores say how an answer does against the others of its row, not how good it is.
+    relative = any("comparisons" in row for row in models[0].rows)
     print(f"{'model':<12}  {'held-out reward':<17}  {'win rate against start':<24}  "
           f"{'words':>5}  {'finished':>8}  {'DPO loss':>8}  {'accuracy':>8}")  # fmt: skip
     for folder, model in zip(done, models):
         mean, half = model.mean_score()
-        line = f"{model.name:<12}  {mean:.3f} ± {half:<9.3f}  "
-        if model is models[0]:
+        reward = "–" if relative else f"{mean:.3f} ± {half:.3f}"
+        line = f"{model.name:<12}  {reward:<17}  "
+        if model is models[0] or relative:
             line += f"{'–':<24}  "
         else:
             p, low, high = win_rate(model, models[0])
@@ -134,6 +137,9 @@ def show(args: Show) -> None:
         for name in first:
             change = last[name] - first[name]
             print(f"  {name:<14} {first[name]:.3f} → {last[name]:.3f}  ({change:+.3f})")
+    if relative:
+        print("a pairwise ranker scores answers against each other, so these say nothing of models")
+        return
     means = [model.mean_score()[0] for model in models]
     if len(means) > 1 and means[-1] < means[-2]:
         print(f"warning: {models[-1].name} is worse than {models[-2].name} on the held-out prompts")

@@ -1,57 +1,161 @@
 """Rank the answers of each prompt. samples.jsonl → ranked.jsonl
 
+    python -m stages.rank --ranker llm-blender/PairRM --samples samples.jsonl --out ranked.jsonl
     python -m stages.rank --ranker reward.py:reward --samples samples.jsonl --out ranked.jsonl
 
-The ranker is a reward function in a Python file (model/rankers.py has its signature). Each row
-gains `scores`, one per response, higher is better, and `score_terms` where the function tells what
-its scores consist of. A function that raises, or returns the wrong number of scores or one that is
-not finite, stops the stage at that prompt; what was ranked before is kept.
+The ranker is PairRM (its folder or hub id), or a reward function in a Python file (model/rankers.py
+has its signature). Each row gains `scores`, one per response, higher is better; from PairRM also
+`comparisons`, the n×n matrix of logits ([i][j]: how far i beats j when i stands first; null where
+the two were not compared), and `truncated`, which texts were cut to PairRM's length (llm-blender
+does not tell); from a reward function `score_terms`, where it tells what its scores consist of. A
+function that raises, or returns the wrong number of scores or one that is not finite, stops the
+stage at that prompt; what was ranked before is kept.
+
+The manifest's results, also printed: of all pairs of answers compared, how many are decided alike
+in both orders (swap_consistency), tie (tie_rate), or had a text cut (truncation_rate), and how
+scores go with length (score_length_correlation).
 """
 
 import dataclasses
 import sys
 from collections import Counter
+from typing import Literal
 
 from tqdm import tqdm
 
-from model.rankers import FunctionRanker, RankerError, open_ranker
+from model.comparisons import Ranking, Report
+from model.rankers import RankerError, Request, as_comparison, open_ranker
 from stages import records
 from stages.records import Manifest, Output, UserError
 
 
 @dataclasses.dataclass
 class Args:
-    ranker: str  # FILE.py:FUNCTION, the reward function
-    samples: str  # samples.jsonl
-    out: str  # ranked.jsonl
-    overwrite: bool = False  # replace an --out that is there
+    ranker: str
+    """A PairRM's folder or hub id, or FILE.py:FUNCTION, a reward function."""
+    samples: str
+    """The samples.jsonl to rank."""
+    out: str
+    """The ranked.jsonl to write."""
+    comparisons: Literal["full", "bubble"] | None = None
+    """PairRM: compare each answer with each other one, in both orders (full, the default), or only
+    as many as it takes to find the best and the worst (bubble)."""
+    aggregation: Literal["max_logits", "max_wins"] | None = None
+    """PairRM, full: scores are mean logits, as llm-blender's (max_logits, the default), or how many
+    comparisons were won (max_wins)."""
+    backend: Literal["jax", "llm-blender"] | None = None
+    """PairRM: our implementation (jax, the default) or llm-blender's own, on the host."""
+    device: Literal["accelerator", "host"] | None = None
+    """PairRM: computed on the accelerator where there is one (the default), or on the host."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """PairRM: of the computation; default fp32."""
+    overwrite: bool = False
+    """Replace an --out that is there."""
+
+
+# What an earlier ranking may have left in a row; the rest is carried through.
+MADE = ("scores", "comparisons", "score_terms", "truncated")
+PAIRRM = {"comparisons": "full", "aggregation": "max_logits", "backend": "jax",
+          "device": "accelerator", "dtype": "fp32"}  # fmt: skip
 
 
 def main(args: Args) -> None:
-    try:
-        ranker = open_ranker(args.ranker)
-    except RankerError as error:
-        raise UserError(str(error)) from error
+    pairwise = not args.ranker.rpartition(":")[0].endswith(".py")
+    given = {name: getattr(args, name) for name in PAIRRM if getattr(args, name) is not None}
+    if given and not pairwise:
+        raise UserError(f"--{next(iter(given))} is for PairRM, and {args.ranker} is a function")
+    options = PAIRRM | given if pairwise else {}
+    if options.get("comparisons") == "bubble" and "aggregation" in given:
+        raise UserError(
+            "--aggregation is for --comparisons full: bubble finds best and worst alone"
+        )
+    if options.get("backend") == "llm-blender":
+        for name in ("device", "dtype"):
+            if name in given:
+                raise UserError(
+                    f"--{name} is for --backend jax: llm-blender computes in fp32 on CPU"
+                )
     counts: Counter = Counter()
     order = [row["prompt_id"] for _, row in _read(args.samples, counts)]
+    try:
+        ranker = open_ranker(args.ranker, **options)
+    except RankerError as error:
+        raise UserError(str(error)) from error
     lineage = records.read_lineage(args.samples)
     manifest = Manifest(
         stage="rank",
-        arguments={},
+        arguments={name: value for name, value in options.items() if name != "device"},
         inputs={args.samples: records.file_sha256(args.samples)},
         identities={**(lineage.identities if lineage else {}), "ranker": ranker.identity},
     )
     output = Output.open(args.out, manifest, args.overwrite)
     if output.finished:
         return
-    progress = tqdm(total=len(order), initial=len(output), unit=" prompts", desc="rank")
-    with progress, records.stop_signal() as check_stop:
-        for where, row in _read(args.samples, Counter()):
-            if not output.has(row["prompt_id"]):
+    bar = tqdm(total=len(order), initial=len(output), unit=" prompts", desc="rank")
+    with bar, records.stop_signal() as check_stop:
+        made = 0
+
+        def done(count: int):
+            nonlocal made
+            made += count
+            if pairwise:
+                rate = made / max(bar.format_dict["elapsed"], 1e-3)
+                bar.set_postfix_str(f"{rate:.3g} comparisons/s")
+            check_stop()
+
+        try:
+            for request, ranking in ranker.rank_all(_requests(args, output, pairwise), done):
+                output.write(request.row | _fields(ranking))
+                bar.update(len(output) - bar.n)
                 check_stop()
-                _rank_row(ranker, row, where, output)
-                progress.update()
-    output.finish(iter(order), counts)
+        except RankerError as error:
+            raise UserError(str(error)) from error
+        elapsed = bar.format_dict["elapsed"]
+    report = Report()
+    for row, reason in output.rows():
+        if reason is None:
+            texts = [response["text"] for response in row["responses"]]
+            cut = row.get("truncated")
+            report.add(texts, Ranking(row["scores"], row.get("comparisons"), truncated=cut))
+    results = report.results()
+    output.finish(iter(order), counts, results)
+    if pairwise and made:
+        print(f"{made} comparisons in {elapsed:.1f} s: {made / elapsed:.3g} a second")
+    if results:
+        print(", ".join(f"{name} {value:.4g}" for name, value in results.items()))
+
+
+def _requests(args: Args, output: Output, pairwise: bool):
+    """What is still to be ranked; what cannot be is set aside."""
+    for where, row in _read(args.samples, Counter()):
+        if output.has(row["prompt_id"]):
+            continue
+        row = {name: value for name, value in row.items() if name not in MADE}
+        messages, responses = records.messages_of(row, where), row["responses"]
+        if not responses:
+            output.set_aside(row, "no responses")
+            continue
+        try:
+            if pairwise:
+                as_comparison(messages, [])
+        except ValueError as error:
+            output.set_aside(row, str(error))
+            continue
+        yield Request(
+            where=where,
+            prompt_id=row["prompt_id"],
+            prompt=records.prompt_text(row, where),
+            messages=messages,
+            responses=[response["text"] for response in responses],
+            finish_reasons=[response.get("finish_reason", "stop") for response in responses],
+            row=row,
+        )
+
+
+def _fields(ranking: Ranking) -> dict:
+    found = {"scores": ranking.scores, "comparisons": ranking.comparisons,
+             "score_terms": ranking.terms, "truncated": ranking.truncated}  # fmt: skip
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _read(path: str, counts: Counter):
@@ -70,28 +174,6 @@ def _read(path: str, counts: Counter):
         seen.add(prompt_id)
         counts["in"] += 1
         yield where, row
-
-
-def _rank_row(ranker: FunctionRanker, row: records.Row, where: str, output: Output) -> None:
-    responses = row["responses"]
-    if not responses:
-        output.set_aside(row, "no responses")
-        return
-    texts = [response["text"] for response in responses]
-    reasons = [response.get("finish_reason", "stop") for response in responses]
-    try:
-        ranking = ranker.rank(records.prompt_text(row, where), texts, reasons)
-    except RankerError as error:
-        raise UserError(
-            f"{where}, prompt_id {row['prompt_id']!r}: {error}; "
-            "mend the function, then run again (the prompts before it are kept)"
-        ) from error
-    row["scores"] = ranking.scores
-    if ranking.comparisons is not None:
-        row["comparisons"] = ranking.comparisons
-    if ranking.terms is not None:
-        row["score_terms"] = ranking.terms
-    output.write(row)
 
 
 if __name__ == "__main__":

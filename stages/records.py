@@ -428,6 +428,13 @@ class Output:
         self._file.flush()
         self._remember(entry, offset)
 
+    def rows(self) -> Iterator[tuple[Row, str | None]]:
+        """(row, why it was set aside or None) of all rows so far, in the order written."""
+        with open(self.partial, "rb") as file:
+            for line in file:
+                entry = json.loads(line)
+                yield entry["row"], entry.get("reason")
+
     def finish(self, order: Iterator[str], counts: Counter, results: dict | None = None):
         """Write OUT in the input's order of prompt_ids, then its manifest; print the counts.
 

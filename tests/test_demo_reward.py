@@ -11,7 +11,7 @@ from scripts.recipes import demo_reward
 from scripts.recipes.demo_reward import WEIGHTS, asked_forms, reward, terms
 
 DATA = Path(demo_reward.__file__).parent / "demo"
-COUNTS = {"train_1": 64, "train_2": 64, "train_3": 64, "dev": 32, "heldout": 104}
+COUNTS = {"train_1": 64, "train_2": 64, "train_3": 64, "dev": 32, "heldout": 96}
 KINDS = {"question", "writing", "code", "maths", "rewriting", "extraction", "roleplay", "advice"}
 
 OPEN = "How does a refrigerator keep food cold?"

@@ -11,7 +11,7 @@ heldout_prompts() { cp scripts/recipes/demo/heldout.jsonl "$1"; }
 ITERATIONS=3
 RANKER=scripts/recipes/demo_reward.py:reward
 SAMPLE="--n 5 --temperature 0.7 --top-p 0.9 --max-new-tokens 96 --slots 160"
-HELDOUT_SAMPLE="--n 1 --temperature 0.7 --top-p 0.9 --max-new-tokens 96 --slots 104"
+HELDOUT_SAMPLE="--n 1 --temperature 0.7 --top-p 0.9 --max-new-tokens 96 --slots 96"
 # A learning rate a hundred times Zephyr's: a small model, and only two dozen steps in all.
 DPO="--beta 0.1 --learning-rate 5e-5 --schedule linear --warmup-ratio 0 --batch-size 4
      --micro-batch-size 4 --max-length 512 --max-prompt-length 256"

@@ -1,0 +1,145 @@
+"""Which answers of a prompt are compared with which, and what the comparisons say. Without JAX.
+
+A comparison (i, j) puts answer i first and j second; its logit says how far i beats j. A strategy
+is a generator: it yields the comparisons it wants next, is sent their logits, and returns a
+Ranking. So many prompts can be asked at once, and whoever computes the logits forms the batches.
+
+Answers that read the same are one answer here: their comparisons are made once.
+"""
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Generator
+from typing import Literal
+
+import numpy as np
+
+Pair = tuple[int, int]
+Strategy = Generator[list[Pair], dict[Pair, float], "Ranking"]
+Comparisons = Literal["full", "bubble"]
+Aggregation = Literal["max_logits", "max_wins"]
+
+
+@dataclasses.dataclass
+class Ranking:
+    scores: list[float]  # one per response, higher is better
+    comparisons: list[list[float | None]] | None = None  # n×n logits, pairwise rankers only
+    terms: list[dict[str, float]] | None = None  # what the scores consist of, where the ranker says
+    truncated: dict | None = None  # {"prompt": bool, "responses": [bool]}: what had to be cut
+
+
+def strategy(
+    kind: Comparisons, texts: list[str], aggregation: Aggregation, prompt_id: str
+) -> Strategy:
+    return full(texts, aggregation) if kind == "full" else bubble(texts, prompt_id)
+
+
+# ------------------------------------------------------------------------------ strategies
+
+
+def full(texts: list[str], aggregation: Aggregation) -> Strategy:
+    """All n(n−1) ordered pairs; scores by `aggregation` (llm_blender/gpt_eval/utils.py)."""
+    n, same = len(texts), _first_with_the_same(texts)
+    wanted = {(i, j): (same[i], same[j]) for i in range(n) for j in range(n) if i != j}
+    logits = (yield sorted(set(wanted.values()))) if wanted else {}
+    matrix = np.zeros((n, n))
+    for pair, asked in wanted.items():
+        matrix[pair] = logits[asked]
+    return Ranking(aggregate(matrix, aggregation), matrix.tolist())
+
+
+def aggregate(matrix: np.ndarray, aggregation: Aggregation) -> list[float]:
+    """Scores of n answers from their matrix [n, n] of logits, diagonal 0.
+
+    max_logits: the mean over all n columns of C − Cᵀ, as in llm-blender. max_wins: comparisons won
+    out of 2(n−1), in whichever order they were made.
+    """
+    if aggregation == "max_logits":
+        return (matrix - matrix.T).mean(axis=-1).tolist()
+    return ((matrix > 0).sum(axis=1) + (matrix < 0).sum(axis=0)).astype(float).tolist()
+
+
+def bubble(texts: list[str], prompt_id: str) -> Strategy:
+    """The best and the worst answer alone: score 1, −1, and 0 for all between.
+
+    Answers meet in an order drawn from the prompt_id; who is ahead meets the next (as in
+    llm-blender's get_best_of_n; the second of a tie goes on). Then those who never won meet until
+    the worst is left. Blank answers stay out where two others have text. A duel is both orders, and
+    i wins if logit(i, j) > logit(j, i).
+    """
+    n, same = len(texts), _first_with_the_same(texts)
+    order = sorted(set(same))
+    if sum(bool(texts[i].strip()) for i in order) > 1:  # blank answers make no pair
+        order = [i for i in order if texts[i].strip()]
+    random.Random(hashlib.sha256(prompt_id.encode("utf-8", "surrogatepass")).digest()).shuffle(
+        order
+    )
+    logits: dict[Pair, float] = {}
+    best, winners = order[0], set()
+    for other in order[1:]:
+        logits |= yield [(best, other), (other, best)]
+        best = best if logits[best, other] > logits[other, best] else other
+        winners.add(best)
+    losers = [i for i in order if i not in winners]
+    worst = losers[0]
+    for other in losers[1:]:
+        logits |= yield [(worst, other), (other, worst)]
+        worst = other if logits[worst, other] > logits[other, worst] else worst
+    scores = [0.0 if best == worst else float((i == best) - (i == worst)) for i in same]
+    matrix = [
+        [0.0 if i == j else logits.get((same[i], same[j])) for j in range(n)] for i in range(n)
+    ]
+    return Ranking(scores, matrix)
+
+
+def _first_with_the_same(texts: list[str]) -> list[int]:
+    first: dict[str, int] = {}
+    return [first.setdefault(text, i) for i, text in enumerate(texts)]
+
+
+# ------------------------------------------------------------------------------ the report
+
+
+class Report:
+    """What a run's rankings have in common; `add` each ranked row, then read `results`."""
+
+    def __init__(self):
+        self._pairs = self._consistent = self._tied = self._made = self._cut = 0
+        self._sums = np.zeros(3)  # of squared scores, squared lengths, and their products
+        self._cut_known = False
+
+    def add(self, texts: list[str], ranking: Ranking):
+        n = len(texts)
+        offsets = np.array([ranking.scores, [len(text) for text in texts]], float)
+        offsets -= offsets.mean(axis=1, keepdims=True)
+        score, length = offsets
+        self._sums += (score @ score, length @ length, score @ length)
+        if ranking.comparisons is None:
+            return
+        compared = [(i, j) for i in range(n) for j in range(i)
+                    if ranking.comparisons[i][j] is not None and texts[i] != texts[j]]  # fmt: skip
+        for i, j in compared:
+            there, back = ranking.comparisons[i][j], ranking.comparisons[j][i]
+            self._consistent += there * back < 0
+            self._tied += there == back
+        self._pairs += len(compared)
+        if ranking.truncated is not None:
+            self._cut_known = True
+            cut, prompt = ranking.truncated["responses"], ranking.truncated["prompt"]
+            self._cut += sum(prompt or cut[i] or cut[j] for i, j in compared)
+
+    def results(self) -> dict[str, float]:
+        """Rates of the pairs of different answers that were compared, and over all prompts the
+        correlation of score and length in characters, each less its prompt's mean."""
+        found = {}
+        if self._pairs:
+            found["pairs"] = self._pairs
+            found["swap_consistency"] = self._consistent / self._pairs
+            found["tie_rate"] = self._tied / self._pairs
+            if self._cut_known:
+                found["truncation_rate"] = self._cut / self._pairs
+        scores, lengths, products = self._sums
+        if scores > 0 and lengths > 0:
+            found["score_length_correlation"] = float(products / np.sqrt(scores * lengths))
+        return found

@@ -1,0 +1,295 @@
+"""What this machine does: speed and memory, measured side by side with what users had before.
+
+    python -m scripts.bench rank [--ranker FOLDER] [--prompts 8]
+
+Everything is timed in one run, group by group in turns, since machines are noisy: trust the ratios.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from stages import records
+from stages.records import UserError
+
+
+@dataclasses.dataclass
+class Rank:
+    """PairRM: ours against llm-blender with the same weights, all comparisons of real answers."""
+
+    ranker: str | None = None
+    """PairRM's folder or hub id; default: one of its size with random weights, made for the run."""
+    samples: str | None = None
+    """A samples.jsonl; default: three models' answers to AlpacaEval, where the tests' data lies."""
+    prompts: int = 8
+    """So many prompts, spread over the file."""
+    group: int = 2
+    """Prompts given to each side in a turn; llm-blender's batch size divides it, the best does."""
+
+
+@dataclasses.dataclass
+class Gemm:
+    """The rate of fp32 matrix products: what the other figures are shares of."""
+
+
+def main(args: Rank | Gemm) -> None:
+    if isinstance(args, Gemm):
+        print(f"fp32 GEMM: {gemm_rate() / 1e9:.0f} GFLOP/s")
+    else:
+        bench_rank(args)
+
+
+def gemm_rate() -> float:
+    """fp32 FLOP/s of XLA's matrix product at PairRM's shapes, the best of ten."""
+    import jax
+    import jax.numpy as jnp
+
+    x, w = jnp.ones((2048, 1024)), jnp.ones((1024, 4096))
+    product = jax.jit(lambda x, w: jnp.dot(x, w, precision="highest"))
+    product(x, w).block_until_ready()
+    best = min(_timed(lambda: product(x, w).block_until_ready())[0] for _ in range(10))
+    return 2 * x.shape[0] * w.size / best
+
+
+def _timed(function):
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+# ------------------------------------------------------------------------------ ranking
+
+
+def bench_rank(args: Rank) -> None:
+    prompts = _prompts(args)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.ranker
+        if folder is None:
+            from scripts import random_pairrm
+
+            folder = str(Path(temporary) / "pairrm")
+            print("no --ranker: writing a PairRM of random weights (1.7 GB, twice)", flush=True)
+            with contextlib.redirect_stdout(io.StringIO()):
+                random_pairrm.main(random_pairrm.Args(folder))
+        rate = gemm_rate()
+        sides = {"llm-blender": Side(_blender_worker, folder), "ours": Side(_our_worker, folder)}
+        groups = [prompts[i : i + args.group] for i in range(0, len(prompts), args.group)]
+        sides["ours"].ask(("warm", groups))
+        sides["llm-blender"].ask(("choose", groups[0]))
+        for number, group in enumerate(groups, 1):
+            times = {name: side.rank(group) for name, side in sides.items()}
+            took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items())
+            print(f"group {number} of {len(groups)}: {took}", flush=True)
+        rate = max(rate, gemm_rate())
+        ours, theirs = sides["ours"], sides["llm-blender"]
+        for side in sides.values():
+            side.finish()
+        flops, padded, tokens = ours.facts["flops"], ours.facts["padded"], ours.facts["tokens"]
+        print(f"fp32 GEMM {rate / 1e9:.0f} GFLOP/s; {ours.made} comparisons of "
+              f"{tokens / ours.made:.0f} tokens, padded to {padded / ours.made:.0f}; "
+              f"{flops / ours.made / 1e9:.0f} useful GFLOP each")  # fmt: skip
+        for name, side in sides.items():
+            note = f" (batch size {side.facts['batch']})" if "batch" in side.facts else ""
+            print(f"{name:12s} {side.made / side.seconds:.3f} comparisons/s, "
+                  f"{flops / side.seconds / 1e9:.0f} useful GFLOP/s, "
+                  f"{flops / side.seconds / rate:.0%} of GEMM, "
+                  f"peak {side.facts['memory'] / 2**30:.2f} GiB{note}")  # fmt: skip
+        print(f"ratio {theirs.seconds / ours.seconds:.2f}")
+        differences = [np.abs(np.array(a) - b).max() for a, b in zip(ours.scores, theirs.scores)]
+        print(f"largest difference of a score {max(differences):.1e} "
+              f"of a spread of {np.ptp(np.concatenate(ours.scores)):.1f}")  # fmt: skip
+        _report_bubble(prompts, ours.matrices)
+
+
+def _prompts(args: Rank) -> list[tuple[str, list[str]]]:
+    """(prompt, answers), the same number of answers each."""
+    if args.samples is not None:
+        rows = [(records.prompt_text(row, where), [r["text"] for r in row["responses"]])
+                for where, row in records.read_rows(args.samples)]  # fmt: skip
+    else:
+        data = Path(os.environ.get("ALIGN_TEST_DATA", "../shared/data")) / "alpaca_eval"
+        names = ("Mistral-7B-Instruct-v0.2", "Snorkel-Mistral-PairRM-DPO", "gpt4_1106_preview")
+        if not data.is_dir():
+            raise UserError(f"{data} does not exist: give --samples, or set ALIGN_TEST_DATA")
+        models = [json.loads((data / f"{name}.json").read_text()) for name in names]
+        rows = [(r[0]["instruction"], [x["output"] for x in r]) for r in zip(*models)]
+    rows = [row for row in rows if len(row[1]) == len(rows[0][1]) > 1]
+    if len(rows) < args.prompts:
+        raise UserError(f"{len(rows)} prompts with as many answers as the first: fewer --prompts")
+    return rows[:: len(rows) // args.prompts][: args.prompts]
+
+
+def _report_bubble(prompts, matrices) -> None:
+    """What bubble would have asked for, and found, of the logits that were computed."""
+    from model.comparisons import strategy
+
+    asked = best = worst = every = 0
+    for (source, answers), matrix in zip(prompts, matrices):
+        plan, n = strategy("bubble", answers, "max_logits", source), len(answers)
+        full = np.mean(np.array(matrix) - np.array(matrix).T, axis=1)
+        try:
+            wanted = plan.send(None)
+            while True:
+                asked += len(wanted)
+                wanted = plan.send({(i, j): matrix[i][j] for i, j in wanted})
+        except StopIteration as end:
+            scores = end.value.scores
+        every += n * (n - 1)
+        best += int(np.argmax(scores)) == int(np.argmax(full))
+        worst += int(np.argmin(scores)) == int(np.argmin(full))
+    print(f"bubble would make {asked} of {every} comparisons; its best answer is full's for "
+          f"{best} of {len(prompts)} prompts, its worst for {worst}")  # fmt: skip
+
+
+class Side:
+    """One implementation in a process of its own, asked in turns."""
+
+    def __init__(self, worker, folder: str):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=worker, args=(other, folder), daemon=True)
+        self._process.start()
+        self.seconds, self.made = 0.0, 0
+        self.scores: list[list[float]] = []
+        self.matrices: list[list[list[float]]] = []
+        self.facts: dict = {}
+
+    def ask(self, question):
+        self._pipe.send(question)
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("the process ended; what it printed is above") from None
+
+    def rank(self, group) -> float:
+        seconds, made, scores, matrices = self.ask(("rank", group))
+        self.seconds += seconds
+        self.made += made
+        self.scores += scores
+        self.matrices += matrices
+        return seconds
+
+    def finish(self):
+        self.facts = self.ask(("facts", None))
+        self._process.terminate()
+
+
+def _peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _our_worker(pipe, folder: str):
+    import jax.numpy as jnp
+
+    from model import deberta, pairrm
+    from model.rankers import PairwiseRanker, Request
+
+    model = pairrm.PairRM(folder)
+    config, params = model.config.encoder, model.params["encoder"]
+    ranker = PairwiseRanker(model, "full", "max_logits")
+    facts = {"flops": 0.0, "padded": 0, "tokens": 0}
+
+    def rank(group) -> list:
+        requests = [
+            Request("", str(number), source, [{"role": "user", "content": source}], answers, [])
+            for number, (source, answers) in enumerate(group)
+        ]
+        found = {request.prompt_id: ranking
+                 for request, ranking in ranker.rank_all(requests, lambda n: None)}  # fmt: skip
+        return [found[request.prompt_id] for request in requests]
+
+    shapes = []  # of each batch that is computed
+    batches = model.batches
+
+    def seen(comparisons):
+        for batch, arrays in batches(comparisons):
+            shapes.append(arrays[0].shape)
+            yield batch, arrays
+
+    def compile_only(comparisons):
+        """Each shape once, through two layers instead of all."""
+        short = {**params, "layers": [params["layers"][0], params["layers"][-1]]}
+        for _, arrays in batches(comparisons):
+            if arrays[0].shape not in shapes:
+                shapes.append(arrays[0].shape)
+                deberta.encode(short, config, *map(jnp.asarray, arrays))
+        return iter(())
+
+    while True:
+        what, given = pipe.recv()
+        if what == "warm":
+            model.batches = compile_only
+            for group in given:
+                rank(group)
+            model.batches = seen
+            shapes.clear()
+            pipe.send(None)
+        elif what == "facts":
+            pipe.send(facts | {"padded": sum(b * t for b, t in shapes), "memory": _peak()})
+        else:
+            seconds, found = _timed(partial(rank, given))
+            made = 0
+            for source, answers in given:
+                encoded, n = model.encode(source, answers), len(answers)
+                lengths = [encoded.length(i, j) for i in range(n) for j in range(n) if i != j]
+                facts["flops"] += sum(useful_flops(config, length) for length in lengths)
+                facts["tokens"] += sum(lengths)
+                made += len(lengths)
+            pipe.send((seconds, made, [r.scores for r in found], [r.comparisons for r in found]))
+
+
+def _blender_worker(pipe, folder: str):
+    from model.blender import BlenderRanker
+
+    with contextlib.redirect_stdout(sys.stderr):
+        blender = BlenderRanker(folder).blender
+    batch = 1
+
+    def rank(group, size):
+        sources, answers = [source for source, _ in group], [a for _, a in group]
+        return blender.rank(sources, answers, return_scores=True, batch_size=size,
+                            disable_tqdm=True)  # fmt: skip
+
+    while True:
+        what, given = pipe.recv()
+        if what == "choose":
+            sizes = [size for size in range(1, len(given) + 1) if len(given) % size == 0]
+            rank(given[:1], 1)  # warm
+            times = {size: _timed(partial(rank, given, size))[0] for size in sizes}
+            batch = min(times, key=times.get)
+            pipe.send(batch)
+        elif what == "facts":
+            pipe.send({"batch": batch, "memory": _peak()})
+        else:
+            seconds, scores = _timed(partial(rank, given, batch))
+            n = len(given[0][1])
+            pipe.send((seconds, len(given) * n * (n - 1), scores.tolist(), []))
+
+
+def useful_flops(config, length: int) -> float:
+    """Operations that one comparison of so many tokens needs: products alone, no padding, the last
+    layer computed where it is read (three tokens)."""
+    d, f = config.hidden_size, config.intermediate_size
+    rows = min(2 * config.position_buckets, 2 * length - 1)
+
+    def layer(queries):
+        linear = queries * (2 * d * d + 2 * d * f) + length * 2 * d * d
+        attention = 2 * queries * length * d + (queries + length) * rows * d
+        return 2.0 * (linear + attention)
+
+    return (config.num_hidden_layers - 1) * layer(length) + layer(3)
+
+
+if __name__ == "__main__":
+    sys.exit(records.run(main, Rank | Gemm))
