@@ -64,8 +64,8 @@ def pack(sequences: list[Sequence], shards: int = 1) -> dict[str, np.ndarray]:
         rows[row].append(i)
         filled[row] += len(sequences[i])
     responses = [sum(len(sequences[i]) - len(sequences[i].prompt) for i in row) for row in rows]
-    # Few lengths: a step of another shape is compiled for as long as several steps take.
-    b, t, r = len(rows), bucket(max(filled), 128), bucket(max(responses), 128)
+    # A response token more costs little: fewer lengths, so that fewer programs are compiled.
+    b, t, r = len(rows), bucket(max(filled)), bucket(max(responses), 128)
     arrays = {name: np.zeros((b, t), np.int32)
               for name in ("tokens", "positions", "sequences", "branches")}  # fmt: skip
     arrays |= {name: np.zeros((b, r), np.int32) for name in ("predictors", "targets")}
