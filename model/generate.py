@@ -38,12 +38,14 @@ PREFILL_PROMPTS = 8  # at most; a power of two, so that few numbers are compiled
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. temperature 0 is greedy; top_k 0 and top_p 1 leave every token."""
+    """How answers are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave every
+    token."""
 
     n: int = 5
     temperature: float = 0.7
     top_p: float = 0.9
     top_k: int = 0
+    min_p: float = 0.0
     max_new_tokens: int = 256
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
@@ -54,6 +56,7 @@ class Sampling:
             ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "at least 0"),
+            ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("stop_strings", all(self.stop_strings), "not empty"),
         ):
@@ -79,7 +82,7 @@ def draw(logits_bv: jax.Array, uniform_b: jax.Array, sampling: Sampling):
     """One token a row by inverse CDF: (tokens int32 [b], the whole model's log-probs fp32 [b]).
 
     logits_bv: fp32; uniform_b: fp32 in [0, 1). Filters in transformers' order: temperature, top-k,
-    top-p (generation/logits_process.py).
+    top-p, min-p (generation/logits_process.py).
     """
     with jax.named_scope("draw"):
         if sampling.temperature == 0:
@@ -100,6 +103,8 @@ def filtered_weights(logits_bv: jax.Array, sampling: Sampling) -> jax.Array:
         weights_bv = jnp.where(weights_bv >= kth_b1, weights_bv, 0.0)
     if sampling.top_p < 1:
         weights_bv = _keep_top_p(weights_bv, sampling.top_p)
+    if sampling.min_p > 0:  # of the likeliest token's probability, whose weight is 1
+        weights_bv = jnp.where(weights_bv >= sampling.min_p, weights_bv, 0.0)
     return weights_bv
 
 
@@ -449,8 +454,9 @@ def _copy_prompts(k_bkhs, v_bksh, prompts_k, prompts_v, slots_g, starts_g):
     from_gs = jnp.minimum(from_gs, prompts_k.shape[-1] - 1)
     new_k = jnp.moveaxis(prompts_k[0][:, :, from_gs], 2, 0)
     new_v = jnp.moveaxis(prompts_v[0][:, from_gs], 1, 0)
-    k_bkhs = k_bkhs.at[slots_g].set(new_k, mode="drop")
-    return k_bkhs, v_bksh.at[slots_g].set(new_v, mode="drop")
+    return mistral.constrain_cache(
+        k_bkhs.at[slots_g].set(new_k, mode="drop"), v_bksh.at[slots_g].set(new_v, mode="drop")
+    )
 
 
 def _admit(params, state, hidden_1td, starting, *, config, sampling) -> dict:
@@ -513,8 +519,10 @@ def _resize_layer(k_bkhs, v_bksh, slots_b, length):
     if slots_b is not None:
         k_bkhs, v_bksh = k_bkhs[slots_b], v_bksh[slots_b]
     extra = max(length - k_bkhs.shape[-1], 0)
-    k_bkhs = jnp.pad(k_bkhs[..., :length], ((0, 0),) * 3 + ((0, extra),))
-    return k_bkhs, jnp.pad(v_bksh[:, :, :length], ((0, 0), (0, 0), (0, extra), (0, 0)))
+    return mistral.constrain_cache(
+        jnp.pad(k_bkhs[..., :length], ((0, 0),) * 3 + ((0, extra),)),
+        jnp.pad(v_bksh[:, :, :length], ((0, 0), (0, 0), (0, extra), (0, 0))),
+    )
 
 
 def _release(state, mask_b) -> dict:

@@ -288,11 +288,29 @@ def _prefill_layer(w: Params, config: MistralConfig, x_btd, rope, seen_bts):
 
 def empty_cache(config: MistralConfig, rows: int, length: int, dtype=jnp.float32) -> list:
     """A KV cache for `rows` sequences of up to `length` positions: [(k_bkhs, v_bksh)] a layer."""
-    b, k, h = rows, config.num_key_value_heads, config.head_dim
-    layers = range(config.num_hidden_layers)
-    return [
-        (jnp.zeros((b, k, h, length), dtype), jnp.zeros((b, k, length, h), dtype)) for _ in layers
-    ]
+
+    @jax.jit  # so that on a mesh each device makes its own share
+    def one_layer():
+        b, k, h = rows, config.num_key_value_heads, config.head_dim
+        return constrain_cache(
+            jnp.zeros((b, k, h, length), dtype), jnp.zeros((b, k, length, h), dtype)
+        )
+
+    return [one_layer() for _ in range(config.num_hidden_layers)]
+
+
+def cache_bytes(config: MistralConfig, length: int, dtype=jnp.float32) -> int:
+    """Bytes of the keys and values of one sequence of up to `length` positions."""
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return numbers * length * jnp.dtype(dtype).itemsize
+
+
+def constrain_cache(k_bkhs: jax.Array, v_bksh: jax.Array):
+    """Rows of a layer's cache over the axes that cut a batch, key heads over tensor."""
+    return (
+        constrain(k_bkhs, "batch", "kv_heads", "head_dim", "length"),
+        constrain(v_bksh, "batch", "kv_heads", "length", "head_dim"),
+    )
 
 
 def decode(
@@ -320,6 +338,7 @@ def decode(
             # A scatter of one column a row: in place, since the caller donates the cache.
             k = k_bkhs.at[rows, :, :, positions_b].set(k_btkh[:, 0], mode="drop")
             v = v_bksh.at[rows, :, positions_b].set(v_btkh[:, 0], mode="drop")
+            k, v = constrain_cache(k, v)
             return attention(q_btnh, k, v, seen_bts), (k, v)
 
         return block(w, config, x_btd, rope, attend)

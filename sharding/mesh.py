@@ -11,6 +11,7 @@ this file knows which mesh axis each of them lies on. The mesh always has three 
 import math
 
 import jax
+import psutil
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -91,6 +92,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the mesh cuts a batch."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def free_memory(mesh: Mesh) -> int:
+    """Bytes that are free on the mesh's devices together; simulated ones share the machine's."""
+    devices = mesh.devices.flatten()
+    if devices[0].platform == "cpu":
+        return psutil.virtual_memory().available
+    stats = [
+        device.memory_stats() for device in devices if device.process_index == jax.process_index()
+    ]
+    free = min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+    return free * len(devices)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -21,7 +21,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
@@ -30,6 +30,10 @@ Row = dict
 
 class UserError(Exception):
     """The caller's mistake: one line that says what, where and how to mend. Exit code 2."""
+
+
+class Busy(UserError):
+    """Another process is writing the same file."""
 
 
 class Stopped(Exception):
@@ -206,6 +210,21 @@ def read_prompts(
             )
 
 
+def parse_bytes(text: str, flag: str) -> int:
+    """Bytes that a text like 8GiB, 500MB or 4096 names."""
+    units = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+             **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}  # fmt: skip
+    number = text.rstrip("KMGTiB")
+    unit = text[len(number) :].strip()
+    try:
+        size = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UserError(f"{flag} is {text!r}: give a size such as 8GiB or 500MB")
+    return size
+
+
 def file_sha256(path: str) -> str:
     digest = hashlib.sha256()
     with _open_input(path) as file:
@@ -334,7 +353,10 @@ class Output:
         self._file = None
 
     @classmethod
-    def open(cls, path: str, manifest: Manifest, overwrite: bool = False) -> "Output":
+    def open(
+        cls, path: str, manifest: Manifest, overwrite: bool = False, share: tuple[int, int] = (0, 1)
+    ) -> "Output":
+        """share (i, n): write only this process's share; `merge_shares` makes `path` of all."""
         output = cls(path, manifest)
         if epath.Path(path).is_dir():
             raise UserError(f"{path} is a folder: give the path of the file to write")
@@ -356,6 +378,8 @@ class Output:
             print(f"{path} is finished already: {_counts_line(there.counts)}")
             output.finished, output.manifest = True, there
             return output
+        if share[1] > 1:
+            return cls.open(share_path(path, *share), manifest, overwrite)
         for folder in (epath.Path(path).parent, partial.parent):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -365,7 +389,7 @@ class Output:
         try:
             fcntl.flock(output._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{path} is being written by another process: wait for it") from None
+            raise Busy(f"{path} is being written by another process: wait for it") from None
         except OSError:
             pass  # a file system without locks
         there = read_manifest(output.partial)
@@ -435,7 +459,7 @@ class Output:
                 entry = json.loads(line)
                 yield entry["row"], entry.get("reason")
 
-    def finish(self, order: Iterator[str], counts: Counter, results: dict | None = None):
+    def finish(self, order: Iterable[str], counts: Counter, results: dict | None = None):
         """Write OUT in the input's order of prompt_ids, then its manifest; print the counts.
 
         `counts` holds "in", whatever the stage merged ("merged: …") and what it wrote to another
@@ -477,6 +501,40 @@ class Output:
             os.unlink(leftover)
         self.finished = True
         print(f"{self.path}: {_counts_line(self.manifest.counts)}")
+
+
+def share_path(path: str, share: int, shares: int) -> str:
+    return f"{path}.share-{share}-of-{shares}"
+
+
+def merge_shares(path: str, manifest: Manifest, shares: int, order: list[str], counts: Counter):
+    """Make `path` of the processes' shares, rows in `order`, once all of them are there. Where some
+    are not, or another process is at it, say so. `counts`: as for `Output.finish`."""
+    if epath.Path(path).exists():
+        return
+    files = [share_path(path, i, shares) for i in range(shares)]
+    missing = [str(i) for i, file in enumerate(files) if not epath.Path(file).exists()]
+    if missing:
+        print(f"{path}: waits for share {', '.join(missing)} of {shares}")
+        return
+    try:
+        output = Output.open(path, manifest)
+    except Busy:
+        print(f"{path}: another process is putting the shares together")
+        return
+    for file in files:
+        refuse_other(manifest, read_manifest(file) or manifest, file, f"remove {file}")
+        aside = f"{file}.set_aside.jsonl"
+        for _, row in read_rows(file):
+            if not output.has(row["prompt_id"]):
+                output.write(row)
+        for _, entry in read_rows(aside) if epath.Path(aside).exists() else ():
+            if not output.has(entry["row"]["prompt_id"]):
+                output.set_aside(entry["row"], entry["reason"])
+    output.finish(order, counts)
+    for file in files:
+        for leftover in (file, manifest_path(file), f"{file}.set_aside.jsonl"):
+            epath.Path(leftover).unlink(missing_ok=True)
 
 
 def _json_line(row: Row) -> bytes:

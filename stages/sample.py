@@ -5,6 +5,9 @@
 Each row gains `prompt_token_ids` and `responses`: n times {text, token_ids, logprob,
 finish_reason}. Rows are written as their answers end; a run that is stopped goes on where it was.
 A prompt too long for the model's context (less --max-new-tokens) is set aside with its reason.
+
+Several processes can share the work, each on devices of its own: one with --share 0 4, one with
+--share 1 4, … Whichever is done last puts the shares together in the order of the prompts.
 """
 
 import dataclasses
@@ -29,34 +32,39 @@ class Args:
     temperature: float = 0.7  # 0: greedy
     top_p: float = 0.9  # 1: no cut
     top_k: int = 0  # 0: no cut
+    min_p: float = 0.0  # tokens less than so likely as the likeliest are cut; 0: no cut
     max_new_tokens: int = 256  # an answer longer than this ends with finish_reason "length"
     stop_strings: tuple[str, ...] = ()  # an answer also ends before any of these
     seed: int = 0
-    slots: int = 64  # answers in the making at a time; more is faster, and takes more memory
+    # Answers in the making at a time: more is faster, and takes more memory. Default: as many as
+    # --cache-memory holds, at most 64 on a CPU and 256 on accelerators.
+    slots: int | None = None
+    cache_memory: str | None = None
+    """Of the keys and values of all slots at their longest, over all devices, e.g. 8GiB. Default:
+    a quarter of a machine's free memory, four fifths of what accelerators have free."""
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; bfloat16 on accelerators
     mesh: tuple[int, int, int] = (1, -1, 1)  # devices along data, fsdp, tensor; -1: the rest
+    share: tuple[int, int] | None = None  # I N: only every Nth prompt, from the Ith (0, …) on
     overwrite: bool = False  # replace an --out that is there
 
 
 def main(args: Args) -> None:
     import jax  # after the command line is parsed: --help answers at once
-    import jax.numpy as jnp
 
-    from model import checkpoint, generate, mistral
+    from model import checkpoint, generate
     from model.tokenizer import ChatTokenizer, TokenizerError
-    from sharding.mesh import make_mesh, tree_shardings
+    from sharding.mesh import make_mesh
 
     try:
         sampling = generate.Sampling(
-            args.n, args.temperature, args.top_p, args.top_k, args.max_new_tokens, args.seed,
-            args.stop_strings,
+            args.n, args.temperature, args.top_p, args.top_k, args.min_p, args.max_new_tokens,
+            args.seed, args.stop_strings,
         )  # fmt: skip
-        if args.slots < 1:
-            raise ValueError(f"slots is {args.slots}: it must be at least 1")
+        _check_slots(args)
         config = checkpoint.load_config(args.checkpoint)
         identity = checkpoint.identity(args.checkpoint)
         tokenizer = ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
-        mesh = make_mesh(*args.mesh)
+        mesh = make_mesh(*args.mesh, devices=jax.local_devices())
     except (ValueError, TokenizerError) as error:
         raise UserError(str(error)) from error
 
@@ -85,26 +93,44 @@ def main(args: Args) -> None:
             "chat_template": tokenizer.template_identity,
         },
     )
-    output = Output.open(args.out, manifest, args.overwrite)
-    if output.finished:
-        return
+    share, shares = args.share or (jax.process_index(), jax.process_count())
+    if not 0 <= share < shares:
+        raise UserError(f"--share {share} {shares}: the first is a number from 0 to {shares - 1}")
+    output = Output.open(args.out, manifest, args.overwrite, (share, shares))
+    if not output.finished:
+        mine = order[share::shares]
+        results = _sample(args, sampling, config, tokenizer, mesh, output, mine, longest)
+        output.finish(mine, counts if shares == 1 else Counter({"in": len(mine)}), results)
+    if shares > 1:
+        records.merge_shares(args.out, manifest, shares, order, counts)
+
+
+def _sample(args: Args, sampling, config, tokenizer, mesh, output: Output, mine, longest) -> dict:
+    """Write the answers to the prompts whose ids are `mine`; what it took. longest: tokens of the
+    longest prompt that is answered."""
+    import jax
+    import jax.numpy as jnp
+
+    from model import checkpoint, generate, mistral
+    from sharding.mesh import tree_shardings
 
     rows: dict[str, records.Row] = {}  # prompts whose answers are in the making
+    todo = {prompt_id for prompt_id in mine if not output.has(prompt_id)}
 
     def prompts() -> Iterator[tuple[str, list[int]]]:
         for where, row in records.read_prompts(args.prompts, Counter()):
-            if output.has(row["prompt_id"]):
+            if row["prompt_id"] not in todo:
                 continue
             row["prompt_token_ids"] = _token_ids(tokenizer, row, where)
-            if len(row["prompt_token_ids"]) > limit:
+            if len(row["prompt_token_ids"]) > longest:
+                limit = config.max_position_embeddings - args.max_new_tokens
                 output.set_aside(row, f"prompt longer than {limit} tokens")
                 progress.update()
                 continue
             rows[row["prompt_id"]] = row
             yield row["prompt_id"], row["prompt_token_ids"]
 
-    slots = min(args.slots, args.n * len(order))
-    progress = tqdm(total=len(order), initial=len(output), unit=" prompts", desc="sample")
+    progress = tqdm(total=len(mine), initial=len(output), unit=" prompts", desc="sample")
     with progress, jax.set_mesh(mesh), records.stop_signal() as check_stop:
         shardings = tree_shardings(mesh, mistral.logical_axes(config), mistral.abstract(config))
         try:
@@ -114,9 +140,13 @@ def main(args: Args) -> None:
         dtype = jnp.dtype(args.dtype)
         if dtype != jnp.float32:
             params = mistral.cast(params, dtype)
+        a_slot = mistral.cache_bytes(config, longest + args.max_new_tokens, dtype)
+        slots = _slots(args, mesh, a_slot, args.n * len(mine))
+        progress.write(f"{slots} slots, a KV cache of at most {slots * a_slot / 1e9:.2f} GB")
         sampler = generate.Sampler(
             config, params, tokenizer.decode, sampling, slots, longest, dtype
         )
+        del params
         start = time.monotonic()
         for prompt_id, answers in sampler.run(prompts(), check_stop):
             row = rows.pop(prompt_id)
@@ -128,7 +158,39 @@ def main(args: Args) -> None:
     seconds = time.monotonic() - start
     # Of this sitting alone: a run that was stopped before drew the rest then.
     sitting = {"tokens": sampler.tokens_drawn, "seconds": round(seconds, 1), "slots": slots}
-    output.finish(iter(order), counts, {"last_sitting": sitting})
+    return {"last_sitting": sitting}
+
+
+def _check_slots(args: Args) -> None:
+    if args.slots is not None and args.slots < 1:
+        raise UserError(f"--slots is {args.slots}: it must be at least 1")
+    if args.slots is not None and args.cache_memory is not None:
+        raise UserError("--slots and --cache-memory say the same thing twice: give one of them")
+    if args.cache_memory is not None:
+        records.parse_bytes(args.cache_memory, "--cache-memory")
+
+
+def _slots(args: Args, mesh, a_slot: int, answers: int) -> int:
+    """How many answers are made at a time, a multiple of the parts that the mesh cuts a batch in.
+    a_slot: bytes of one of them; answers: how many there are in all."""
+    from sharding.mesh import batch_shards, free_memory
+
+    shards = batch_shards(mesh)
+    slots, cpu = args.slots, mesh.devices.flat[0].platform == "cpu"
+    if slots is None:
+        if args.cache_memory is not None:
+            memory = records.parse_bytes(args.cache_memory, "--cache-memory")
+        else:
+            memory = free_memory(mesh) * (0.25 if cpu else 0.8)
+        slots = int(memory / (a_slot * shards)) * shards
+        if slots < 1:
+            raise UserError(
+                f"the keys and values of {shards} answers take {a_slot * shards / 1e9:.2f} GB, and "
+                f"{memory / 1e9:.2f} GB are for them: raise --cache-memory, lower --max-new-tokens "
+                "or set longer prompts aside"
+            )
+        slots = min(slots, 64 if cpu else 256)
+    return -(-max(1, min(slots, answers)) // shards) * shards
 
 
 def _token_ids(tokenizer, row: records.Row, where: str) -> list[int]:

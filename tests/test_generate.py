@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from model import generate, mistral
 from model.generate import Sampler, Sampling
@@ -39,6 +44,8 @@ def answers(sampling, slots=8, prompts=PROMPTS, seed=0, params=None, **changes):
         Sampling(temperature=1.0, top_p=0.05),
         Sampling(temperature=0.7, top_p=1.0, top_k=7),
         Sampling(temperature=2.0, top_p=0.8, top_k=150),
+        Sampling(temperature=1.5, top_p=1.0, min_p=0.05),
+        Sampling(temperature=1.5, top_p=0.9, top_k=300, min_p=0.02),
         Sampling(temperature=5.0, top_p=0.99),  # more tokens than the head of the top-p search
     ],
 )
@@ -49,6 +56,8 @@ def test_filters_leave_the_tokens_and_probabilities_that_transformers_leaves(sam
         expected = TopKLogitsWarper(sampling.top_k)(None, expected)
     if sampling.top_p < 1:
         expected = TopPLogitsWarper(sampling.top_p)(None, expected)
+    if sampling.min_p:
+        expected = MinPLogitsWarper(sampling.min_p)(None, expected)
     expected = torch.softmax(expected, -1).numpy()
     weights = np.asarray(generate.filtered_weights(jnp.array(logits), sampling))
     probabilities = weights / weights.sum(-1, keepdims=True)
@@ -209,7 +218,7 @@ def test_stop_strings_end_an_answer_before_them_also_across_tokens():
 @pytest.mark.parametrize(
     "wrong",
     [{"n": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
-     {"top_k": -1}, {"max_new_tokens": 0}, {"stop_strings": ("",)}],
+     {"top_k": -1}, {"min_p": 1}, {"min_p": -0.1}, {"max_new_tokens": 0}, {"stop_strings": ("",)}],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

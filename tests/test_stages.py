@@ -346,10 +346,59 @@ def test_a_prompt_longer_than_the_context_is_set_aside_and_counted(base, tmp_pat
     assert aside["reason"] == "prompt longer than 244 tokens"
 
 
+def test_shares_make_the_same_file_as_one_process(base, tmp_path, capsys):
+    rows = [*tiny.PROMPTS[:5], {"prompt": "x" * 400}, tiny.PROMPTS[0], tiny.PROMPTS[6]]
+    prompts = tiny.write_jsonl(tmp_path / "p.jsonl", rows)
+    assert run_sample(base, prompts=prompts, out=tmp_path / "whole.jsonl") == 0
+    out = tmp_path / "s.jsonl"
+    for share in (2, 0, 1):
+        assert not out.exists()
+        assert run_sample(base, "--share", str(share), "3", prompts=prompts, out=out) == 0
+        said = capsys.readouterr().out
+        assert ("waits for share" in said) == (share != 1)
+    for end in ("", ".set_aside.jsonl"):
+        shared, whole = (tiny.read_jsonl(f"{p}{end}") for p in (out, tmp_path / "whole.jsonl"))
+        for one, other in zip(shared, whole, strict=True):
+            for a, b in zip(one.pop("responses", []), other.pop("responses", []), strict=True):
+                assert a.pop("logprob") == pytest.approx(b.pop("logprob"), abs=1e-4)
+                assert a == b
+            assert one == other
+    counts = records.read_manifest(str(out)).counts
+    assert counts == records.read_manifest(str(tmp_path / "whole.jsonl")).counts
+    assert counts["in"] == 8 and counts["out"] == 6
+    assert not list(tmp_path.glob("*share*")) and not list(tmp_path.glob("*partial*"))
+    assert run_sample(base, "--share", "1", "3", prompts=prompts, out=out) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_the_cache_memory_decides_the_slots(base, tmp_path, capsys):
+    # A slot: 2 layers × keys and values × 2 heads × 8 × positions × 4 bytes.
+    positions = 12 + max(
+        len(r["prompt_token_ids"]) for r in tiny.read_jsonl(base / "samples.jsonl")
+    )
+    memory = 5 * 2 * 2 * 2 * 8 * positions * 4 + 100
+    argv = ["--checkpoint", str(base / "model"), "--prompts", str(base / "prompts.jsonl")]
+    argv += ["--n", "3", "--max-new-tokens", "12", "--mesh", "1", "1", "-1", "--out"]
+    more = [f"{tmp_path}/s.jsonl", "--cache-memory", f"{memory}"]
+    assert records.run(sample.main, sample.Args, argv + more) == 0
+    last = records.read_manifest(str(tmp_path / "s.jsonl")).results["last_sitting"]
+    assert last["slots"] == 5
+    argv += [f"{tmp_path}/t.jsonl", "--cache-memory", "1000"]
+    code = records.run(sample.main, sample.Args, argv)
+    refused(capsys, code, "raise --cache-memory")
+
+
+@pytest.mark.parametrize("text,size", [("8GiB", 8 << 30), ("1.5 MB", 1_500_000), ("77", 77)])
+def test_sizes_are_read_with_their_units(text, size):
+    assert records.parse_bytes(text, "--cache-memory") == size
+
+
 @pytest.mark.parametrize(
     "flags,word",
     [(["--n", "0"], "n is 0"), (["--top-p", "2"], "top_p"), (["--max-new-tokens", "999"], "room"),
-     (["--slots", "0"], "slots"), (["--mesh", "3", "1", "1"], "mesh")],
+     (["--slots", "0"], "slots"), (["--mesh", "3", "1", "1"], "mesh"),
+     (["--cache-memory", "1GiB"], "twice"), (["--share", "3", "3"], "--share"),
+     (["--min-p", "1"], "min_p")],
 )  # fmt: skip
 def test_sampling_settings_that_make_no_sense_are_refused(base, tmp_path, capsys, flags, word):
     refused(capsys, run_sample(base, *flags, out=tmp_path / "s.jsonl"), word)
