@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -146,17 +147,30 @@ def _unreadable(folder: str, error: Exception) -> CheckpointError:
     return CheckpointError(f"checkpoint {folder}: params cannot be read ({first})")
 
 
-def save_state(folder: str, state) -> None:
-    """Write a training state (any tree of arrays), atomically, replacing what is there."""
+def save_state(folder: str, state) -> Callable[[], None]:
+    """Begin to write a training state (any tree of arrays), replacing what is there; the function
+    that it gives waits for the end and puts the state in its place, whole.
+
+    The arrays may be donated at once: they are copied first. On CPU, where a copy would be another
+    whole state in the same memory, it is written before this returns.
+    """
     path = epath.Path(folder)
     temporary = epath.Path(f"{folder}.tmp")
     if temporary.exists():
         temporary.rmtree()
     with _orbax(state):
-        ocp.save(temporary, state)
-    if path.exists():
-        shutil.rmtree(path)
-    temporary.rename(path)
+        writing = ocp.save_async(temporary, state)
+
+    def finish():
+        writing.result()
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+
+    if any(d.platform == "cpu" for x in jax.tree.leaves(state) for d in x.devices()):
+        finish()
+        return lambda: None
+    return finish
 
 
 def load_state(folder: str, abstract):

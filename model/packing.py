@@ -31,9 +31,9 @@ class Sequence:
 
 
 def bucket(length: int, step: int = 32) -> int:
-    """The padded length that is compiled: multiples of `step`, from eight of them on of about an
-    eighth of the length."""
-    while length > 8 * step:
+    """The padded length that is compiled: multiples of `step`, from sixteen of them on of about a
+    sixteenth to an eighth of the length."""
+    while length > 16 * step:
         step *= 2
     return -(-length // step) * step
 
@@ -46,8 +46,9 @@ def coarse_bucket(length: int) -> int:
     return power * 3 // 4 if 64 < length <= power * 3 // 4 else power
 
 
-def pack(sequences: list[Sequence], shards: int = 1) -> dict[str, np.ndarray]:
-    """Arrays, all int32, in a multiple of `shards` rows (over which a mesh cuts the batch):
+def pack(sequences: list[Sequence], shards: int = 1, alone: bool = False) -> dict[str, np.ndarray]:
+    """Arrays, all int32, in a multiple of `shards` rows (over which a mesh cuts the batch), several
+    sequences in a row unless each is to be `alone` in its own:
 
     tokens, positions, sequences, branches [b, t]: as above;
     predictors [b, r]: the index in its row of the token that predicts a response token;
@@ -56,7 +57,8 @@ def pack(sequences: list[Sequence], shards: int = 1) -> dict[str, np.ndarray]:
     """
     a_row = max([ROW_TOKENS, *map(len, sequences)])
     total = sum(map(len, sequences))
-    rows = [[] for _ in range(shards * max(1, round(total / (shards * a_row))))]
+    count = -(-len(sequences) // shards) if alone else max(1, round(total / (shards * a_row)))
+    rows = [[] for _ in range(shards * count)]
     filled = [0] * len(rows)
     # Longest first, each to the emptiest row.
     for i in sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i)):

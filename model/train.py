@@ -18,17 +18,16 @@ import optax
 from model import mistral
 from model.config import MistralConfig
 from model.logprobs import response_logprobs
-from model.losses import dpo_loss, implicit_rewards
+from model.losses import Loss, Pairs, implicit_rewards
 
 Batch = dict  # of arrays: see model/packing.py, which makes them
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is optimised and how. Defaults are those of stages/dpo.py."""
+    """What is optimised and how."""
 
-    beta: float
-    label_smoothing: float
+    loss: Loss
     learning_rate: float
     schedule: Literal["linear", "cosine", "constant"]
     warmup_ratio: float
@@ -100,24 +99,26 @@ def pair_logprobs(
     return found_n[0::2], found_n[1::2]
 
 
-def _accumulate(params, gradients, batch, references, pairs, *, config, recipe, dtype, remat):
+def _accumulate(params, gradients, batch, sides, pairs, *, config, recipe, dtype, remat):
     """gradients (None: nothing yet) + ∂(Σ weighted loss / pairs), and the values, one per pair.
 
-    batch: see pair_logprobs; references: `chosen`, `rejected` and `weights`, fp32 [p]: weight 0
-    where the micro-batch has fewer pairs. `pairs`: real pairs in the whole step.
+    batch: see pair_logprobs; sides: fp32 [p] each, what `losses.Pairs` needs beside the policy's
+    log-probs, and `weights`: 0 where the micro-batch has fewer pairs. `pairs`: real pairs in the
+    whole step.
     """
+    sides = dict(sides)
+    weights_p = sides.pop("weights")
 
     def loss_of(params):
-        weights_p = references["weights"]
         chosen_p, rejected_p = pair_logprobs(params, config, batch, len(weights_p), dtype, remat)
-        sides = references["chosen"], references["rejected"]
-        loss_p = dpo_loss(chosen_p, rejected_p, *sides, recipe.beta, recipe.label_smoothing)
+        p = Pairs(chosen_p, rejected_p, **sides)
+        loss_p = recipe.loss(p)
         values = {
             "loss": loss_p,
             "logps/chosen": chosen_p,
             "logps/rejected": rejected_p,
-            "rewards/chosen": implicit_rewards(chosen_p, sides[0], recipe.beta),
-            "rewards/rejected": implicit_rewards(rejected_p, sides[1], recipe.beta),
+            "rewards/chosen": implicit_rewards(chosen_p, p.ref_chosen, recipe.loss.beta),
+            "rewards/rejected": implicit_rewards(rejected_p, p.ref_rejected, recipe.loss.beta),
         }
         return jnp.sum(weights_p * loss_p) / pairs, values
 
@@ -125,21 +126,27 @@ def _accumulate(params, gradients, batch, references, pairs, *, config, recipe, 
     return new if gradients is None else jax.tree.map(jnp.add, gradients, new), values
 
 
-def _apply(params, state, gradients, *, tx, max_norm):
-    """Clip by global norm, update. Returns (params, optimizer state, norm)."""
-    norm = optax.tree.norm(gradients)
+def _apply(params, state, gradients, norm, *, tx, max_norm):
+    """Clip to the global norm `max_norm`, where `norm` is the gradients', and update. Returns
+    (params, optimizer state, the share of the weights whose bfloat16 rounding has changed)."""
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))  # torch's clip_grad_norm_
     clipped = jax.tree.map(lambda g: g * scale, gradients)
     updates, state = tx.update(clipped, state, params)
-    return optax.apply_updates(params, updates), state, norm
+    new = optax.apply_updates(params, updates)
+    changed = jax.tree.map(
+        lambda a, b: jnp.sum(a.astype(jnp.bfloat16) != b.astype(jnp.bfloat16), dtype=jnp.float32),
+        params, new,
+    )  # fmt: skip
+    total = sum(x.size for x in jax.tree.leaves(params))
+    return new, state, sum(jax.tree.leaves(changed)) / total
 
 
 class Trainer:
     """The compiled functions of a run, under the current mesh (`jax.set_mesh`).
 
-    `logprobs(params, batch, pairs)`, `accumulate(params, gradients, batch, references, pairs)`,
-    `apply(params, optimizer_state, gradients)`, `init_optimizer(params)`. A batch has a multiple of
-    `batch_shards(mesh)` rows.
+    `logprobs(params, batch, pairs)`, `accumulate(params, gradients, batch, sides, pairs)`,
+    `norm(gradients)`, `apply(params, optimizer_state, gradients, norm)`, `init_optimizer(params)`.
+    A batch has a multiple of `batch_shards(mesh)` rows.
     """
 
     def __init__(self, config, recipe: Recipe, total_steps: int, shardings, replicated,
@@ -158,6 +165,7 @@ class Trainer:
             partial(_accumulate, config=config, recipe=recipe, dtype=dtype, remat=remat),
             donate_argnames="gradients", out_shardings=(shardings, None),
         )  # fmt: skip
+        self.norm = jax.jit(optax.tree.norm, out_shardings=replicated)
         self.apply = jax.jit(
             partial(_apply, tx=tx, max_norm=recipe.max_grad_norm),
             donate_argnums=(0, 1),

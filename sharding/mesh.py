@@ -9,6 +9,7 @@ this file knows which mesh axis each of them lies on. The mesh always has three 
 """
 
 import math
+import resource
 
 import jax
 import psutil
@@ -99,11 +100,30 @@ def free_memory(mesh: Mesh) -> int:
     devices = mesh.devices.flatten()
     if devices[0].platform == "cpu":
         return psutil.virtual_memory().available
-    stats = [
-        device.memory_stats() for device in devices if device.process_index == jax.process_index()
-    ]
+    stats = [device.memory_stats() for device in mesh.local_devices]
     free = min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
     return free * len(devices)
+
+
+# bf16 FLOP/s of a chip, dense, as the makers publish them; by the start of jax's device_kind.
+PEAK_FLOPS = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
+    "TPU v6": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
+}  # fmt: skip
+
+
+def peak_flops(mesh: Mesh) -> float | None:
+    """bf16 FLOP/s of the mesh's devices together; None where they are not in the table."""
+    kind = mesh.devices.flat[0].device_kind
+    known = [peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)]
+    return known[0] * mesh.size if known else None
+
+
+def peak_memory(mesh: Mesh) -> int:
+    """The most bytes that one device of this process ever held; on CPU, the process."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(d.memory_stats()["peak_bytes_in_use"] for d in mesh.local_devices)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

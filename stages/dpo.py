@@ -2,8 +2,10 @@
 
     python -m stages.dpo --checkpoint C --pairs pairs.jsonl --out C2 --beta 0.1 --learning-rate 5e-7
 
-The reference's log-probs are computed once, before training, by the function that training uses;
-then its parameters are freed. The policy is held in fp32 whatever the dtype of computation.
+The reference's log-probs are computed once, before training, by the function that training uses,
+and kept beside the pairs (PAIRS.reference/): another training on the same pairs, with another beta
+or loss say, finds them there. Then its parameters are freed. The policy is held in fp32 whatever
+the dtype of computation.
 
 OUT is a checkpoint folder. OUT.log/ holds metrics.jsonl (TRL's names), TensorBoard events and what
 was set aside; OUT.work/ holds what a stopped run needs to go on, and is gone when it is done.
@@ -13,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -24,7 +27,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from model.packing import pack
+from model.packing import Sequence, pack
 from stages import records
 from stages.examples import Example, read_pairs
 from stages.records import Manifest, UserError
@@ -41,8 +44,13 @@ class Args:
     out: str  # the trained checkpoint: a folder that does not exist yet
     reference: str | None = None  # the frozen reference; default: --checkpoint
     test_pairs: str | None = None  # pairs to evaluate on before and after
+    # sigmoid: DPO. robust, hinge, ipo, sppo, sigmoid_norm (length-normalised), simpo (without a
+    # reference): model/losses.py has the formulas and papers.
+    loss: Literal["sigmoid", "robust", "ipo", "hinge", "sppo", "sigmoid_norm", "simpo"] = "sigmoid"
     beta: float = 0.1  # strength of the tie to the reference
-    label_smoothing: float = 0.0  # assumed share of wrongly ordered pairs (conservative DPO)
+    label_smoothing: float = 0.0  # assumed share of wrongly ordered pairs, for sigmoid and robust
+    gamma: float = 0.0  # SimPO's target margin
+    nll_weight: float = 0.0  # of the chosen response's negative log-likelihood a token, added
     learning_rate: float = 5e-7  # at its peak
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # after warm-up
     warmup_ratio: float = 0.1  # share of all steps over which the learning rate rises from 0
@@ -60,8 +68,13 @@ class Args:
     # weights (a fifth of the memory in hardly more time); all but each layer's input (a fifth
     # again, a quarter slower).
     remat: Literal["none", "dots", "full"] = "dots"
+    # What a row of a batch holds: several pairs, one pair, or one response behind its own prompt.
+    # The numbers are the same; the first is the fastest by far.
+    rows: Literal["packed", "pairs", "responses"] = "packed"
     mesh: tuple[int, int, int] = (1, -1, 1)  # devices along data, fsdp, tensor; -1: the rest
     save_every: int = 100  # steps between two saves of the training state; 0: only at a signal
+    keep_states: int = 1  # so many of the saved states are kept until the training is done
+    eval_every: int = 0  # steps between two evaluations on --test-pairs; 0: before and after alone
     allow_other_model: bool = False  # train on pairs that another model than the reference sampled
 
 
@@ -98,7 +111,7 @@ def main(args: Args) -> None:
         inputs={file: records.file_sha256(file) for file in files},
         identities=identities,
     )
-    work = Work(args.out, manifest)
+    work = Work(args.out, manifest, args.keep_states)
     if work.finished:
         print(f"{args.out} is finished already")
         return
@@ -117,6 +130,12 @@ def main(args: Args) -> None:
         test, test_counts = read(args.test_pairs)
     if not train:
         raise UserError(f"{args.pairs}: no pair can be trained on ({_counts(counts)})")
+    unknown = sum(e.win_probability is None for e in train + test)
+    if args.loss == "sppo" and unknown:
+        raise UserError(
+            f"--loss sppo: {unknown} pairs have no win_probability, and no all_rm_scores to take "
+            "it from: add the field, or take another loss"
+        )
     manifest.counts = {**counts, **{f"test {name}": n for name, n in test_counts.items()}}
     print(f"{args.pairs}: {_counts(counts)}" + (f"; test: {_counts(test_counts)}" if test else ""))
     work.begin(manifest, aside)
@@ -125,13 +144,11 @@ def main(args: Args) -> None:
 
 # Arguments that change where, how fast or whether, but not what comes out.
 NOT_CONTENT = {"checkpoint", "reference", "pairs", "test_pairs", "out", "mesh", "save_every",
-               "allow_other_model"}  # fmt: skip
+               "keep_states", "eval_every", "allow_other_model"}  # fmt: skip
 
 
 def _check(args: Args) -> None:
     for name, ok, rule in (
-        ("beta", args.beta > 0, "above 0"),
-        ("label_smoothing", 0 <= args.label_smoothing < 0.5, "at least 0 and below 0.5"),
         ("learning_rate", args.learning_rate > 0, "above 0"),
         ("warmup_ratio", 0 <= args.warmup_ratio <= 1, "between 0 and 1"),
         ("max_grad_norm", args.max_grad_norm > 0, "above 0"),
@@ -140,10 +157,22 @@ def _check(args: Args) -> None:
         ("micro_batch_size", args.micro_batch_size >= 1, "at least 1"),
         ("max_prompt_length", 1 <= args.max_prompt_length < args.max_length, "below --max-length"),
         ("save_every", args.save_every >= 0, "at least 0"),
+        ("keep_states", args.keep_states >= 1, "at least 1"),
+        ("eval_every", args.eval_every >= 0, "at least 0"),
     ):
         if not ok:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is {getattr(args, name)}: it must be {rule}")
+    try:
+        _loss(args)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _loss(args: Args):
+    from model.losses import Loss
+
+    return Loss(args.loss, args.beta, args.label_smoothing, args.gamma, args.nll_weight)
 
 
 def _counts(counts: Counter) -> str:
@@ -177,7 +206,8 @@ def _check_lineage(path: str, identities: dict, args: Args) -> bool:
 class Work:
     """OUT.work/: what a stopped run needs to go on; OUT.log/: what a user reads."""
 
-    def __init__(self, out: str, manifest: Manifest):
+    def __init__(self, out: str, manifest: Manifest, keep: int = 1):
+        self.keep, self._finish = keep, lambda: None
         self.out, self.folder, self.log = out, Path(f"{out}.work"), Path(f"{out}.log")
         self.finished = False
         if Path(out).exists():
@@ -193,31 +223,20 @@ class Work:
             self.finished = True
             shutil.rmtree(self.folder, ignore_errors=True)
             return
-        if self.load_reference() is not None:  # work that other arguments must not go on with
+        if self.states():  # work that other arguments must not go on with
             there = Manifest(**json.loads((self.folder / "manifest.json").read_text()))
             records.refuse_other(manifest, there, str(self.folder), f"remove {self.folder}")
 
     def begin(self, manifest: Manifest, aside: list[dict]) -> None:
         """Make the folders, once the input is known to be sound, and write what was set aside."""
         self.log.mkdir(parents=True, exist_ok=True)
-        if self.load_reference() is None:
+        if not self.states():
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             manifest.write(str(self.folder / "manifest.json"))
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in aside)
         file = self.log / "set_aside.jsonl"
         file.write_text(text) if aside else file.unlink(missing_ok=True)
-
-    # The reference's log-probs: fp32 [pairs, 2] of chosen and rejected.
-
-    def load_reference(self) -> dict[str, np.ndarray] | None:
-        file = self.folder / "reference.npz"
-        return dict(np.load(file)) if file.exists() else None
-
-    def save_reference(self, arrays: dict[str, np.ndarray]) -> None:
-        with open(self.folder / "reference.tmp", "wb") as file:
-            np.savez(file, **arrays)
-        (self.folder / "reference.tmp").rename(self.folder / "reference.npz")
 
     # The training state, one folder a save: the new one is whole before the old one goes.
 
@@ -226,21 +245,30 @@ class Work:
         return sorted(int(p.name[6:]) for p in self.folder.glob("state-*") if p.suffix != ".tmp")
 
     def save_state(self, step: int, state: dict) -> None:
+        """Begin to save; the next call, or `finish_saving`, waits for its end."""
         from model import checkpoint
 
-        checkpoint.save_state(str(self.folder / f"state-{step}"), state)
-        for old in self.states()[:-1]:
+        self.finish_saving()
+        self._finish = checkpoint.save_state(str(self.folder / f"state-{step}"), state)
+
+    def finish_saving(self) -> None:
+        self._finish()
+        self._finish = lambda: None
+        for old in self.states()[: -self.keep]:
             shutil.rmtree(self.folder / f"state-{old}")
 
-    def log_from(self, step: int) -> None:
-        """Forget the metrics of steps after `step`: they will be made again."""
+    def log_from(self, step: int, evaluated: bool) -> None:
+        """Forget the metrics of steps after `step`, and, unless it was `evaluated` before it was
+        saved, its evaluation: they will be made again."""
         file = self.log / "metrics.jsonl"
         if file.exists():
             rows = [
                 json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")
             ]
-            # An evaluation is logged after its step's training row, and made again with it.
-            kept = [r for r in rows if r["step"] < step or (r["step"] == step > 0 and "loss" in r)]
+            kept = [
+                r for r in rows
+                if r["step"] < step or (r["step"] == step > 0 and (evaluated or "loss" in r))
+            ]  # fmt: skip
             file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def done(self) -> None:
@@ -248,6 +276,12 @@ class Work:
 
 
 # --------------------------------------------------------------------------------- training
+
+
+def epoch_order(seed: int, epoch: int, pairs: int) -> np.ndarray:
+    """The order of the pairs in an epoch (0, 1, …): a function of these three alone."""
+    digest = hashlib.sha256(f"{seed}\n{epoch}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(list(digest))).permutation(pairs)
 
 
 class Run:
@@ -271,11 +305,15 @@ class Run:
         self.shardings = tree_shardings(
             self.mesh, mistral.logical_axes(config), mistral.abstract(config)
         )
+        self.layer_weights = sum(
+            math.prod(x.shape) for x in jax.tree.leaves(mistral.abstract(config)["layers"])
+        )
         self.steps_per_epoch = math.ceil(len(train) / args.batch_size)
         self.total_steps = self.steps_per_epoch * args.epochs
-        recipe = training.Recipe(**{
+        self.loss = _loss(args)
+        recipe = training.Recipe(self.loss, **{
             field.name: getattr(args, field.name)
-            for field in dataclasses.fields(training.Recipe)
+            for field in dataclasses.fields(training.Recipe)[1:]
         })  # fmt: skip
         with jax.set_mesh(self.mesh):
             self.trainer = training.Trainer(
@@ -292,7 +330,7 @@ class Run:
             params, references = self._references()
             check_stop()
             step, params, optimizer_state = self._start(params)
-            work.log_from(step)
+            work.log_from(step, evaluated=0 < step < self.total_steps)
             self.metrics = open(work.log / "metrics.jsonl", "a")
             self.board = SummaryWriter(str(work.log / "tensorboard"), purge_step=step)
             if step == 0 and self.test:
@@ -300,11 +338,22 @@ class Run:
             start = time.monotonic()
             with tqdm(total=self.total_steps, initial=step, unit=" steps", desc="dpo") as progress:
                 while step < self.total_steps:
-                    params, optimizer_state, values = self._step(
-                        step, params, optimizer_state, references["train"]
+                    try:
+                        gradients, norm, values = self._gradients(step, params, references["train"])
+                    except UserError:  # nothing was updated with it: keep what there is
+                        self._save(step, params, optimizer_state)
+                        work.finish_saving()
+                        raise
+                    params, optimizer_state, changed = self.trainer.apply(
+                        params, optimizer_state, gradients, norm
                     )
+                    del gradients
+                    values["bf16_weights_changed"] = float(changed)
                     step += 1
                     self._log(step, values)
+                    every = self.args.eval_every
+                    if self.test and every and step % every == 0 and step < self.total_steps:
+                        self._log(step, self._evaluate(params, references["test"]))
                     accuracy = values["rewards/accuracies"]
                     progress.set_postfix_str(
                         f"loss {values['loss']:.4f}, accuracy {accuracy:.2f}", refresh=False
@@ -314,11 +363,13 @@ class Run:
                         check_stop()
                     except records.Stopped:
                         self._save(step, params, optimizer_state)
+                        work.finish_saving()
                         raise
                     save = self.args.save_every and step % self.args.save_every == 0
                     if save and step < self.total_steps:
                         self._save(step, params, optimizer_state)
             seconds = time.monotonic() - start
+            work.finish_saving()
             del optimizer_state
             results = {"steps": self.total_steps, "train_seconds": round(seconds, 1)}
             if self.test:
@@ -328,25 +379,44 @@ class Run:
             self._finish(params, results)
 
     def _references(self):
-        """(the reference's parameters if they are the policy's start, its log-probs)."""
+        """(the reference's parameters if they are the policy's start, its log-probs of both files,
+        fp32 [pairs, 2]); zeros where the loss knows no reference."""
         from model import checkpoint
 
-        args = self.args
-        references = self.work.load_reference()
-        if references is not None:
-            self._check_against_sampler(references["train"])
-            return None, references
+        args, params, references = self.args, None, {}
         folder = args.reference or args.checkpoint
-        params = self._load(folder)
-        references = {
-            "train": self._logprobs(params, self.train, "reference"),
-            "test": self._logprobs(params, self.test, "reference, test"),
-        }
-        self._check_against_sampler(references["train"])
-        self.work.save_reference(references)
+        for name, path, examples in (
+            ("train", args.pairs, self.train), ("test", args.test_pairs, self.test)
+        ):  # fmt: skip
+            references[name] = np.zeros((len(examples), 2), np.float32)
+            if not examples or not self.loss.needs_reference:
+                continue
+            cache = self._reference_cache(path)
+            if cache.exists():
+                references[name] = np.load(cache)
+                print(f"the reference's log-probs are there already: {cache}")
+            else:
+                params = self._load(folder) if params is None else params
+                references[name] = self._logprobs(params, examples, f"reference, {name}")
+                _save_array(cache, references[name])
+        if self.loss.needs_reference:
+            self._check_against_sampler(references["train"])
         # Freed here unless the policy starts from the very same parameters.
         same = checkpoint.identity(folder) == checkpoint.identity(args.checkpoint)
         return (params if same else None), references
+
+    def _reference_cache(self, pairs: str) -> Path:
+        """Where the reference's log-probs of a file of pairs lie: a name made of all they hang on.
+        Beside the pairs, or, where nothing can be written there, in the work folder."""
+        args, identities = self.args, self.manifest.identities
+        content = [
+            self.manifest.inputs[pairs], args.max_length, args.max_prompt_length, args.dtype,
+            *(identities[name] for name in ("reference", "tokenizer", "chat_template")),
+        ]  # fmt: skip
+        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        beside = Path(f"{pairs}.reference")
+        writable = os.access(Path(pairs).parent, os.W_OK)
+        return (beside if writable else self.work.folder / "reference") / f"{key}.npy"
 
     def _load(self, folder: str):
         from model import checkpoint
@@ -397,46 +467,48 @@ class Run:
 
     # -------------------------------------------------------------------------- one step
 
-    def _step(self, step: int, params, optimizer_state, references):
-        """One optimizer step: (parameters, optimizer state, its metrics)."""
+    def _gradients(self, step: int, params, references):
+        """What the optimizer needs for a step: (gradients, their norm, the step's metrics). Raises
+        UserError where a number is not finite."""
         import jax
 
         epoch, number = divmod(step, self.steps_per_epoch)
-        order = self._order(epoch)
+        order = epoch_order(self.args.seed, epoch, len(self.train))
         batch = order[number * self.args.batch_size : (number + 1) * self.args.batch_size]
         gradients = None
         values: dict[str, list] = {}  # metric → one value a pair, in the order of `done`
         done: list[str] = []  # prompt_ids
+        start, work = time.monotonic(), np.zeros(3)
         for indices in self._micro_batches(self.train, batch):
-            sides = {
-                "chosen": self._pad(references[indices, 0]),
-                "rejected": self._pad(references[indices, 1]),
-                "weights": self._pad(np.ones(len(indices))),
-            }
+            sides = {name: self._pad(x) for name, x in
+                     self._sides(self.train, indices, references[indices]).items()}  # fmt: skip
+            sides["weights"] = self._pad(np.ones(len(indices)), 0.0)
+            packed = self._pack(self.train, indices)
             gradients, micro = self.trainer.accumulate(
-                params, gradients, self._pack(self.train, indices), sides, float(len(batch))
+                params, gradients, packed, sides, float(len(batch))
             )
-            for name, value in jax.device_get(micro).items():
+            work += self._work(packed)
+            micro = dict(jax.device_get(micro))
+            for side in ("chosen", "rejected"):
+                log_ratio_p = micro[f"logps/{side}"] - sides[f"ref_{side}"]
+                micro[f"log_ratios/{side}"] = log_ratio_p / sides[f"{side}_tokens"]
+            for name, value in micro.items():
                 values.setdefault(name, []).extend(value[: len(indices)])
             done += [self.train[i].prompt_id for i in indices]
         _check_finite(step, values, done)
-        params, optimizer_state, norm = self.trainer.apply(params, optimizer_state, gradients)
+        norm = self.trainer.norm(gradients)
         metrics = self._means({name: np.array(value) for name, value in values.items()})
         metrics["grad_norm"] = float(norm)
         metrics["learning_rate"] = float(self.trainer.schedule(step))
         metrics["epoch"] = (step + 1) / self.steps_per_epoch
+        metrics |= self._speed(work, time.monotonic() - start)
         self._check_first_loss(step, metrics["loss"])
         if not math.isfinite(metrics["grad_norm"]):
             raise UserError(
                 f"step {step + 1}: the gradient's norm is {norm}: lower --learning-rate; "
-                f"{self.work.folder} keeps the last saved state"
+                f"{self.work.folder} keeps the state before it"
             )
-        return params, optimizer_state, metrics
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """The order of the pairs in an epoch: a function of (seed, epoch) alone."""
-        seed = hashlib.sha256(f"{self.args.seed}\n{epoch}".encode()).digest()
-        return np.random.Generator(np.random.PCG64(list(seed))).permutation(len(self.train))
+        return gradients, norm, metrics
 
     def _micro_batches(self, examples: list[Example], indices) -> list[np.ndarray]:
         """The indices in micro-batches of about as many tokens each, so of few compiled shapes."""
@@ -445,15 +517,57 @@ class Run:
         return [np.array(by_length[m::count]) for m in range(count)]
 
     def _pack(self, examples: list[Example], indices) -> dict[str, np.ndarray]:
-        return pack([examples[i].sequence for i in indices], self.shards)
+        sequences = [examples[i].sequence for i in indices]
+        if self.args.rows == "responses":
+            sequences = [Sequence(s.prompt, [r]) for s in sequences for r in s.responses]
+        return pack(sequences, self.shards, alone=self.args.rows != "packed")
 
-    def _pad(self, x_p: np.ndarray) -> np.ndarray:
-        return np.pad(x_p.astype(np.float32), (0, self.args.micro_batch_size - len(x_p)))
+    def _sides(self, examples: list[Example], indices, references) -> dict[str, np.ndarray]:
+        """What `losses.Pairs` needs of these pairs beside the policy's log-probs."""
+        some = [examples[i] for i in indices]
+        return {
+            "ref_chosen": references[:, 0], "ref_rejected": references[:, 1],
+            "chosen_tokens": np.array([len(e.chosen) for e in some], np.float32),
+            "rejected_tokens": np.array([len(e.rejected) for e in some], np.float32),
+            "win_probability": np.array([
+                1.0 if e.win_probability is None else e.win_probability for e in some
+            ], np.float32),
+        }  # fmt: skip
+
+    def _pad(self, x_p: np.ndarray, filler: float = 1.0) -> np.ndarray:
+        """As long as a micro-batch; the filler is what a division stands."""
+        size = self.args.micro_batch_size
+        return np.pad(x_p.astype(np.float32), (0, size - len(x_p)), constant_values=filler)
 
     def _means(self, values: dict[str, np.ndarray]) -> dict[str, float]:
         margins = values["rewards/chosen"] - values["rewards/rejected"]
         values |= {"rewards/margins": margins, "rewards/accuracies": margins > 0}
+        if "log_ratios/chosen" in values:
+            # The responses were drawn from the reference: −log π/π_ref is an unbiased estimate.
+            values["kl"] = -(values["log_ratios/chosen"] + values["log_ratios/rejected"]) / 2
         return {name: float(np.mean(value)) for name, value in values.items()}
+
+    def _work(self, packed: dict[str, np.ndarray]) -> np.ndarray:
+        """(tokens, tokens and padding, operations) of a micro-batch: products with weights alone,
+        forward and backward, nothing of what is computed twice."""
+        tokens, responses = np.sum(packed["sequences"] > 0), np.sum(packed["owners"] >= 0)
+        vocabulary = self.config.vocab_size * self.config.hidden_size
+        flops = 6.0 * (tokens * self.layer_weights + responses * vocabulary)
+        return np.array([tokens, packed["tokens"].size, flops])
+
+    def _speed(self, work: np.ndarray, seconds: float) -> dict[str, float]:
+        from sharding.mesh import peak_flops, peak_memory
+
+        tokens, slots, flops = work
+        found = {
+            "padding": 1 - tokens / slots,
+            "tokens_per_second": tokens / seconds,
+            "model_flops_per_second": flops / seconds,
+            "peak_memory_gb": peak_memory(self.mesh) / 1e9,
+        }
+        if peak := peak_flops(self.mesh):
+            found["mfu"] = flops / seconds / peak
+        return {name: float(value) for name, value in found.items()}
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         self.metrics.write(json.dumps({"step": step, **values}) + "\n")
@@ -479,12 +593,12 @@ class Run:
         return found
 
     def _evaluate(self, params, references: np.ndarray) -> dict[str, float]:
-        from model.losses import dpo_loss
+        from model.losses import Pairs
 
-        args = self.args
         policy = self._logprobs(params, self.test, "eval")
-        loss = dpo_loss(*policy.T, *references.T, args.beta, args.label_smoothing)
-        rewards = args.beta * (policy - references)
+        sides = self._sides(self.test, range(len(self.test)), references)
+        loss = self.loss(Pairs(*policy.T, **sides))
+        rewards = self.loss.beta * (policy - references)
         values = {"loss": np.asarray(loss), "rewards/chosen": rewards[:, 0],
                   "rewards/rejected": rewards[:, 1], "logps/chosen": policy[:, 0],
                   "logps/rejected": policy[:, 1]}  # fmt: skip
@@ -495,6 +609,7 @@ class Run:
     def _check_first_loss(self, step: int, loss: float) -> None:
         """ln 2 at step 0 where the policy is the reference (with or without label smoothing)."""
         same = self.manifest.identities["model"] == self.manifest.identities["reference"]
+        same &= self.args.loss == "sigmoid" and not self.args.nll_weight
         tolerance = 1e-4 if self.args.dtype == "float32" else 2e-2
         if step == 0 and same and abs(loss - math.log(2)) > tolerance:
             raise RuntimeError(
@@ -523,6 +638,15 @@ class Run:
             )
         if a_token.mean() > WARN_DISAGREEMENT:
             print(f"warning: {message} (was one of them computed in bfloat16?)")
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+    temporary.rename(path)
 
 
 def _check_finite(step: int, values: dict[str, list], prompt_ids: list[str]) -> None:

@@ -5,6 +5,7 @@ prompt and responses apart. Runs without JAX.
 """
 
 import dataclasses
+import math
 from collections import Counter
 
 from model.packing import Sequence
@@ -22,6 +23,7 @@ class Example:
     chosen: list[int]
     rejected: list[int]
     sampled: tuple[float, float] | None  # the sampler's log-probs, where nothing was cut
+    win_probability: float | None = None  # that the chosen response beats the rejected one
 
     @property
     def sequence(self) -> Sequence:
@@ -102,7 +104,36 @@ def _example(row: records.Row, where: str, tokenizer, head: int, lengths, counts
         chosen=sides[0],
         rejected=sides[1],
         sampled=tuple(recorded) if known else None,
+        win_probability=_win_probability(row, where),
     )
+
+
+def _win_probability(row: records.Row, where: str) -> float | None:
+    """The row's own `win_probability`, or what its ranking says; None where there is none.
+
+    The logistic function of by how much the chosen response is ahead: of both orders' mean logit in
+    PairRM's matrix, or else of the scores' difference (Wu et al. 2024, SPPO, section 5).
+    """
+    if row.get("win_probability") is not None:
+        probability = records.field(row, "win_probability", (int, float), where)
+        if not 0 <= probability <= 1:
+            raise UserError(f"{where}: win_probability is {probability}, not between 0 and 1")
+        return float(probability)
+    best, worst, scores = (row.get(k) for k in ("chosen_index", "rejected_index", "all_rm_scores"))
+    if not isinstance(best, int) or not isinstance(worst, int) or not isinstance(scores, list):
+        return None
+    try:
+        matrix = row.get("comparisons")
+        ahead = None
+        if matrix is not None and None not in (matrix[best][worst], matrix[worst][best]):
+            ahead = (matrix[best][worst] - matrix[worst][best]) / 2
+        ahead = scores[best] - scores[worst] if ahead is None else ahead
+        return 1 / (1 + math.exp(-min(max(ahead, -700), 700)))
+    except (TypeError, IndexError):
+        raise UserError(
+            f"{where}: chosen_index, rejected_index, all_rm_scores and comparisons do not fit "
+            "together: correct the line"
+        ) from None
 
 
 def _ids(row: records.Row, name: str, where: str) -> list[int] | None:

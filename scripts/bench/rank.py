@@ -1,25 +1,18 @@
-"""What this machine does: speed and memory, measured side by side with what users had before.
-
-    python -m scripts.bench rank [--ranker FOLDER] [--prompts 8]
-
-Everything is timed in one run, group by group in turns, since machines are noisy: trust the ratios.
-"""
+"""PairRM: ours against llm-blender, all comparisons of real answers."""
 
 import contextlib
 import dataclasses
 import io
 import json
-import multiprocessing
 import os
-import resource
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from scripts.bench.machine import Side, gemm_rate, peak_memory, timed
 from stages import records
 from stages.records import UserError
 
@@ -35,76 +28,45 @@ class Rank:
     prompts: int = 8
     """So many prompts, spread over the file."""
     group: int = 2
-    """Prompts given to each side in a turn; llm-blender's batch size divides it, the best does."""
+    """Prompts given to each side in a turn. llm-blender's batch sizes divide it; it does the first
+    turn with each, and goes on with the best."""
 
 
-@dataclasses.dataclass
-class Gemm:
-    """The rate of fp32 matrix products: what the other figures are shares of."""
-
-
-def main(args: Rank | Gemm) -> None:
-    if isinstance(args, Gemm):
-        print(f"fp32 GEMM: {gemm_rate() / 1e9:.0f} GFLOP/s")
-    else:
-        bench_rank(args)
-
-
-def gemm_rate() -> float:
-    """fp32 FLOP/s of XLA's matrix product at PairRM's shapes, the best of ten."""
-    import jax
-    import jax.numpy as jnp
-
-    x, w = jnp.ones((2048, 1024)), jnp.ones((1024, 4096))
-    product = jax.jit(lambda x, w: jnp.dot(x, w, precision="highest"))
-    product(x, w).block_until_ready()
-    best = min(_timed(lambda: product(x, w).block_until_ready())[0] for _ in range(10))
-    return 2 * x.shape[0] * w.size / best
-
-
-def _timed(function):
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
-
-
-# ------------------------------------------------------------------------------ ranking
-
-
-def bench_rank(args: Rank) -> None:
-    prompts = _prompts(args)
+def bench(args: Rank) -> None:
+    rows = _rows(args)
+    prompts = rows[:: len(rows) // args.prompts][: args.prompts]
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.ranker
         if folder is None:
-            from scripts import random_pairrm
-
-            folder = str(Path(temporary) / "pairrm")
-            print("no --ranker: writing a PairRM of random weights (1.7 GB, twice)", flush=True)
-            with contextlib.redirect_stdout(io.StringIO()):
-                random_pairrm.main(random_pairrm.Args(folder))
+            folder = _write_random(Path(temporary) / "pairrm", rows)
         rate = gemm_rate()
         sides = {"llm-blender": Side(_blender_worker, folder), "ours": Side(_our_worker, folder)}
         groups = [prompts[i : i + args.group] for i in range(0, len(prompts), args.group)]
-        sides["ours"].ask(("warm", groups))
-        sides["llm-blender"].ask(("choose", groups[0]))
+        sides["ours"].ask("warm", groups)
+        tallies = {name: Tally() for name in sides}
         for number, group in enumerate(groups, 1):
-            times = {name: side.rank(group) for name, side in sides.items()}
-            took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items())
-            print(f"group {number} of {len(groups)}: {took}", flush=True)
+            took = []
+            for name, side in sides.items():
+                done = side.ask("rank", group)
+                tallies[name].add(*done)
+                took.append(f"{name} {done[0]:.1f} s")
+            print(f"group {number} of {len(groups)}: {', '.join(took)}", flush=True)
         rate = max(rate, gemm_rate())
-        ours, theirs = sides["ours"], sides["llm-blender"]
+        ours, theirs = tallies["ours"], tallies["llm-blender"]
+        facts = {name: side.ask("facts") for name, side in sides.items()}
         for side in sides.values():
-            side.finish()
-        flops, padded, tokens = ours.facts["flops"], ours.facts["padded"], ours.facts["tokens"]
+            side.close()
+        flops, padded, tokens = (facts["ours"][name] for name in ("flops", "padded", "tokens"))
         print(f"fp32 GEMM {rate / 1e9:.0f} GFLOP/s; {ours.made} comparisons of "
               f"{tokens / ours.made:.0f} tokens, padded to {padded / ours.made:.0f}; "
               f"{flops / ours.made / 1e9:.0f} useful GFLOP each")  # fmt: skip
-        for name, side in sides.items():
-            note = f" (batch size {side.facts['batch']})" if "batch" in side.facts else ""
+        for name, side in tallies.items():
+            batch = facts[name].get("batch")
             print(f"{name:12s} {side.made / side.seconds:.3f} comparisons/s, "
                   f"{flops / side.seconds / 1e9:.0f} useful GFLOP/s, "
                   f"{flops / side.seconds / rate:.0%} of GEMM, "
-                  f"peak {side.facts['memory'] / 2**30:.2f} GiB{note}")  # fmt: skip
+                  f"peak {facts[name]['memory'] / 2**30:.2f} GiB"
+                  + (f" (batch size {batch})" if batch else ""))  # fmt: skip
         print(f"ratio {theirs.seconds / ours.seconds:.2f}")
         differences = [np.abs(np.array(a) - b).max() for a, b in zip(ours.scores, theirs.scores)]
         print(f"largest difference of a score {max(differences):.1e} "
@@ -112,7 +74,19 @@ def bench_rank(args: Rank) -> None:
         _report_bubble(prompts, ours.matrices)
 
 
-def _prompts(args: Rank) -> list[tuple[str, list[str]]]:
+def _write_random(folder: Path, rows) -> str:
+    from scripts.random_pairrm import LARGE, LARGE_VOCABULARY, sentencepiece_model, write_pairrm
+
+    print("no --ranker: writing a PairRM of random weights (1.7 GB, twice)", flush=True)
+    # A tokenizer of these very texts, so that they are about as long as with PairRM's own.
+    texts = tuple(text for source, answers in rows for text in (source, *answers))
+    lines = tuple(line for text in texts for line in text.splitlines() if line.strip())
+    with contextlib.redirect_stdout(io.StringIO()):
+        write_pairrm(folder, LARGE, sentencepiece_model(16000, lines, LARGE_VOCABULARY))
+    return str(folder)
+
+
+def _rows(args: Rank) -> list[tuple[str, list[str]]]:
     """(prompt, answers), the same number of answers each."""
     if args.samples is not None:
         rows = [(records.prompt_text(row, where), [r["text"] for r in row["responses"]])
@@ -127,7 +101,7 @@ def _prompts(args: Rank) -> list[tuple[str, list[str]]]:
     rows = [row for row in rows if len(row[1]) == len(rows[0][1]) > 1]
     if len(rows) < args.prompts:
         raise UserError(f"{len(rows)} prompts with as many answers as the first: fewer --prompts")
-    return rows[:: len(rows) // args.prompts][: args.prompts]
+    return rows
 
 
 def _report_bubble(prompts, matrices) -> None:
@@ -152,41 +126,20 @@ def _report_bubble(prompts, matrices) -> None:
           f"{best} of {len(prompts)} prompts, its worst for {worst}")  # fmt: skip
 
 
-class Side:
-    """One implementation in a process of its own, asked in turns."""
+@dataclasses.dataclass
+class Tally:
+    """What one side did so far."""
 
-    def __init__(self, worker, folder: str):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=worker, args=(other, folder), daemon=True)
-        self._process.start()
-        self.seconds, self.made = 0.0, 0
-        self.scores: list[list[float]] = []
-        self.matrices: list[list[list[float]]] = []
-        self.facts: dict = {}
+    seconds: float = 0.0
+    made: int = 0
+    scores: list[list[float]] = dataclasses.field(default_factory=list)
+    matrices: list[list[list[float]]] = dataclasses.field(default_factory=list)
 
-    def ask(self, question):
-        self._pipe.send(question)
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            raise RuntimeError("the process ended; what it printed is above") from None
-
-    def rank(self, group) -> float:
-        seconds, made, scores, matrices = self.ask(("rank", group))
+    def add(self, seconds, made, scores, matrices):
         self.seconds += seconds
         self.made += made
         self.scores += scores
         self.matrices += matrices
-        return seconds
-
-    def finish(self):
-        self.facts = self.ask(("facts", None))
-        self._process.terminate()
-
-
-def _peak() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _our_worker(pipe, folder: str):
@@ -236,9 +189,9 @@ def _our_worker(pipe, folder: str):
             shapes.clear()
             pipe.send(None)
         elif what == "facts":
-            pipe.send(facts | {"padded": sum(b * t for b, t in shapes), "memory": _peak()})
+            pipe.send(facts | {"padded": sum(b * t for b, t in shapes), "memory": peak_memory()})
         else:
-            seconds, found = _timed(partial(rank, given))
+            seconds, found = timed(partial(rank, given))
             made = 0
             for source, answers in given:
                 encoded, n = model.encode(source, answers), len(answers)
@@ -254,25 +207,23 @@ def _blender_worker(pipe, folder: str):
 
     with contextlib.redirect_stdout(sys.stderr):
         blender = BlenderRanker(folder).blender
-    batch = 1
+    sizes: list[int] = []  # batch sizes worth using
 
     def rank(group, size):
         sources, answers = [source for source, _ in group], [a for _, a in group]
         return blender.rank(sources, answers, return_scores=True, batch_size=size,
                             disable_tqdm=True)  # fmt: skip
 
+    rank([("warm", ["up", "now"])], 1)
     while True:
         what, given = pipe.recv()
-        if what == "choose":
-            sizes = [size for size in range(1, len(given) + 1) if len(given) % size == 0]
-            rank(given[:1], 1)  # warm
-            times = {size: _timed(partial(rank, given, size))[0] for size in sizes}
-            batch = min(times, key=times.get)
-            pipe.send(batch)
-        elif what == "facts":
-            pipe.send({"batch": batch, "memory": _peak()})
+        if what == "facts":
+            pipe.send({"batch": sizes[0], "memory": peak_memory()})
         else:
-            seconds, scores = _timed(partial(rank, given, batch))
+            sizes = sizes or [size for size in range(1, len(given) + 1) if len(given) % size == 0]
+            found = {size: timed(partial(rank, given, size)) for size in sizes}
+            sizes = [min(found, key=lambda size: found[size][0])]
+            seconds, scores = found[sizes[0]]
             n = len(given[0][1])
             pipe.send((seconds, len(given) * n * (n - 1), scores.tolist(), []))
 
@@ -289,7 +240,3 @@ def useful_flops(config, length: int) -> float:
         return 2.0 * (linear + attention)
 
     return (config.num_hidden_layers - 1) * layer(length) + layer(3)
-
-
-if __name__ == "__main__":
-    sys.exit(records.run(main, Rank | Gemm))

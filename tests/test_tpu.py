@@ -1,0 +1,129 @@
+"""What a TPU compiler says of the full-size programs, ahead of time and without a TPU.
+
+Needs `pip install libtpu` (0.0.42.1 goes with jax 0.10.2), in an environment of its own: beside
+plain jax it disturbs the other tests.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import generate, losses, mistral, train
+from model.config import MistralConfig
+from sharding.mesh import make_mesh, replicated, spec, tree_shardings
+
+MISTRAL_7B = MistralConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, rope_theta=1e6,
+    max_position_embeddings=32768,
+)  # fmt: skip
+GIB = 2**30
+
+
+def topology(name: str, monkeypatch):
+    """The devices of a TPU slice that is not there."""
+    pytest.importorskip("libtpu", reason="pip install libtpu: it compiles without a TPU")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+def bytes_a_chip(compiled, what: str) -> float:
+    memory = compiled.memory_analysis()
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    print(f"{what}: arguments {arguments / GIB:.2f}, temporary {temporary / GIB:.2f}, "
+          f"new output {new / GIB:.2f} GiB a chip")  # fmt: skip
+    return (arguments + temporary + new) / GIB
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "name,shape,memory", [("v5e:2x4", (1, 1, 8), 16), ("v5p:2x2x1", (1, 1, 4), 95)]
+)
+def test_sampling_mistral_7b_fits_64_slots_of_2560_positions(name, shape, memory, monkeypatch):
+    config, slots, length = MISTRAL_7B, 64, 2560
+    mesh = make_mesh(*shape, devices=topology(name, monkeypatch))
+    sampling = generate.Sampling(max_new_tokens=2048)
+
+    def placed(x, axes=None):
+        axes = axes or (None,) * len(x.shape)
+        sharding = jax.sharding.NamedSharding(mesh, spec(axes, x.shape, mesh))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    stacked = mistral.abstract(config)
+    shardings = tree_shardings(mesh, mistral.logical_axes(config), stacked)
+    stacked = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s), stacked, shardings
+    )
+
+    def one_layer(x):
+        sharding = jax.sharding.NamedSharding(mesh, jax.P(*x.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
+
+    layer = jax.tree.map(one_layer, stacked["layers"])
+    params = stacked | {"layers": [layer] * config.num_hidden_layers}
+    state = jax.eval_shape(partial(generate._empty, config, slots, length, sampling, jnp.bfloat16))
+    cache_axes = (("batch", "kv_heads", "head_dim", "length"),
+                  ("batch", "kv_heads", "length", "head_dim"))  # fmt: skip
+    state = {k: jax.tree.map(placed, v) for k, v in state.items() if k != "cache"} | {
+        "cache": [tuple(map(placed, kv, cache_axes)) for kv in state["cache"]]
+    }
+    at = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))
+    with jax.set_mesh(mesh):
+        advance = partial(generate._advance, config=config, sampling=sampling, dtype=jnp.bfloat16)
+        decode = jax.jit(advance, donate_argnums=1).lower(params, state, at).compile()
+        row = {n: placed(jax.ShapeDtypeStruct((1, 512), np.int32))
+               for n in ("tokens", "positions", "prompts")}  # fmt: skip
+        prefill = jax.jit(partial(generate._prefill, config=config, dtype=jnp.bfloat16))
+        prefill = prefill.lower(params, row=row).compile()
+    assert bytes_a_chip(decode, f"{name}, decode") < 0.9 * memory
+    assert bytes_a_chip(prefill, f"{name}, prefill of 512 tokens") < 0.9 * memory
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "name,pairs_a_chip,remat,memory", [("v5p:2x2x1", 4, "full", 60), ("v5e:4x4", 1, "full", 14)]
+)
+def test_a_dpo_step_of_mistral_7b_fits(name, pairs_a_chip, remat, memory, monkeypatch):
+    """A pair at --max-length 1024: a prompt of 512 tokens, two responses of 512, in a row."""
+    config = MISTRAL_7B
+    mesh = make_mesh(1, -1, 1, devices=topology(name, monkeypatch))
+    pairs = pairs_a_chip * mesh.size
+    recipe = train.Recipe(losses.Loss(), 5e-7, "linear", 0.1, "adamw", 0.0, 1.0)
+    shapes = mistral.abstract(config)
+    shardings = tree_shardings(mesh, mistral.logical_axes(config), shapes)
+
+    def abstract(shapes, shardings):
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        )
+
+    def rows(length):
+        sharding = jax.sharding.NamedSharding(
+            mesh, spec(("batch", "length"), (pairs, length), mesh)
+        )
+        return jax.ShapeDtypeStruct((pairs, length), np.int32, sharding=sharding)
+
+    batch = {n: rows(1536) for n in ("tokens", "positions", "sequences", "branches")}
+    batch |= {n: rows(1024) for n in ("predictors", "targets", "owners")}
+    names = ("ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens", "win_probability",
+             "weights")  # fmt: skip
+    whole = replicated(mesh)
+    sides = {n: jax.ShapeDtypeStruct((pairs,), np.float32, sharding=whole) for n in names}
+    scalar = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
+    with jax.set_mesh(mesh):
+        trainer = train.Trainer(config, recipe, 100, shardings, whole, jnp.bfloat16, remat)
+        params = abstract(shapes, shardings)
+        state = abstract(trainer.optimizer_shapes, trainer.optimizer_shardings)
+        accumulate = trainer.accumulate.lower(params, None, batch, sides, scalar).compile()
+        apply = trainer.apply.lower(params, state, params, scalar).compile()
+    moments = sum(int(np.prod(x.sharding.shard_shape(x.shape))) * 4 for x in jax.tree.leaves(state))
+    used = bytes_a_chip(accumulate, f"{name}, {pairs_a_chip} pairs a chip, gradients")
+    print(f"moments beside it: {moments / GIB:.2f} GiB a chip")
+    assert used + moments / GIB < memory
+    assert bytes_a_chip(apply, f"{name}, update") < memory
