@@ -121,35 +121,51 @@ def gelu(x: jax.Array) -> jax.Array:
     return x * (0.5 * (1 + jax.lax.erf(x * np.float32(0.5**0.5)))).astype(x.dtype)
 
 
+def take(matrix: jax.Array, places: jax.Array) -> jax.Array:
+    """Elements by their places in the matrix's own order: XLA on CPU does it in a third of the time
+    that take_along_axis needs, as fast as it reads."""
+    return matrix.reshape(-1).at[places].get(mode="promise_in_bounds")
+
+
 def attention(q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows_bts, real_bs):
     """Disentangled attention, [n, b, t, h]. rows_bts: the row of the position tables for each query
     and key (b may be 1); real_bs: which keys are text and not padding.
 
-    On CPU head by head, so that what is as large as all queries times all keys stays small enough
-    for the cache; elsewhere all heads at once.
+    On CPU one head of one sequence after the other, so that what is as large as all queries times
+    all keys stays small enough for the cache; elsewhere all at once.
     """
     dot = partial(
-        jnp.einsum, precision=matmul_precision(q_nbth.dtype), preferred_element_type=jnp.float32
+        jnp.dot, precision=matmul_precision(q_nbth.dtype), preferred_element_type=jnp.float32
     )
     scale = np.float32((3 * q_nbth.shape[-1]) ** -0.5)
+    rows_bts = jnp.broadcast_to(rows_bts, (q_nbth.shape[1], *rows_bts.shape[1:]))
 
-    def one_head(head):
-        q_bth, k_bhs, v_bsh, position_k_hp, position_q_ph = head
-        rows = jnp.broadcast_to(rows_bts, (len(q_bth), *rows_bts.shape[1:]))
-        c2p_btp = dot("bth,hp->btp", q_bth, position_k_hp)
-        p2c_bps = dot("ph,bhs->bps", position_q_ph, k_bhs)
-        scores_bts = dot("bth,bhs->bts", q_bth, k_bhs)
-        scores_bts += jnp.take_along_axis(c2p_btp, rows, axis=2)
-        scores_bts += jnp.take_along_axis(p2c_bps, rows, axis=1)
-        scores_bts = jnp.where(real_bs[:, None], scores_bts * scale, -1e30)
-        weights_bts = jnp.exp(scores_bts - jnp.max(scores_bts, axis=-1, keepdims=True))
-        out_bth = dot("bts,bsh->bth", weights_bts.astype(v_bsh.dtype), v_bsh)
-        # Divided last, over h numbers a query instead of s.
-        return (out_bth / jnp.sum(weights_bts, axis=-1)[..., None]).astype(q_bth.dtype)
+    def all_heads(over, arrays):
+        def one_head(head):
+            *sequences, position_k_hp, position_q_ph = head
 
-    heads = (q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph)
+            def one_sequence(sequence):
+                q_th, k_hs, v_sh, rows_ts, real_s = sequence
+                c2p_tp, p2c_ps = dot(q_th, position_k_hp), dot(position_q_ph, k_hs)
+                scores_ts = dot(q_th, k_hs)
+                (t, p), s = c2p_tp.shape, p2c_ps.shape[1]
+                scores_ts += take(c2p_tp, jnp.arange(t)[:, None] * p + rows_ts)
+                scores_ts += take(p2c_ps, rows_ts * s + jnp.arange(s))
+                scores_ts = jnp.where(real_s, scores_ts * scale, -1e30)
+                weights_ts = jnp.exp(scores_ts - jnp.max(scores_ts, axis=-1, keepdims=True))
+                out_th = dot(weights_ts.astype(v_sh.dtype), v_sh)
+                # Divided last, over h numbers a query instead of s.
+                return (out_th / jnp.sum(weights_ts, axis=-1)[:, None]).astype(q_th.dtype)
+
+            return over(one_sequence)((*sequences, rows_bts, real_bs))
+
+        return over(one_head)(arrays)
+
+    arrays = (q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph)
     return jax.lax.platform_dependent(
-        heads, cpu=partial(jax.lax.map, one_head), default=jax.vmap(one_head)
+        arrays,
+        cpu=partial(all_heads, lambda function: partial(jax.lax.map, function)),
+        default=partial(all_heads, jax.vmap),
     )
 
 

@@ -101,6 +101,9 @@ def write_pairrm(folder: Path, sizes: dict, model: bytes, seed: int = 0) -> Path
     ranker_config = RankerConfig.from_dict(settings)
     ranker = build_ranker("pairranker", "deberta", str(encoder), None, ranker_config, tokenizer)
     generator = torch.Generator().manual_seed(seed + 1)
+    # A deep model whose layers add much and look everywhere makes the same vector of all tokens.
+    deep = sizes["num_hidden_layers"] > 8
+    added, sharpness, read = (0.3, 2.2, 18) if deep else (1, 1.5, 6)
     with torch.no_grad():
         for name, tensor in ranker.named_parameters():
             noise = torch.randn(tensor.shape, generator=generator)
@@ -109,9 +112,11 @@ def write_pairrm(folder: Path, sizes: dict, model: bytes, seed: int = 0) -> Path
             elif tensor.ndim == 1:
                 tensor.copy_(0.2 * noise)
             elif "query_proj" in name or "key_proj" in name:
-                tensor.copy_(1.5 * noise / math.sqrt(tensor.shape[1]))
+                tensor.copy_(sharpness * noise / math.sqrt(tensor.shape[1]))
             elif name == "head_layer.4.weight":
-                tensor.copy_(6 * noise / math.sqrt(tensor.shape[1]))
+                tensor.copy_(read * noise / math.sqrt(tensor.shape[1]))
+            elif name.endswith("output.dense.weight"):
+                tensor.copy_(added * noise / math.sqrt(tensor.shape[1]))
             else:
                 tensor.copy_(noise / math.sqrt(tensor.shape[1]))
     safetensors.torch.save_model(ranker, str(folder / "model.safetensors"))

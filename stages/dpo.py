@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections import Counter
@@ -31,6 +30,7 @@ from model.packing import Sequence, pack
 from stages import records
 from stages.examples import Example, read_pairs
 from stages.records import Manifest, UserError
+from stages.work import Work, save_array
 
 # Of log-prob a token, mean over the pairs, between sampler and trainer: what one of them being in
 # bfloat16 may bring about, and what only another model, template or text can.
@@ -200,81 +200,6 @@ def _check_lineage(path: str, identities: dict, args: Args) -> bool:
     return model == identities["reference"]
 
 
-# --------------------------------------------------------------------------- the work folder
-
-
-class Work:
-    """OUT.work/: what a stopped run needs to go on; OUT.log/: what a user reads."""
-
-    def __init__(self, out: str, manifest: Manifest, keep: int = 1):
-        self.keep, self._finish = keep, lambda: None
-        self.out, self.folder, self.log = out, Path(f"{out}.work"), Path(f"{out}.log")
-        self.finished = False
-        if Path(out).exists():
-            from model import checkpoint
-
-            try:
-                origin = checkpoint.read_manifest(out)["origin"]
-                there = Manifest(**origin)
-            except (checkpoint.CheckpointError, TypeError) as error:
-                raise UserError(f"--out {out} exists and is no checkpoint of this stage: "
-                                f"choose another ({error})") from error  # fmt: skip
-            records.refuse_other(manifest, there, out, "choose another --out")
-            self.finished = True
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        if self.states():  # work that other arguments must not go on with
-            there = Manifest(**json.loads((self.folder / "manifest.json").read_text()))
-            records.refuse_other(manifest, there, str(self.folder), f"remove {self.folder}")
-
-    def begin(self, manifest: Manifest, aside: list[dict]) -> None:
-        """Make the folders, once the input is known to be sound, and write what was set aside."""
-        self.log.mkdir(parents=True, exist_ok=True)
-        if not self.states():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            manifest.write(str(self.folder / "manifest.json"))
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in aside)
-        file = self.log / "set_aside.jsonl"
-        file.write_text(text) if aside else file.unlink(missing_ok=True)
-
-    # The training state, one folder a save: the new one is whole before the old one goes.
-
-    def states(self) -> list[int]:
-        """The steps of the states there are, ascending."""
-        return sorted(int(p.name[6:]) for p in self.folder.glob("state-*") if p.suffix != ".tmp")
-
-    def save_state(self, step: int, state: dict) -> None:
-        """Begin to save; the next call, or `finish_saving`, waits for its end."""
-        from model import checkpoint
-
-        self.finish_saving()
-        self._finish = checkpoint.save_state(str(self.folder / f"state-{step}"), state)
-
-    def finish_saving(self) -> None:
-        self._finish()
-        self._finish = lambda: None
-        for old in self.states()[: -self.keep]:
-            shutil.rmtree(self.folder / f"state-{old}")
-
-    def log_from(self, step: int, evaluated: bool) -> None:
-        """Forget the metrics of steps after `step`, and, unless it was `evaluated` before it was
-        saved, its evaluation: they will be made again."""
-        file = self.log / "metrics.jsonl"
-        if file.exists():
-            rows = [
-                json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")
-            ]
-            kept = [
-                r for r in rows
-                if r["step"] < step or (r["step"] == step > 0 and (evaluated or "loss" in r))
-            ]  # fmt: skip
-            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
-
-    def done(self) -> None:
-        shutil.rmtree(self.folder)
-
-
 # --------------------------------------------------------------------------------- training
 
 
@@ -398,7 +323,7 @@ class Run:
             else:
                 params = self._load(folder) if params is None else params
                 references[name] = self._logprobs(params, examples, f"reference, {name}")
-                _save_array(cache, references[name])
+                save_array(cache, references[name])
         if self.loss.needs_reference:
             self._check_against_sampler(references["train"])
         # Freed here unless the policy starts from the very same parameters.
@@ -638,15 +563,6 @@ class Run:
             )
         if a_token.mean() > WARN_DISAGREEMENT:
             print(f"warning: {message} (was one of them computed in bfloat16?)")
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-    temporary.rename(path)
 
 
 def _check_finite(step: int, values: dict[str, list], prompt_ids: list[str]) -> None:

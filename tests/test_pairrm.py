@@ -157,6 +157,9 @@ def test_every_logit_score_and_rank_equals_llm_blenders_on_real_answers(
 ):
     folder = tiny_pairrm.write_pairrm(tmp_path / "model", sizes, pieces=8000, texts=real_texts)
     prompts = real_prompts(data, count)
+    if sizes is LARGE:  # of more prompts the shorter ones: a long comparison takes llm-blender 20 s
+        prompts = sorted(real_prompts(data, 5 * count), key=lambda p: len("".join([p[0], *p[1]])))
+        prompts = prompts[:count]
     largest, spread = compare_all(PairRM(str(folder)), BlenderRanker(str(folder)), prompts)
     print(f"{count} prompts, largest difference {largest:.2g} of a spread of {spread:.1f}")
     assert largest < 1e-4
@@ -183,7 +186,7 @@ def test_batches_hold_every_comparison_once_and_no_row_of_padding(both):
     assert sorted(i for batch, _ in batches for i in batch) == list(range(len(asked)))
     for batch, (tokens, lengths, _) in batches:
         assert len(batch) == len(tokens)
-        assert (lengths > tokens.shape[1] * 7 / 8 - 32).all()
+        assert (lengths > tokens.shape[1] - 32).all()
 
 
 # -------------------------------------------------------------------------- the layout
@@ -398,8 +401,9 @@ def test_pairrm_of_its_own_size_compiles_for_one_tpu_v5e_chip(monkeypatch):
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     for dtype in (jnp.float32, jnp.bfloat16):
-        memory = tiny_pairrm.compile_compare(device, dtype, rows=4, length=2048)
-        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        print(f"{jnp.dtype(dtype).name}: weights {memory.argument_size_in_bytes / 2**30:.2f} GiB, "
-              f"temporary {memory.temp_size_in_bytes / 2**30:.2f} GiB")  # fmt: skip
-        assert total < 16 * 2**30  # what a v5e chip has
+        weights, memory = tiny_pairrm.compile_layer(device, dtype, rows=8, length=2048)
+        inside = memory.temp_size_in_bytes + memory.output_size_in_bytes
+        inputs = 8 * 2048 * LARGE["hidden_size"] * jnp.dtype(dtype).itemsize
+        print(f"{jnp.dtype(dtype).name}: weights {weights / 2**30:.2f} GiB, a layer over 8 x 2048 "
+              f"tokens {inside / 2**30:.2f} GiB")  # fmt: skip
+        assert weights + inside + inputs < 16 * 2**30  # what a v5e chip has

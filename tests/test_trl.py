@@ -60,18 +60,14 @@ def ours(folder, out, *more):
 
 def theirs(folder, examples, **changes):
     """(TRL's rows of metrics, the model it trained)."""
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
+
+    from scripts.bench.trl_trainer import Plain
 
     losses = []
 
-    class Plain(DPOTrainer):
-        """Takes token ids as they are, in our order, and keeps the losses unrounded."""
-
-        def _prepare_dataset(self, dataset, *_, **__):
-            return dataset
-
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+    class Keeping(Plain):
+        """Keeps the losses unrounded."""
 
         def compute_loss(self, *args, **kwargs):
             found = super().compute_loss(*args, **kwargs)
@@ -93,7 +89,7 @@ def theirs(folder, examples, **changes):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
     tokenizer.pad_token = tokenizer.eos_token
-    trainer = Plain(
+    trainer = Keeping(
         model=model, args=DPOConfig(**arguments | changes), processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_list(rows),
     )  # fmt: skip

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from model import deberta, hf
 from model.config import deberta_from_hf
-from model.pairrm import TABLE, PairrmConfig, compare
 from scripts import random_pairrm
 from scripts.random_pairrm import LARGE, encoder_config
 
@@ -22,28 +21,25 @@ def write_pairrm(folder: Path, sizes: dict = TINY, seed: int = 0, pieces: int = 
     return random_pairrm.write_pairrm(folder, sizes, model, seed)
 
 
-def compile_compare(device, dtype, rows: int, length: int):
-    """The memory analysis of `pairrm.compare` at PairRM's size, compiled for `device`."""
-    config = PairrmConfig(deberta_from_hf(encoder_config(LARGE, 128005)))
+def compile_layer(device, dtype, rows: int, length: int):
+    """(bytes of PairRM's encoder, the memory analysis of one of its layers), the layer compiled for
+    `device` as PairRM calls it: layer by layer."""
+    config = deberta_from_hf(encoder_config(LARGE, 128005))
 
     def abstract(shape, kind=dtype):
         return jax.ShapeDtypeStruct(shape, kind, sharding=device)
 
-    params: dict = {"encoder": {"layers": [{} for _ in range(LARGE["num_hidden_layers"])]}}
-    for key, slot in hf.table_slots(TABLE, LARGE["num_hidden_layers"]).items():
-        shape = tuple(config.axis_sizes[letter] for letter in slot.our_axes)
-        parent = params if key.startswith("head") else params["encoder"]
+    params: dict = {"layers": [{} for _ in range(LARGE["num_hidden_layers"])]}
+    for slot in hf.table_slots(deberta.TABLE, LARGE["num_hidden_layers"]).values():
+        parent = params
         for step in slot.path[:-1]:
             parent = parent[step]
+        shape = tuple(config.axis_sizes[letter] for letter in slot.our_axes)
         parent[slot.path[-1]] = abstract(shape, jnp.float32)
-    params["encoder"] = jax.tree.map(
-        lambda x: abstract(x.shape),
-        jax.eval_shape(lambda p: deberta.prepare(p, config.encoder, dtype), params["encoder"]),
-    )
-    arguments = (
-        abstract((rows, length), jnp.int32),
-        abstract((rows,), jnp.int32),
-        abstract((rows, 3), jnp.int32),
-    )
-    program = jax.jit(lambda params, *arrays: compare(params, config, *arrays))
-    return program.lower(params, *arguments).compile().memory_analysis()
+    ready = jax.eval_shape(lambda p: deberta.prepare(p, config, dtype), params)
+    ready = jax.tree.map(lambda x: abstract(x.shape), ready)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(ready))
+    x_btd = abstract((rows, length, LARGE["hidden_size"]))
+    real_bt = abstract((rows, length), jnp.bool_)
+    layer = deberta.layer.lower(ready["layers"][0], config, x_btd, real_bt).compile()
+    return size, layer.memory_analysis()

