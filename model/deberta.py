@@ -122,8 +122,8 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def take(matrix: jax.Array, places: jax.Array) -> jax.Array:
-    """Elements by their places in the matrix's own order: XLA on CPU does it in a third of the time
-    that take_along_axis needs, as fast as it reads."""
+    """Elements by their places in the flattened matrix, all within it: on CPU several times as fast
+    as take_along_axis, which checks each index in both dimensions."""
     return matrix.reshape(-1).at[places].get(mode="promise_in_bounds")
 
 

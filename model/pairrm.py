@@ -165,14 +165,19 @@ class PairRM:
             return batch, np.asarray(compare(params, self.config, *arrays))
 
         with ThreadPoolExecutor(self.at_a_time) as pool:
-            for batch, logits_b in pool.map(compute, self.batches(comparisons)):
-                if not np.isfinite(logits_b).all():
-                    raise PairrmError(
-                        f"{self._files.weights} gives logits that are not finite: download it again"
-                    )
-                for i, logit in zip(batch, logits_b):
-                    found[i] = float(logit)
-                done(len(batch))
+            try:
+                for batch, logits_b in pool.map(compute, self.batches(comparisons)):
+                    if not np.isfinite(logits_b).all():
+                        raise PairrmError(
+                            f"{self._files.weights} gives logits that are not finite: "
+                            "download it again"
+                        )
+                    for i, logit in zip(batch, logits_b):
+                        found[i] = float(logit)
+                    done(len(batch))
+            except BaseException:  # `done` may stop the run: what waits is not computed first
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         return found
 
     def enough(self, comparisons: list[Comparison]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from model import deberta
+from model import deberta, pairrm
 from model.blender import BlenderRanker
 from model.config import ConfigError, deberta_from_hf
 from model.pairrm import MARKERS, PairRM, PairrmError, open_folder
@@ -176,6 +176,20 @@ def test_a_logit_depends_on_its_own_texts_alone(both):
     backwards = ours.logits(asked[::-1])[::-1]
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(together, backwards, atol=1e-5)
+
+
+def test_a_stop_between_batches_does_not_wait_for_all_of_them(tiny, monkeypatch):
+    model, computed = PairRM(str(tiny), tokens_a_batch=1), []
+    whole = pairrm.compare
+    monkeypatch.setattr(pairrm, "compare", lambda *given: computed.append(1) or whole(*given))
+    encoded = model.encode("a prompt", ["one", "two"])
+
+    def stop(count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.logits([(encoded, 0, 1)] * 200, stop)
+    assert len(computed) < 100
 
 
 def test_batches_hold_every_comparison_once_and_no_row_of_padding(both):
