@@ -30,6 +30,7 @@ import numpy as np
 from model import mistral
 from model.config import MistralConfig
 from model.packing import coarse_bucket
+from sharding.mesh import constrain
 
 STEPS_A_CALL = 32  # decode steps between two looks of the host, at most
 PREFILL_TOKENS = 512  # of prompts that are prefilled together, where there are several
@@ -428,15 +429,22 @@ class Sampler:
 
 def _empty(config: MistralConfig, slots: int, length: int, sampling: Sampling, dtype) -> dict:
     """The state of all slots, none in use. `tokens`, `logprobs`: drawn so far, EOS included."""
+    # numpy: the same on every process, wherever the devices of the mesh are.
     return {
         "cache": mistral.empty_cache(config, slots, length, dtype),
-        "active": jnp.zeros(slots, bool),
-        "keys": jnp.zeros((slots, 2), jnp.uint32),
-        "prompt_lengths": jnp.zeros(slots, jnp.int32),
-        "steps": jnp.zeros(slots, jnp.int32),  # tokens drawn
-        "tokens": jnp.zeros((slots, sampling.max_new_tokens), jnp.int32),
-        "logprobs": jnp.zeros((slots, sampling.max_new_tokens), jnp.float32),
+        "active": np.zeros(slots, bool),
+        "keys": np.zeros((slots, 2), np.uint32),
+        "prompt_lengths": np.zeros(slots, np.int32),
+        "steps": np.zeros(slots, np.int32),  # tokens drawn
+        "tokens": np.zeros((slots, sampling.max_new_tokens), np.int32),
+        "logprobs": np.zeros((slots, sampling.max_new_tokens), np.float32),
     }
+
+
+def _replicated(state: dict) -> dict:
+    """The state with all but the cache whole on every device: the host decides by it."""
+    rest = {name: x for name, x in state.items() if name != "cache"}
+    return state | {name: constrain(x, *[None] * x.ndim) for name, x in rest.items()}
 
 
 def _prefill(params, config: MistralConfig, row, dtype):
@@ -477,7 +485,7 @@ def _admit(params, state, hidden_1td, starting, *, config, sampling) -> dict:
     }
     state["tokens"] = state["tokens"].at[slots_g, 0].set(tokens_g, mode="drop")
     state["logprobs"] = state["logprobs"].at[slots_g, 0].set(logprobs_g, mode="drop")
-    return state
+    return _replicated(state)
 
 
 def _advance(params, state, stop_at_active, *, config, sampling, dtype) -> dict:
@@ -510,7 +518,7 @@ def _advance(params, state, stop_at_active, *, config, sampling, dtype) -> dict:
             "active": active_b & ~_is_eos(tokens_b, config) & (steps_b < sampling.max_new_tokens),
         }
 
-    return jax.lax.while_loop(unfinished, step, (0, state))[1]
+    return _replicated(jax.lax.while_loop(unfinished, step, (0, state))[1])
 
 
 @partial(jax.jit, static_argnames="length")

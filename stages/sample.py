@@ -8,19 +8,24 @@ A prompt too long for the model's context (less --max-new-tokens) is set aside w
 
 Several processes can share the work, each on devices of its own: one with --share 0 4, one with
 --share 1 4, … Whichever is done last puts the shares together in the order of the prompts.
+
+A model too large for one host's devices spans those of several: --coordinator HOST:PORT
+--processes 4 and --process-id 0 to 3, the rest of the command the same. Process 0 writes.
 """
 
 import dataclasses
+import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
 from tqdm import tqdm
 
 from stages import records
-from stages.records import Manifest, Output, UserError
+from stages.records import Manifest, Output, Stopped, UserError
 
 
 @dataclasses.dataclass
@@ -45,17 +50,25 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; bfloat16 on accelerators
     mesh: tuple[int, int, int] = (1, -1, 1)  # devices along data, fsdp, tensor; -1: the rest
     share: tuple[int, int] | None = None  # I N: only every Nth prompt, from the Ith (0, …) on
+    coordinator: str | None = None
+    """One mesh over the devices of several processes: HOST:PORT of process 0, or "auto" (SLURM, TPU
+    pods)."""
+    processes: int | None = None  # how many, with --coordinator HOST:PORT
+    process_id: int | None = None  # which one this is: 0, …
     overwrite: bool = False  # replace an --out that is there
 
 
 def main(args: Args) -> None:
-    import jax  # after the command line is parsed: --help answers at once
 
     from model import checkpoint, generate
     from model.tokenizer import ChatTokenizer, TokenizerError
+    from sharding import processes
     from sharding.mesh import make_mesh
 
     try:
+        if args.share is not None and args.coordinator is not None:
+            raise UserError("--share and --coordinator: give one of them")
+        processes.start(args.coordinator, args.processes, args.process_id)
         sampling = generate.Sampling(
             args.n, args.temperature, args.top_p, args.top_k, args.min_p, args.max_new_tokens,
             args.seed, args.stop_strings,
@@ -64,7 +77,7 @@ def main(args: Args) -> None:
         config = checkpoint.load_config(args.checkpoint)
         identity = checkpoint.identity(args.checkpoint)
         tokenizer = ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
-        mesh = make_mesh(*args.mesh, devices=jax.local_devices())
+        mesh = make_mesh(*args.mesh)
     except (ValueError, TokenizerError) as error:
         raise UserError(str(error)) from error
 
@@ -93,29 +106,39 @@ def main(args: Args) -> None:
             "chat_template": tokenizer.template_identity,
         },
     )
-    share, shares = args.share or (jax.process_index(), jax.process_count())
+    share, shares = args.share or (0, 1)
     if not 0 <= share < shares:
         raise UserError(f"--share {share} {shares}: the first is a number from 0 to {shares - 1}")
-    output = Output.open(args.out, manifest, args.overwrite, (share, shares))
-    if not output.finished:
+    if not processes.agree(json.dumps(manifest.key())):
+        raise UserError("the processes were given different prompts, checkpoints or arguments")
+    # Of several processes on one mesh, only the first has an output.
+    output = None
+    if processes.is_first():
+        output = Output.open(args.out, manifest, args.overwrite, (share, shares))
+    if not processes.from_first(np.array(output is not None and output.finished)):
         mine = order[share::shares]
         results = _sample(args, sampling, config, tokenizer, mesh, output, mine, longest)
-        output.finish(mine, counts if shares == 1 else Counter({"in": len(mine)}), results)
+        if output is not None:
+            output.finish(mine, counts if shares == 1 else Counter({"in": len(mine)}), results)
     if shares > 1:
         records.merge_shares(args.out, manifest, shares, order, counts)
 
 
-def _sample(args: Args, sampling, config, tokenizer, mesh, output: Output, mine, longest) -> dict:
+def _sample(
+    args: Args, sampling, config, tokenizer, mesh, output: Output | None, mine, longest
+) -> dict:
     """Write the answers to the prompts whose ids are `mine`; what it took. longest: tokens of the
-    longest prompt that is answered."""
+    longest prompt that is answered; output None: another process writes."""
     import jax
     import jax.numpy as jnp
 
     from model import checkpoint, generate, mistral
+    from sharding import processes
     from sharding.mesh import tree_shardings
 
     rows: dict[str, records.Row] = {}  # prompts whose answers are in the making
-    todo = {prompt_id for prompt_id in mine if not output.has(prompt_id)}
+    done = processes.from_first(np.array([output is not None and output.has(i) for i in mine]))
+    todo = {prompt_id for prompt_id, is_done in zip(mine, done) if not is_done}
 
     def prompts() -> Iterator[tuple[str, list[int]]]:
         for where, row in records.read_prompts(args.prompts, Counter()):
@@ -124,13 +147,25 @@ def _sample(args: Args, sampling, config, tokenizer, mesh, output: Output, mine,
             row["prompt_token_ids"] = _token_ids(tokenizer, row, where)
             if len(row["prompt_token_ids"]) > longest:
                 limit = config.max_position_embeddings - args.max_new_tokens
-                output.set_aside(row, f"prompt longer than {limit} tokens")
+                if output is not None:
+                    output.set_aside(row, f"prompt longer than {limit} tokens")
                 progress.update()
                 continue
             rows[row["prompt_id"]] = row
             yield row["prompt_id"], row["prompt_token_ids"]
 
-    progress = tqdm(total=len(mine), initial=len(output), unit=" prompts", desc="sample")
+    def check_together():
+        """Stop all processes between the same two calls where one was told to stop."""
+        told = None
+        try:
+            check_stop()
+        except Stopped as stop:
+            told = stop
+        if any(processes.from_all(told is not None)):
+            raise told or Stopped("stopped with the other processes, the work is saved")
+
+    progress = tqdm(total=len(mine), initial=int(done.sum()), unit=" prompts", desc="sample",
+                    disable=output is None)  # fmt: skip
     with progress, jax.set_mesh(mesh), records.stop_signal() as check_stop:
         shardings = tree_shardings(mesh, mistral.logical_axes(config), mistral.abstract(config))
         try:
@@ -141,17 +176,18 @@ def _sample(args: Args, sampling, config, tokenizer, mesh, output: Output, mine,
         if dtype != jnp.float32:
             params = mistral.cast(params, dtype)
         a_slot = mistral.cache_bytes(config, longest + args.max_new_tokens, dtype)
-        slots = _slots(args, mesh, a_slot, args.n * len(mine))
+        slots = min(processes.from_all(_slots(args, mesh, a_slot, args.n * len(mine))))
         progress.write(f"{slots} slots, a KV cache of at most {slots * a_slot / 1e9:.2f} GB")
         sampler = generate.Sampler(
             config, params, tokenizer.decode, sampling, slots, longest, dtype
         )
         del params
         start = time.monotonic()
-        for prompt_id, answers in sampler.run(prompts(), check_stop):
+        for prompt_id, answers in sampler.run(prompts(), check_together):
             row = rows.pop(prompt_id)
             row["responses"] = [dataclasses.asdict(answer) for answer in answers]
-            output.write(row)
+            if output is not None:
+                output.write(row)
             rate = sampler.tokens_drawn / (time.monotonic() - start)
             progress.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
             progress.update()
