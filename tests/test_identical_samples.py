@@ -54,7 +54,7 @@ def test_slots_order_devices_processes_and_kills_change_nothing(tmp_path):
     assert start(tmp_path, "base.jsonl", "--slots", "16").wait() == 0
     base = answers(tmp_path / "base.jsonl")
     for name, how in runs.items():
-        out, more = f"{name.replace(' ', '-')}.jsonl", how.pop("more")
+        out, more = f"{name.replace(' ', '-')}.samples.jsonl", how.pop("more")
         process = start(tmp_path, out, *more, **how)
         if name == "killed":
             partial = tmp_path / f"{out}.partial"
