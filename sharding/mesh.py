@@ -9,6 +9,8 @@ this file knows which mesh axis each of them lies on. The mesh always has three 
 """
 
 import math
+import os
+import re
 import resource
 
 import jax
@@ -28,6 +30,12 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "act_embed": None,  # the width of an activation: its batch is cut already
 }
+
+# Of N simulated CPU devices, each holds a thread of XLA's pool while it waits in a collective, and
+# the pool has one a core: with more devices than cores a collective can wait for good. XLA reads
+# the pool's size from here when the first device is asked for.
+if simulated := re.search(r"device_count=(\d+)", os.environ.get("XLA_FLAGS", "")):
+    os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 4 * int(simulated[1]))))
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:

@@ -194,7 +194,8 @@ def read_prompts(
             raise UserError(f"{where}: the prompt is empty: write one, or remove the line")
         if row.get("prompt_id") is None:
             row["prompt_id"] = text_sha256(key)
-        prompt_id = field(row, "prompt_id", str, where)
+        # Interned: a file is read more than once, and its ids are kept.
+        prompt_id = row["prompt_id"] = sys.intern(field(row, "prompt_id", str, where))
         content = [key, *(row.get(name) for name in agree)]
         digest = bytes.fromhex(text_sha256(json.dumps(content, sort_keys=True)))
         counts["in"] += 1
