@@ -324,9 +324,9 @@ def decode(
     """One token a row: writes it at its row's position of the cache, returns what follows it.
 
     params: unstacked. tokens_b, positions_b: int [b]; a row's cache is filled below its position.
-    Returns (hidden_bd after the last norm, cache). A position beyond the cache writes nothing.
+    Returns (hidden_bd after the last norm, cache). A position beyond the cache overwrites its last
+    one: no answer of that row can go on.
     """
-    rows = jnp.arange(tokens_b.shape[0])
     length = cache[0][0].shape[-1]
     rope = rope_angles(positions_b[:, None], config.head_dim, config.rope_theta)
     keys_bs = jnp.broadcast_to(jnp.arange(length), (tokens_b.shape[0], length))
@@ -335,10 +335,10 @@ def decode(
     @jax.jit  # so that all layers are traced and lowered once
     def layer(w, x_btd, k_bkhs, v_bksh):
         def attend(q_btnh, k_btkh, v_btkh):
-            # A scatter of one column a row: in place, since the caller donates the cache.
-            k = k_bkhs.at[rows, :, :, positions_b].set(k_btkh[:, 0], mode="drop")
-            v = v_bksh.at[rows, :, positions_b].set(v_btkh[:, 0], mode="drop")
-            k, v = constrain_cache(k, v)
+            k, v = constrain_cache(
+                _write(k_bkhs, k_btkh[:, 0], positions_b, axis=2),
+                _write(v_bksh, v_btkh[:, 0], positions_b, axis=1),
+            )
             return attention(q_btnh, k, v, seen_bts), (k, v)
 
         return block(w, config, x_btd, rope, attend)
@@ -349,6 +349,18 @@ def decode(
         new_cache.append(kv)
     hidden_btd = rms_norm(x_btd, params["final_norm"], config.rms_norm_eps)
     return hidden_btd[:, 0], new_cache
+
+
+def _write(cache, new, positions_b, axis: int):
+    """The cache with one position of each row replaced, in place where the caller donates it.
+    `axis`: the positions' within a row. (As an indexed scatter, TPU compilers would choose another
+    layout for the cache, and hold it twice.)"""
+
+    def one_row(row, new, position):
+        new = jnp.expand_dims(new, axis)
+        return jax.lax.dynamic_update_slice_in_dim(row, new, position, axis)
+
+    return jax.vmap(one_row)(cache, new, positions_b)
 
 
 def _cache_layout(k_btkh: jax.Array, v_btkh: jax.Array):
