@@ -235,7 +235,8 @@ class Sampler:
         self.slots, self.dtype = slots, dtype
         self.group = min(sampling.n, slots)  # answers that share one prefill
         self.longest_prompt = longest_prompt
-        self.longest = longest_prompt + sampling.max_new_tokens  # positions
+        # Positions; a multiple of 16, since odd sizes are a tenth slower on CPU.
+        self.longest = -(-(longest_prompt + sampling.max_new_tokens) // 16) * 16
         self.tokens_drawn = 0  # of the answers given out, EOS not counted
         self._admit = jax.jit(partial(_admit, config=config, sampling=sampling), donate_argnums=1)
         self._advance = jax.jit(
