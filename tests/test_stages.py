@@ -425,6 +425,27 @@ def test_values_that_are_not_finite_stop_the_training_and_name_the_pairs():
     dpo._check_finite(4, {"loss": [0.1, 0.2]}, ["a", "b"])
 
 
+def test_a_training_that_met_a_number_that_is_not_finite_goes_on_from_before_it(
+    base, tmp_path, capsys, monkeypatch
+):
+    assert run_dpo(base, tmp_path / "straight") == 0
+    sides, calls = dpo.Run._sides, []
+
+    def poisoned(self, *args):
+        calls.append(args)
+        found = sides(self, *args)
+        return found | ({"ref_chosen": found["ref_chosen"] * np.nan} if len(calls) == 3 else {})
+
+    monkeypatch.setattr(dpo.Run, "_sides", poisoned)
+    refused(capsys, run_dpo(base, tmp_path / "out"), "step 2: loss or log-probs are not finite")
+    monkeypatch.undo()
+    assert run_dpo(base, tmp_path / "out") == 0
+    assert "going on after step 1" in capsys.readouterr().out
+    assert checkpoint.identity(str(tmp_path / "out")) == checkpoint.identity(
+        str(tmp_path / "straight")
+    )
+
+
 def test_samplers_logprobs_that_are_not_the_models_stop_the_training(base, tmp_path, capsys):
     rows = tiny.read_jsonl(base / "pairs.jsonl")
     for row in rows:
