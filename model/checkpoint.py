@@ -24,6 +24,8 @@ from orbax.checkpoint import v1 as ocp
 from model import config as model_config
 from model import mistral
 from model.config import MistralConfig
+from sharding import processes
+from sharding.mesh import constrain
 
 # What a tokenizer may consist of; copied into every checkpoint as it is.
 TOKENIZER_FILES = (
@@ -39,7 +41,8 @@ class CheckpointError(ValueError):
 
 def save(folder: str, config: MistralConfig, params: mistral.Params, tokenizer_from: str,
          origin: dict) -> str:  # fmt: skip
-    """Write a checkpoint and return its identity.
+    """Write a checkpoint and return its identity. Of several processes each writes its shards, to
+    a file system that all of them see.
 
     params: fp32 arrays (jax or numpy), stacked layers. tokenizer_from: the folder whose tokenizer
     files and generation_config.json are copied. origin: what made it (stage, arguments, inputs,
@@ -48,11 +51,24 @@ def save(folder: str, config: MistralConfig, params: mistral.Params, tokenizer_f
     if epath.Path(folder).exists():
         raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
     temporary = epath.Path(f"{str(folder).rstrip('/')}.tmp")
-    if temporary.exists():
-        temporary.rmtree()
-    temporary.mkdir(parents=True)
+    if processes.is_first():
+        if temporary.exists():
+            temporary.rmtree()
+        temporary.mkdir(parents=True)
+    processes.wait()
     with _orbax(params):
         ocp.save(temporary / "params", params)
+    identity = fingerprint(params)
+    if processes.is_first():
+        _complete(temporary, config, params, identity, tokenizer_from, origin)
+        temporary.rename(folder)
+    processes.wait()
+    return identity
+
+
+def _complete(temporary, config: MistralConfig, params, identity: str, tokenizer_from: str,
+              origin: dict) -> None:  # fmt: skip
+    """Write all of a checkpoint but its parameters."""
     source = epath.Path(tokenizer_from)
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).exists():
@@ -60,12 +76,9 @@ def save(folder: str, config: MistralConfig, params: mistral.Params, tokenizer_f
     (temporary / "config.json").write_text(
         json.dumps(model_config.to_hf(config, config.torch_dtype), indent=2) + "\n"
     )
-    identity = fingerprint(params)
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
     manifest = {"identity": identity, "parameters": count, "origin": origin}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-    temporary.rename(folder)
-    return identity
 
 
 def read_manifest(folder: str) -> dict:
@@ -156,16 +169,20 @@ def save_state(folder: str, state) -> Callable[[], None]:
     """
     path = epath.Path(folder)
     temporary = epath.Path(f"{folder}.tmp")
-    if temporary.exists():
+    if processes.is_first() and temporary.exists():
         temporary.rmtree()
+    processes.wait()
     with _orbax(state):
         writing = ocp.save_async(temporary, state)
 
     def finish():
         writing.result()
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        processes.wait()
+        if processes.is_first():
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.rename(path)
+        processes.wait()
 
     if any(d.platform == "cpu" for x in jax.tree.leaves(state) for d in x.devices()):
         finish()
@@ -244,7 +261,8 @@ def _lanes(x: jax.Array, first: jax.Array) -> jax.Array:
     mixed = _mix(index ^ jnp.uint32(0x9E3779B9)) ^ bits
     # One lane after the other: together they would take four times the memory.
     lanes = jnp.arange(1, 5, dtype=jnp.uint32)
-    return jax.lax.map(lambda lane: jnp.sum(_mix(mixed + lane), dtype=jnp.uint32), lanes)
+    sums = jax.lax.map(lambda lane: jnp.sum(_mix(mixed + lane), dtype=jnp.uint32), lanes)
+    return constrain(sums, None)  # whole in every process
 
 
 def _mix(h: jax.Array) -> jax.Array:

@@ -159,11 +159,11 @@ class Trainer:
         self.optimizer_shapes = jax.eval_shape(tx.init, mistral.abstract(config))
         self.logprobs = jax.jit(
             partial(pair_logprobs, config=config, dtype=dtype, remat="none"),
-            static_argnames="pairs",
-        )
+            static_argnames="pairs", out_shardings=replicated,
+        )  # fmt: skip
         self.accumulate = jax.jit(
             partial(_accumulate, config=config, recipe=recipe, dtype=dtype, remat=remat),
-            donate_argnames="gradients", out_shardings=(shardings, None),
+            donate_argnames="gradients", out_shardings=(shardings, replicated),
         )  # fmt: skip
         self.norm = jax.jit(optax.tree.norm, out_shardings=replicated)
         self.apply = jax.jit(

@@ -7,6 +7,9 @@ from a replicated array, from a file whose content `agree` compared, or asked fo
 """
 
 import hashlib
+import os
+import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -18,7 +21,8 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
 
     coordinator: HOST:PORT of process 0, with `processes`, how many there are, and `process_id`,
     which one this is; or "auto", all three from the environment of SLURM or a TPU pod; None: this
-    process is alone. Raises ValueError where they do not fit together or do not find each other.
+    process is alone. From here on process 0 alone prints to stdout. Raises ValueError where they do
+    not fit together or do not find each other.
     """
     given = [processes is not None, process_id is not None]
     if coordinator in (None, "auto"):
@@ -37,11 +41,18 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
         except (RuntimeError, ValueError) as error:
             line = str(error).strip().splitlines()[0]
             raise ValueError(f"--coordinator {coordinator}: {line}") from None
+        if not is_first():
+            sys.stdout = open(os.devnull, "w")
 
 
 def is_first() -> bool:
     """Whether this is the process that writes and tells."""
     return jax.process_index() == 0
+
+
+def wait() -> None:
+    """Until all processes are here: what process 0 wrote before it, the others find after it."""
+    from_all(0)
 
 
 def from_first(values: np.ndarray) -> np.ndarray:
@@ -56,6 +67,18 @@ def from_all(value: int) -> list[int]:
     if jax.process_count() == 1:
         return [value]
     return multihost_utils.process_allgather(np.int32(value)).tolist()
+
+
+def all_check(check: Callable[[], None], of_another: Exception) -> None:
+    """Call `check`; where it raises in any process, raise in all: its own exception, in the others
+    `of_another`."""
+    raised = None
+    try:
+        check()
+    except Exception as error:
+        raised = error
+    if any(from_all(raised is not None)):
+        raise raised or of_another
 
 
 def agree(text: str) -> bool:

@@ -9,6 +9,10 @@ the dtype of computation.
 
 OUT is a checkpoint folder. OUT.log/ holds metrics.jsonl (TRL's names), TensorBoard events and what
 was set aside; OUT.work/ holds what a stopped run needs to go on, and is gone when it is done.
+
+A model too large for one host's devices spans those of several: --coordinator HOST:PORT
+--processes 4 and --process-id 0 to 3, the rest of the command the same, on a file system that all
+of them see. Each writes its shards, process 0 all else.
 """
 
 import dataclasses
@@ -75,16 +79,23 @@ class Args:
     save_every: int = 100  # steps between two saves of the training state; 0: only at a signal
     keep_states: int = 1  # so many of the saved states are kept until the training is done
     eval_every: int = 0  # steps between two evaluations on --test-pairs; 0: before and after alone
+    coordinator: str | None = None
+    """One mesh over the devices of several processes: HOST:PORT of process 0, or "auto" (SLURM, TPU
+    pods)."""
+    processes: int | None = None  # how many, with --coordinator HOST:PORT
+    process_id: int | None = None  # which one this is: 0, …
     allow_other_model: bool = False  # train on pairs that another model than the reference sampled
 
 
 def main(args: Args) -> None:
     from model import checkpoint
     from model.tokenizer import ChatTokenizer, TokenizerError
+    from sharding import processes
 
     _check(args)
     reference = args.reference or args.checkpoint
     try:
+        processes.start(args.coordinator, args.processes, args.process_id)
         config = checkpoint.load_config(args.checkpoint)
         tokenizer = ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
         identities = {
@@ -95,7 +106,7 @@ def main(args: Args) -> None:
         }
         if checkpoint.load_config(reference) != config:
             raise UserError(f"--reference {reference} is of another architecture than --checkpoint")
-    except (checkpoint.CheckpointError, TokenizerError) as error:
+    except (ValueError, TokenizerError) as error:
         raise UserError(str(error)) from error
     print(f"reference: {reference} ({identities['reference'][:12]})")
 
@@ -111,6 +122,8 @@ def main(args: Args) -> None:
         inputs={file: records.file_sha256(file) for file in files},
         identities=identities,
     )
+    if not processes.agree(json.dumps([manifest.key(), args.out])):
+        raise UserError("the processes were given different pairs, checkpoints or arguments")
     work = Work(args.out, manifest, args.keep_states)
     if work.finished:
         print(f"{args.out} is finished already")
@@ -144,7 +157,8 @@ def main(args: Args) -> None:
 
 # Arguments that change where, how fast or whether, but not what comes out.
 NOT_CONTENT = {"checkpoint", "reference", "pairs", "test_pairs", "out", "mesh", "save_every",
-               "keep_states", "eval_every", "allow_other_model"}  # fmt: skip
+               "keep_states", "eval_every", "coordinator", "processes", "process_id",
+               "allow_other_model"}  # fmt: skip
 
 
 def _check(args: Args) -> None:
@@ -222,6 +236,7 @@ class Run:
         self.args, self.config, self.manifest, self.work = args, config, manifest, work
         self.train, self.test = train, test
         self.sampled_by_reference = sampled_by_reference
+        self.metrics = self.board = None
         try:
             self.mesh = make_mesh(*args.mesh)
         except ValueError as error:
@@ -248,20 +263,26 @@ class Run:
 
     def run(self) -> None:
         import jax
-        from tensorboardX import SummaryWriter
+
+        from sharding import processes
 
         work = self.work
+
+        def check_together():  # so that all stop after the same step
+            processes.all_check(check_stop, records.STOPPED_TOGETHER)
+
         with jax.set_mesh(self.mesh), records.stop_signal() as check_stop:
             params, references = self._references()
-            check_stop()
+            check_together()
             step, params, optimizer_state = self._start(params)
-            work.log_from(step, evaluated=0 < step < self.total_steps)
-            self.metrics = open(work.log / "metrics.jsonl", "a")
-            self.board = SummaryWriter(str(work.log / "tensorboard"), purge_step=step)
+            if processes.is_first():
+                work.log_from(step, evaluated=0 < step < self.total_steps)
+                self._open_log(step)
             if step == 0 and self.test:
                 self._log(0, self._evaluate(params, references["test"]))
             start = time.monotonic()
-            with tqdm(total=self.total_steps, initial=step, unit=" steps", desc="dpo") as progress:
+            with tqdm(total=self.total_steps, initial=step, unit=" steps", desc="dpo",
+                      disable=not processes.is_first()) as progress:  # fmt: skip
                 while step < self.total_steps:
                     try:
                         gradients, norm, values = self._gradients(step, params, references["train"])
@@ -285,7 +306,7 @@ class Run:
                     )
                     progress.update()
                     try:
-                        check_stop()
+                        check_together()
                     except records.Stopped:
                         self._save(step, params, optimizer_state)
                         work.finish_saving()
@@ -307,6 +328,7 @@ class Run:
         """(the reference's parameters if they are the policy's start, its log-probs of both files,
         fp32 [pairs, 2]); zeros where the loss knows no reference."""
         from model import checkpoint
+        from sharding import processes
 
         args, params, references = self.args, None, {}
         folder = args.reference or args.checkpoint
@@ -317,13 +339,14 @@ class Run:
             if not examples or not self.loss.needs_reference:
                 continue
             cache = self._reference_cache(path)
-            if cache.exists():
+            if processes.from_first(np.array(cache.exists())):
                 references[name] = np.load(cache)
                 print(f"the reference's log-probs are there already: {cache}")
             else:
                 params = self._load(folder) if params is None else params
                 references[name] = self._logprobs(params, examples, f"reference, {name}")
-                save_array(cache, references[name])
+                if processes.is_first():
+                    save_array(cache, references[name])
         if self.loss.needs_reference:
             self._check_against_sampler(references["train"])
         # Freed here unless the policy starts from the very same parameters.
@@ -379,15 +402,17 @@ class Run:
 
     def _finish(self, params, results: dict) -> None:
         from model import checkpoint
+        from sharding import processes
 
         self.manifest.results |= results
         identity = checkpoint.save(
             self.args.out, self.config, params, self.args.checkpoint,
             dataclasses.asdict(self.manifest),
         )  # fmt: skip
-        self.metrics.close()
-        self.board.close()
-        self.work.done()
+        if processes.is_first():
+            self.metrics.close()
+            self.board.close()
+            self.work.done()
         print(f"{self.args.out}: trained {self.total_steps} steps, identity {identity[:12]}")
 
     # -------------------------------------------------------------------------- one step
@@ -494,7 +519,15 @@ class Run:
             found["mfu"] = flops / seconds / peak
         return {name: float(value) for name, value in found.items()}
 
+    def _open_log(self, step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.metrics = open(self.work.log / "metrics.jsonl", "a")
+        self.board = SummaryWriter(str(self.work.log / "tensorboard"), purge_step=step)
+
     def _log(self, step: int, values: dict[str, float]) -> None:
+        if self.metrics is None:  # another process keeps the log
+            return
         self.metrics.write(json.dumps({"step": step, **values}) + "\n")
         self.metrics.flush()
         for name, value in values.items():
@@ -508,7 +541,8 @@ class Run:
 
         found = np.zeros((len(examples), 2), np.float32)
         batches = self._micro_batches(examples, range(len(examples)))
-        for indices in tqdm(batches, desc=name, unit=" batches", disable=not examples):
+        silent = not examples or jax.process_index() > 0
+        for indices in tqdm(batches, desc=name, unit=" batches", disable=silent):
             batch = self._pack(examples, indices)
             sides = jax.device_get(
                 self.trainer.logprobs(params, batch=batch, pairs=self.args.micro_batch_size)

@@ -63,6 +63,9 @@ def run(main: Callable, args_type: type, argv: list[str] | None = None) -> int:
     return 0
 
 
+STOPPED_TOGETHER = Stopped("stopped with the other processes, the work is saved")
+
+
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], None]]:
     """Turn SIGTERM and SIGINT into a flag; yields `check()`, which raises Stopped once it is up.

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from stages import records
-from stages.records import Manifest, Output, Stopped, UserError
+from stages.records import Manifest, Output, UserError
 
 
 @dataclasses.dataclass
@@ -154,15 +154,8 @@ def _sample(
             rows[row["prompt_id"]] = row
             yield row["prompt_id"], row["prompt_token_ids"]
 
-    def check_together():
-        """Stop all processes between the same two calls where one was told to stop."""
-        told = None
-        try:
-            check_stop()
-        except Stopped as stop:
-            told = stop
-        if any(processes.from_all(told is not None)):
-            raise told or Stopped("stopped with the other processes, the work is saved")
+    def check_together():  # so that all stop between the same two calls
+        processes.all_check(check_stop, records.STOPPED_TOGETHER)
 
     progress = tqdm(total=len(mine), initial=int(done.sum()), unit=" prompts", desc="sample",
                     disable=output is None)  # fmt: skip

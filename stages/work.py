@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from sharding import processes
 from stages import records
 from stages.records import Manifest, UserError
 
 
 class Work:
-    """OUT.work/: what a stopped run needs to go on; OUT.log/: what a user reads."""
+    """OUT.work/: what a stopped run needs to go on; OUT.log/: what a user reads. Of several
+    processes the first writes, to a file system that all of them see."""
 
     def __init__(self, out: str, manifest: Manifest, keep: int = 1):
         self.keep, self._finish = keep, lambda: None
@@ -29,7 +31,8 @@ class Work:
                                 f"choose another ({error})") from error  # fmt: skip
             records.refuse_other(manifest, there, out, "choose another --out")
             self.finished = True
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if processes.is_first():
+                shutil.rmtree(self.folder, ignore_errors=True)
             return
         if self.states():  # work that other arguments must not go on with
             there = Manifest(**json.loads((self.folder / "manifest.json").read_text()))
@@ -37,6 +40,11 @@ class Work:
 
     def begin(self, manifest: Manifest, aside: list[dict]) -> None:
         """Make the folders, once the input is known to be sound, and write what was set aside."""
+        if processes.is_first():
+            self._begin(manifest, aside)
+        processes.wait()
+
+    def _begin(self, manifest: Manifest, aside: list[dict]) -> None:
         self.log.mkdir(parents=True, exist_ok=True)
         if not self.states():
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -62,7 +70,7 @@ class Work:
     def finish_saving(self) -> None:
         self._finish()
         self._finish = lambda: None
-        for old in self.states()[: -self.keep]:
+        for old in self.states()[: -self.keep] if processes.is_first() else ():
             shutil.rmtree(self.folder / f"state-{old}")
 
     def log_from(self, step: int, evaluated: bool) -> None:

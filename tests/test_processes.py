@@ -1,15 +1,19 @@
 """Several real processes on this machine as one run, over CPU collectives."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from stages import records, sample
+from model import checkpoint
+from stages import dpo, records, sample
 from tests import tiny
 
 # No top-p: of two thousand draws from near-uniform distributions, rounding decides at its border
@@ -18,13 +22,31 @@ DRAWS = ["--n", "3", "--max-new-tokens", "12", "--temperature", "1", "--top-p", 
          "--seed", "1"]  # fmt: skip
 
 
-def start(folder, out, process_id, *more, processes=2, port):
-    argv = ["--checkpoint", f"{folder}/model", "--prompts", f"{folder}/prompts.jsonl",
-            "--out", f"{folder}/{out}", *DRAWS, "--coordinator", f"localhost:{port}",
-            "--processes", str(processes), "--process-id", str(process_id), *more]  # fmt: skip
+def start(stage, argv, process_id, port):
+    argv = [*argv, "--coordinator", f"localhost:{port}", "--processes", "2",
+            "--process-id", str(process_id)]  # fmt: skip
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    return subprocess.Popen([sys.executable, "-m", "stages.sample", *argv], env=environment,
+    return subprocess.Popen([sys.executable, "-m", f"stages.{stage}", *argv], env=environment,
                             stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def sample_argv(folder, out, *more) -> list[str]:
+    return ["--checkpoint", f"{folder}/model", "--prompts", f"{folder}/prompts.jsonl",
+            "--out", f"{folder}/{out}", *DRAWS, *more]  # fmt: skip
+
+
+def dpo_argv(folder, out, *more) -> list[str]:
+    return ["--checkpoint", f"{folder}/model", "--pairs", f"{folder}/pairs.jsonl",
+            "--out", f"{folder}/{out}", "--learning-rate", "1e-3", "--batch-size", "8",
+            "--micro-batch-size", "4", "--epochs", "2", "--warmup-ratio", "0", "--max-length",
+            "128", "--max-prompt-length", "96", *more]  # fmt: skip
+
+
+def ended(running) -> list[str]:
+    """What the processes said; all of them must end well."""
+    said = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    return said
 
 
 def free_port() -> int:
@@ -33,9 +55,9 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def together(folder, out, *more):
+def together(stage, argv):
     port = free_port()
-    return [start(folder, out, i, *more, port=port) for i in range(2)]
+    return [start(stage, argv, i, port) for i in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +66,16 @@ def folder(tmp_path_factory):
     tiny.write_checkpoint(folder / "model")
     rows = [{"prompt": f"{row['prompt']} {i}"} for i in range(8) for row in tiny.PROMPTS]
     tiny.write_jsonl(folder / "prompts.jsonl", [*rows, {"prompt": "x" * 400}])
-    argv = ["--checkpoint", f"{folder}/model", "--prompts", f"{folder}/prompts.jsonl",
-            "--out", f"{folder}/alone.jsonl", *DRAWS]  # fmt: skip
-    assert records.run(sample.main, sample.Args, argv) == 0
+    assert records.run(sample.main, sample.Args, sample_argv(folder, "alone.jsonl")) == 0
+    pairs = []
+    for i in range(20):
+        row = {"prompt_id": str(i), "prompt": f"What is the model of {i}?"}
+        for side, text in (("chosen", "It answers " * (1 + i % 4)), ("rejected", "x" * (1 + i))):
+            row[side] = [{"role": "user", "content": row["prompt"]},
+                         {"role": "assistant", "content": text}]  # fmt: skip
+        pairs.append(row)
+    tiny.write_jsonl(folder / "pairs.jsonl", pairs)
+    assert records.run(dpo.main, dpo.Args, dpo_argv(folder, "alone")) == 0
     return folder
 
 
@@ -61,15 +90,15 @@ def same_answers(one, other):
 @pytest.mark.parametrize("mesh", [("1", "-1", "1"), ("1", "2", "2")])
 def test_processes_on_one_mesh_draw_what_one_draws(folder, mesh):
     out = f"mesh-{'-'.join(mesh)}.jsonl"
-    for process in together(folder, out, "--mesh", *mesh):
-        assert process.wait() == 0, process.stderr.read()
+    ended(together("sample", sample_argv(folder, out, "--mesh", *mesh)))
     same_answers(folder / out, folder / "alone.jsonl")
     aside = [tiny.read_jsonl(folder / f"{name}.set_aside.jsonl") for name in (out, "alone.jsonl")]
     assert aside[0] == aside[1] and len(aside[0]) == 1
 
 
 def test_a_stop_of_one_process_stops_all_and_they_go_on(folder):
-    running = together(folder, "stopped.jsonl")
+    argv = sample_argv(folder, "stopped.jsonl")
+    running = together("sample", argv)
     partial = folder / "stopped.jsonl.partial"
     while not (partial.exists() and partial.stat().st_size):
         assert running[0].poll() is None, running[0].stderr.read()
@@ -77,17 +106,62 @@ def test_a_stop_of_one_process_stops_all_and_they_go_on(folder):
     running[1].send_signal(signal.SIGTERM)  # not the one that writes
     assert [process.wait() for process in running] == [75, 75]
     assert 0 < len(partial.read_bytes().splitlines()) < 80
-    for process in together(folder, "stopped.jsonl"):
-        assert process.wait() == 0, process.stderr.read()
+    ended(together("sample", argv))
     same_answers(folder / "stopped.jsonl", folder / "alone.jsonl")
 
 
-def test_processes_that_were_given_different_things_refuse(folder):
+def losses(folder, out) -> np.ndarray:
+    rows = tiny.read_jsonl(folder / f"{out}.log/metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    return np.array([row["loss"] for row in rows])
+
+
+def flat(folder) -> np.ndarray:
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(checkpoint.load(str(folder))[1])])
+
+
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(("1", "-1", "1"), marks=pytest.mark.heavy), ("1", "2", "2")]
+)
+def test_processes_on_one_mesh_train_what_one_trains(folder, mesh):
+    out = f"mesh-{'-'.join(mesh)}"
+    shutil.rmtree(folder / "pairs.jsonl.reference")  # its log-probs are computed together too
+    ended(together("dpo", dpo_argv(folder, out, "--mesh", *mesh)))
+    np.testing.assert_allclose(losses(folder, out), losses(folder, "alone"), rtol=0, atol=1e-5)
+    start, alone, found = (flat(folder / name) for name in ("model", "alone", out))
+    assert np.linalg.norm(found - alone) < 1e-3 * np.linalg.norm(alone - start)
+    assert checkpoint.identity(str(folder / out)) == checkpoint.fingerprint(
+        checkpoint.load(str(folder / out))[1]
+    )
+    assert not (folder / f"{out}.work").exists()
+
+
+@pytest.mark.heavy
+def test_a_training_whose_process_was_stopped_goes_on_to_the_same_end(folder):
+    argv = dpo_argv(folder, "halted", "--save-every", "2")
+    running = together("dpo", argv)
+    log = folder / "halted.log/metrics.jsonl"
+    while not (log.exists() and log.stat().st_size):
+        assert running[0].poll() is None, running[0].stderr.read()
+        time.sleep(0.02)
+    running[1].send_signal(signal.SIGTERM)
+    assert [process.wait() for process in running] == [75, 75]
+    assert list((folder / "halted.work").glob("state-?"))
+    ended(together("dpo", argv))
+    unbroken = dpo_argv(folder, "unbroken")
+    ended(together("dpo", unbroken))
+    identities = [checkpoint.identity(str(folder / name)) for name in ("halted", "unbroken")]
+    assert identities[0] == identities[1]
+
+
+@pytest.mark.parametrize("stage", ["sample", "dpo"])
+def test_processes_that_were_given_different_things_refuse(folder, stage):
+    flag, argv = ("--top-k", sample_argv) if stage == "sample" else ("--epochs", dpo_argv)
     port = free_port()
-    running = [start(folder, "differ.jsonl", i, "--top-k", str(i), port=port) for i in range(2)]
+    running = [start(stage, argv(folder, "differ", flag, str(i + 1)), i, port) for i in range(2)]
     for process in running:
         assert process.wait() == 2
-        assert "different prompts, checkpoints or arguments" in process.stderr.read()
+        assert "different" in process.stderr.read()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +175,6 @@ def test_processes_that_were_given_different_things_refuse(folder):
     ],
 )
 def test_flags_that_do_not_fit_together_are_refused(folder, flags, word, capsys):
-    argv = ["--checkpoint", f"{folder}/model", "--prompts", f"{folder}/prompts.jsonl",
-            "--out", f"{folder}/refused.jsonl", *flags]  # fmt: skip
+    argv = sample_argv(folder, "refused.jsonl", *flags)
     assert records.run(sample.main, sample.Args, argv) == 2
     assert word in capsys.readouterr().err
