@@ -6,6 +6,7 @@ g query heads of one key head (n = k·g), h head width.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def visible(
@@ -41,28 +42,103 @@ def attention(
 ) -> jax.Array:
     """softmax(q·k / √h)·v over the keys that `seen_bts` allows; [b, t, n, h] in q's dtype.
 
+    With one query a row the keys are a decode cache; else they are the queries' own, and no query
+    may see a key that lies behind it in the row: those are not looked at.
+
     Keys lie [h, s] and values [s, h], as the decode cache keeps them: with one query a row both
     products then run along contiguous memory (on CPU a third of the time of the other layouts).
-    Scores and softmax are fp32. A query that sees nothing gets the mean of all values, a padded
-    row's harmless answer, and never NaN.
+    Scores and softmax are fp32. A query that sees nothing gets a mean of values, a padded row's
+    harmless answer, and never NaN.
     """
     b, t, n, h = q_btnh.shape
-    k, s = k_bkhs.shape[1], k_bkhs.shape[-1]
-    g = n // k
-    product = _product_of_few_rows if t == 1 else _product
+    k = k_bkhs.shape[1]
     # All queries of a key head as the rows of one matrix: on CPU two to three times as fast as a
     # product over separate axes t and g.
-    q_bkrh = jnp.transpose(q_btnh.reshape(b, t, k, g, h), (0, 2, 3, 1, 4)).reshape(b, k, g * t, h)
-    scores_bkrs = product(q_bkrh, k_bkhs)
+    q_bkgth = jnp.transpose(q_btnh.reshape(b, t, k, n // k, h), (0, 2, 3, 1, 4))
+    if t == 1:
+        out_bkgth, _ = _attend(q_bkgth, k_bkhs, v_bksh, seen_bts, _product_of_few_rows)
+    else:
+        out_bkgth = _blockwise(q_bkgth, k_bkhs, v_bksh, seen_bts)
+    return jnp.transpose(out_bkgth, (0, 3, 1, 2, 4)).reshape(b, t, n, h)
+
+
+def _scores(q_bkgth, k_bkhs, seen_bts, product) -> jax.Array:
+    b, k, g, t, h = q_bkgth.shape
+    scores_bkrs = product(q_bkgth.reshape(b, k, g * t, h), k_bkhs)
     hidden_bts = jnp.where(seen_bts, 0.0, -1e30)
-    scores = scores_bkrs.reshape(b, k, g, t, s) * h**-0.5 + hidden_bts[:, None, None]
+    return scores_bkrs.reshape(b, k, g, t, -1) * h**-0.5 + hidden_bts[:, None, None]
+
+
+def _attend(q_bkgth, k_bkhs, v_bksh, seen_bts, product):
+    """(softmax(scores)·v in q's dtype, the log of each softmax's denominator, fp32 [b, k, g, t])"""
+    b, k, g, t, h = q_bkgth.shape
+    scores = _scores(q_bkgth, k_bkhs, seen_bts, product)
     # Softmax whose division comes last, over h numbers a query instead of s.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    total = jnp.sum(weights, axis=-1)[..., None]
-    weights_bkrs = weights.reshape(b, k, g * t, s).astype(q_btnh.dtype)
-    out_bkrh = product(weights_bkrs, v_bksh)
-    out = (out_bkrh.reshape(b, k, g, t, h) / total).astype(q_btnh.dtype)
-    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(b, t, n, h)
+    largest_bkgt = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - largest_bkgt[..., None])
+    total_bkgt = jnp.sum(weights, axis=-1)
+    weights_bkrs = weights.reshape(b, k, g * t, -1).astype(q_bkgth.dtype)
+    out_bkgth = product(weights_bkrs, v_bksh).reshape(b, k, g, t, h) / total_bkgt[..., None]
+    return out_bkgth.astype(q_bkgth.dtype), largest_bkgt + jnp.log(total_bkgt)
+
+
+def _blocks(t: int) -> list[slice]:
+    """The queries in blocks, at most eight: what is behind a block's end is not looked at, and its
+    scores are about what a CPU's cache holds."""
+    size = max(128, -(-t // 8))
+    return [slice(start, min(start + size, t)) for start in range(0, t, size)]
+
+
+@jax.custom_vjp
+def _blockwise(q_bkgth, k_bkhs, v_bksh, seen_bts):
+    """Attention block by block of queries. The backward pass computes the weights again from the
+    softmax's denominator instead of keeping them (Dao et al. 2022, Algorithm 4)."""
+    return _blockwise_fwd(q_bkgth, k_bkhs, v_bksh, seen_bts)[0]
+
+
+def _blockwise_fwd(q_bkgth, k_bkhs, v_bksh, seen_bts):
+    found = [
+        _attend(q_bkgth[..., now, :], k_bkhs[..., : now.stop], v_bksh[:, :, : now.stop],
+                seen_bts[:, now, : now.stop], _product)
+        for now in _blocks(q_bkgth.shape[3])
+    ]  # fmt: skip
+    # Named as the products are: kept where those are kept.
+    out_bkgth = checkpoint_name(jnp.concatenate([out for out, _ in found], axis=3), "product")
+    logsum_bkgt = checkpoint_name(jnp.concatenate([x for _, x in found], axis=3), "product")
+    return out_bkgth, (q_bkgth, k_bkhs, v_bksh, seen_bts, out_bkgth, logsum_bkgt)
+
+
+def _blockwise_bwd(kept, grad_bkgth):
+    q_bkgth, k_bkhs, v_bksh, seen_bts, out_bkgth, logsum_bkgt = kept
+    b, k, _, t, h = q_bkgth.shape
+    dtype, s = q_bkgth.dtype, k_bkhs.shape[-1]
+    grad_q, grad_k_bkhs, grad_v_bkhs = [], 0.0, 0.0
+    for now in _blocks(t):
+        q, grad, out = (x[..., now, :] for x in (q_bkgth, grad_bkgth, out_bkgth))
+        keys_bkhs, values_bksh = k_bkhs[..., : now.stop], v_bksh[:, :, : now.stop]
+        scores = _scores(q, keys_bkhs, seen_bts[:, now, : now.stop], _product)
+        weights = jnp.exp(scores - logsum_bkgt[..., now, None])
+
+        def rows(x):
+            return x.reshape(b, k, -1, x.shape[-1]).astype(dtype)
+
+        grad_weights = _product(rows(grad), jnp.swapaxes(values_bksh, 2, 3)).reshape(weights.shape)
+        both = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+        grad_scores = rows(weights * (grad_weights - both) * h**-0.5)
+        grad_q.append(_product(grad_scores, jnp.swapaxes(keys_bkhs, 2, 3)).reshape(q.shape))
+        # Narrow sides first: XLA's CPU compiler transposes the first one.
+        behind = ((0, 0), (0, 0), (0, 0), (0, s - now.stop))
+        grad_k_bkhs += jnp.pad(_product(jnp.swapaxes(rows(q), 2, 3), grad_scores), behind)
+        grad_v_bkhs += jnp.pad(_product(jnp.swapaxes(rows(grad), 2, 3), rows(weights)), behind)
+    return (
+        jnp.concatenate(grad_q, axis=3).astype(dtype),
+        grad_k_bkhs.astype(dtype),
+        jnp.swapaxes(grad_v_bkhs, 2, 3).astype(dtype),
+        None,
+    )
+
+
+_blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 
 
 def _product(a_bkrx: jax.Array, b_bkxy: jax.Array) -> jax.Array:
