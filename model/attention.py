@@ -29,14 +29,6 @@ def visible(
     return seen_bts
 
 
-def same_sequence(sequences_bt: jax.Array, branches_bt: jax.Array) -> jax.Array:
-    """Which tokens of a packed row belong together, bool [b, t, t]: of one sequence, and either of
-    one branch or the key in the prompt, branch 0 (see model/packing.py)."""
-    same_bts = sequences_bt[:, :, None] == sequences_bt[:, None, :]
-    branch_bts = branches_bt[:, None, :]
-    return same_bts & ((branch_bts == 0) | (branch_bts == branches_bt[:, :, None]))
-
-
 def attention(
     q_btnh: jax.Array, k_bkhs: jax.Array, v_bksh: jax.Array, seen_bts: jax.Array
 ) -> jax.Array:
@@ -111,9 +103,9 @@ def _blockwise_fwd(q_bkgth, k_bkhs, v_bksh, seen_bts):
 def _blockwise_bwd(kept, grad_bkgth):
     q_bkgth, k_bkhs, v_bksh, seen_bts, out_bkgth, logsum_bkgt = kept
     b, k, _, t, h = q_bkgth.shape
-    dtype, s = q_bkgth.dtype, k_bkhs.shape[-1]
-    grad_q, grad_k_bkhs, grad_v_bkhs = [], 0.0, 0.0
-    for now in _blocks(t):
+    dtype = q_bkgth.dtype
+    grad_q, grad_k_bkhs, grad_v_bkhs = [], None, None
+    for now in reversed(_blocks(t)):  # the last block's keys are all keys
         q, grad, out = (x[..., now, :] for x in (q_bkgth, grad_bkgth, out_bkgth))
         keys_bkhs, values_bksh = k_bkhs[..., : now.stop], v_bksh[:, :, : now.stop]
         scores = _scores(q, keys_bkhs, seen_bts[:, now, : now.stop], _product)
@@ -127,18 +119,90 @@ def _blockwise_bwd(kept, grad_bkgth):
         grad_scores = rows(weights * (grad_weights - both) * h**-0.5)
         grad_q.append(_product(grad_scores, jnp.swapaxes(keys_bkhs, 2, 3)).reshape(q.shape))
         # Narrow sides first: XLA's CPU compiler transposes the first one.
-        behind = ((0, 0), (0, 0), (0, 0), (0, s - now.stop))
-        grad_k_bkhs += jnp.pad(_product(jnp.swapaxes(rows(q), 2, 3), grad_scores), behind)
-        grad_v_bkhs += jnp.pad(_product(jnp.swapaxes(rows(grad), 2, 3), rows(weights)), behind)
+        grad_k_bkhs = _add_front(grad_k_bkhs, _product(jnp.swapaxes(rows(q), 2, 3), grad_scores))
+        grad_v_bkhs = _add_front(
+            grad_v_bkhs, _product(jnp.swapaxes(rows(grad), 2, 3), rows(weights))
+        )
     return (
-        jnp.concatenate(grad_q, axis=3).astype(dtype),
+        jnp.concatenate(grad_q[::-1], axis=3).astype(dtype),
         grad_k_bkhs.astype(dtype),
         jnp.swapaxes(grad_v_bkhs, 2, 3).astype(dtype),
         None,
     )
 
 
+def _add_front(total_bkhs, new_bkhs):
+    """The sum, where `new` has only the first keys; in place. (As a sum of padded arrays XLA fuses
+    it with what comes after, which reads each of them key by key.)"""
+    if total_bkhs is None:
+        return new_bkhs
+    front = total_bkhs[..., : new_bkhs.shape[-1]] + new_bkhs
+    return jax.lax.dynamic_update_slice(total_bkhs, front, (0, 0, 0, 0))
+
+
 _blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
+
+
+# --------------------------------------------------------------- rows folded and unfolded
+
+
+@jax.custom_vjp
+def unfold(x_bt: jax.Array, unfold_bus: jax.Array, copies_btc: jax.Array) -> jax.Array:
+    """[b, t, …] → [b·u, s, …]: every token wherever model/packing.py put copies of it.
+
+    Its gradient sums a token's copies by looking them up: a scatter would go one by one on CPU.
+    """
+    b, u, s = unfold_bus.shape
+    return _look_up(x_bt, unfold_bus.reshape(b, u * s)).reshape(b * u, s, *x_bt.shape[2:])
+
+
+def _unfold_bwd(kept, grad_us):
+    unfold_bus, copies_btc = kept
+    grad_bx = grad_us.reshape(len(unfold_bus), -1, *grad_us.shape[2:])
+    copies = [
+        jnp.where(
+            _behind(copies_btc[..., c] >= 0, grad_bx), _look_up(grad_bx, copies_btc[..., c]), 0
+        )
+        for c in range(copies_btc.shape[-1])
+    ]
+    return sum(copies), None, None
+
+
+unfold.defvjp(lambda x, *layout: (unfold(x, *layout), layout), _unfold_bwd)
+
+
+@jax.custom_vjp
+def fold(x_us: jax.Array, unfold_bus: jax.Array, copies_btc: jax.Array) -> jax.Array:
+    """[b·u, s, …] → [b, t, …]: every token's first copy; zero for padding."""
+    x_bx = x_us.reshape(len(unfold_bus), -1, *x_us.shape[2:])
+    first_bt = copies_btc[..., 0]
+    return jnp.where(_behind(first_bt >= 0, x_bx), _look_up(x_bx, first_bt), 0)
+
+
+def _fold_bwd(kept, grad_bt):
+    unfold_bus, copies_btc = kept
+    b, u, s = unfold_bus.shape
+    of_bx = unfold_bus.reshape(b, u * s)
+    is_first_bx = _look_up(copies_btc[..., 0], of_bx) == jnp.arange(u * s)
+    grad_bx = jnp.where(_behind(is_first_bx, grad_bt), _look_up(grad_bt, of_bx), 0)
+    return grad_bx.reshape(b * u, s, *grad_bt.shape[2:]), None, None
+
+
+fold.defvjp(lambda x, *layout: (fold(x, *layout), layout), _fold_bwd)
+
+
+def _look_up(x_bt: jax.Array, indices_bx: jax.Array) -> jax.Array:
+    """[b, x, …]; -1 finds whatever lies in front."""
+    indices_bx = jnp.maximum(indices_bx, 0)
+    return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x_bt, indices_bx)
+
+
+def _behind(mask_bx: jax.Array, x) -> jax.Array:
+    """The mask with axes added, to lie over x."""
+    return mask_bx.reshape(mask_bx.shape + (1,) * (x.ndim - 2))
+
+
+# ----------------------------------------------------------------------------- products
 
 
 def _product(a_bkrx: jax.Array, b_bkxy: jax.Array) -> jax.Array:

@@ -1,18 +1,20 @@
 """Log-probabilities of responses, without ever holding the logits of a whole batch.
 
-Axis letters: b row, t index in a row, r response token of a row, n response, d width,
+Axis letters: b row, t index in a row, s index in a chunk of a row, n response, d width,
 v vocabulary.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from model import mistral
-from model.attention import same_sequence
+from model.attention import matmul_precision
 from model.config import MistralConfig
-from sharding.mesh import constrain
+from sharding.mesh import batch_shards, constrain
 
-CHUNK = 512  # response tokens whose logits exist at a time: 100 MB of fp32 at 49,152 words
+CHUNK = 512  # tokens a device holds the logits of: 100 MB of fp32 at 49,152 words
 
 
 def response_logprobs(
@@ -28,38 +30,98 @@ def response_logprobs(
     batch: the arrays of model/packing.py. Only response tokens see the vocabulary product.
     Sums, no means (Rafailov et al. 2023).
     """
-    allowed_bts = same_sequence(batch["sequences"], batch["branches"])
     hidden_btd = mistral.forward(
-        params, config, batch["tokens"], batch["positions"], allowed_bts, dtype, remat
+        params, config, batch["tokens"], batch["positions"], None, dtype, remat, layout=batch
     )
-    hidden_brd = jnp.take_along_axis(hidden_btd, batch["predictors"][..., None], axis=1)
-    hidden_brd = constrain(hidden_brd, "batch", "length", "act_embed")
-    logprobs_br = token_logprobs(params, config, hidden_brd, batch["targets"])
+    hidden_btd = jnp.take_along_axis(hidden_btd, batch["predictors"][..., None], axis=1)
+    hidden_btd = constrain(hidden_btd, "batch", "length", "act_embed")
+    longest = jnp.max(jnp.sum(batch["owners"] >= 0, axis=1))
+    logprobs_bt = token_logprobs(params, config, hidden_btd, batch["targets"], longest)
     # A masked sum, not a scatter: the same bits at every run on every device.
-    mine_brn = batch["owners"][..., None] == jnp.arange(responses)
-    return jnp.sum(jnp.where(mine_brn, logprobs_br[..., None], 0.0), axis=(0, 1))
+    mine_btn = batch["owners"][..., None] == jnp.arange(responses)
+    return jnp.sum(jnp.where(mine_btn, logprobs_bt[..., None], 0.0), axis=(0, 1))
 
 
-def token_logprobs(params, config, hidden_brd, targets_br) -> jax.Array:
-    """log softmax of the logits at the targets, fp32 [b, r].
+def token_logprobs(params, config, hidden_btd, targets_bt, longest) -> jax.Array:
+    """log softmax of the logits at the targets, fp32 [b, t], for the first `longest` (an int32)
+    tokens of each row; of what lies behind them some are left at 0.
 
-    In chunks of positions, whose logits are computed again for the backward pass: memory is one
+    In chunks of tokens, whose logits are computed again for the backward pass: memory is one
     chunk's logits, for one more vocabulary product.
     """
-    b, r, d = hidden_brd.shape
-    step = -(-r // -(-b * r // CHUNK))  # as few chunks as may be, of equal size
-    padding = -r % step
-    hidden_brd = jnp.pad(hidden_brd, ((0, 0), (0, padding), (0, 0)))
-    targets_br = jnp.pad(targets_br, ((0, 0), (0, padding)))
-    hidden_cbsd = jnp.moveaxis(hidden_brd.reshape(b, -1, step, d), 1, 0)
-    targets_cbs = jnp.moveaxis(targets_br.reshape(b, -1, step), 1, 0)
+    b, t, _ = hidden_btd.shape
+    step = min(t, max(1, CHUNK * batch_shards(jax.sharding.get_abstract_mesh()) // b))
+    behind = -t % step
+    hidden_btd = jnp.pad(hidden_btd, ((0, 0), (0, behind), (0, 0)))
+    targets_bt = jnp.pad(targets_bt, ((0, 0), (0, behind)))
+    w_dv = params["embed"].T if config.tie_word_embeddings else params["unembed"]
+    return _chunked(step, w_dv, hidden_btd, targets_bt, -(-longest // step))[:, :t]
 
-    @jax.checkpoint
-    def one_chunk(hidden_bsd, targets_bs):
-        logits_bsv = mistral.logits(params, config, hidden_bsd)
-        logits_bsv = constrain(logits_bsv, "batch", "length", "vocab")
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(step: int, w_dv, hidden_btd, targets_bt, chunks):
+    return _chunked_fwd(step, w_dv, hidden_btd, targets_bt, chunks)[0]
+
+
+def _chunked_fwd(step, w32_dv, hidden_btd, targets_bt, chunks):
+    w_dv = _gathered(w32_dv, hidden_btd.dtype)
+
+    def one_chunk(i, found):
+        logits_bsv = _logits(w_dv, _chunk(hidden_btd, i, step))
+        targets_bs = _chunk(targets_bt, i, step)
         chosen_bs = jnp.take_along_axis(logits_bsv, targets_bs[..., None], axis=-1)[..., 0]
-        return chosen_bs - jax.nn.logsumexp(logits_bsv, axis=-1)
+        logsum_bs = jax.nn.logsumexp(logits_bsv, axis=-1)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(all_bt, new_bs, i * step, 1)
+            for all_bt, new_bs in zip(found, (chosen_bs - logsum_bs, logsum_bs))
+        )
 
-    logprobs_cbs = jax.lax.map(lambda chunk: one_chunk(*chunk), (hidden_cbsd, targets_cbs))
-    return jnp.moveaxis(logprobs_cbs, 0, 1).reshape(b, -1)[:, :r]
+    nothing_bt = jnp.zeros(targets_bt.shape, jnp.float32)
+    logprobs_bt, logsum_bt = jax.lax.fori_loop(0, chunks, one_chunk, (nothing_bt, nothing_bt))
+    return logprobs_bt, (w32_dv, hidden_btd, targets_bt, chunks, logsum_bt)
+
+
+def _chunked_bwd(step, kept, grad_bt):
+    w32_dv, hidden_btd, targets_bt, chunks, logsum_bt = kept
+    dtype, words = hidden_btd.dtype, jnp.arange(w32_dv.shape[1])
+    w_dv = _gathered(w32_dv, dtype)
+
+    def one_chunk(i, found):
+        grad_w_dv, grad_hidden_btd = found
+        hidden_bsd = _chunk(hidden_btd, i, step)
+        softmax_bsv = jnp.exp(_logits(w_dv, hidden_bsd) - _chunk(logsum_bt, i, step)[..., None])
+        is_target_bsv = _chunk(targets_bt, i, step)[..., None] == words
+        grad_bsv = _chunk(grad_bt, i, step)[..., None] * (is_target_bsv - softmax_bsv)
+        grad_bsv = constrain(grad_bsv.astype(dtype), "batch", "length", "vocab")
+        grad_hidden_bsd = _product("bsv,dv->bsd", grad_bsv, w_dv)
+        return (
+            grad_w_dv + _product("bsd,bsv->dv", hidden_bsd, grad_bsv),
+            jax.lax.dynamic_update_slice_in_dim(
+                grad_hidden_btd, grad_hidden_bsd.astype(dtype), i * step, 1
+            ),
+        )
+
+    nothing = jnp.zeros(w_dv.shape, jnp.float32), jnp.zeros_like(hidden_btd)
+    grad_w_dv, grad_hidden_btd = jax.lax.fori_loop(0, chunks, one_chunk, nothing)
+    return grad_w_dv, grad_hidden_btd, None, None
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+
+
+def _gathered(w32_dv, dtype) -> jax.Array:
+    """In the dtype of computation, cut along the vocabulary alone: once, not at each chunk."""
+    return constrain(w32_dv.astype(dtype), "act_embed", "vocab")
+
+
+def _chunk(x_bt: jax.Array, i, step: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x_bt, i * step, step, 1)
+
+
+def _logits(w_dv, hidden_bsd) -> jax.Array:
+    return constrain(_product("bsd,dv->bsv", hidden_bsd, w_dv), "batch", "length", "vocab")
+
+
+def _product(equation: str, a, b) -> jax.Array:
+    return jnp.einsum(equation, a, b, precision=matmul_precision(a.dtype),
+                      preferred_element_type=jnp.float32)  # fmt: skip

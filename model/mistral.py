@@ -23,12 +23,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import attention, matmul_precision, visible
+from model.attention import attention, fold, matmul_precision, unfold, visible
 from model.config import MistralConfig
 from sharding.mesh import constrain
 
 Params = dict
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "full"]
 
 
 class Block(nnx.Module):
@@ -228,32 +228,50 @@ def forward(
     allowed_bts: jax.Array | None = None,
     dtype=jnp.float32,
     remat: Remat = "none",
+    layout: dict[str, jax.Array] | None = None,
 ) -> jax.Array:
     """Final hidden states [b, t, d] (after the last norm) of whole sequences.
 
     tokens_bt: int ids; positions_bt: each token's position in its own sequence (None: 0, 1, …);
     allowed_bts: bool, the keys that a query may see if they are at or before its position (None:
     all of its row) – what is padding, or of another sequence in the row, is not allowed.
-    remat: what the backward pass computes again instead of keeping it. "none": nothing; "dots":
-    all but the products with weights, so attention and whatever is elementwise; "full": all but
-    each layer's input, for a third more operations.
+    layout: `unfold`, `segments` and `copies` of model/packing.py: attention is computed in the
+    unfolded rows, and they say what sees what instead of allowed_bts.
+    remat: what the backward pass computes again instead of keeping it. "none": only what is
+    elementwise, which costs less to compute than to write and read; products and attention's
+    output are kept. "full": all but each layer's input, for a third more operations.
     """
     rope, seen_bts = _rope_and_mask(config, tokens_bt, positions_bt, allowed_bts)
+    if layout is not None:
+        places, seen_bts = (layout["unfold"], layout["copies"]), _same_segment(config, layout)
 
     def attend(q_btnh, k_btkh, v_btkh):
-        return attention(q_btnh, *_cache_layout(k_btkh, v_btkh), seen_bts), None
+        if layout is None:
+            return attention(q_btnh, *_cache_layout(k_btkh, v_btkh), seen_bts), None
+        q, k, v = (_rows(unfold(x, *places)) for x in (q_btnh, k_btkh, v_btkh))
+        return fold(attention(q, *_cache_layout(k, v), seen_bts), *places), None
 
     def body(x_btd, w):
         return block(w, config, x_btd, rope, attend)[0], None
 
     x_btd = embed(params, tokens_bt, dtype)
-    if remat == "dots":
-        policy = jax.checkpoint_policies.save_only_these_names("product")
-        body = jax.checkpoint(body, policy=policy)
-    elif remat == "full":
-        body = jax.checkpoint(body)
+    keep = {"none": jax.checkpoint_policies.save_only_these_names("product"), "full": None}
+    body = jax.checkpoint(body, policy=keep[remat])
     x_btd, _ = jax.lax.scan(body, x_btd, params["layers"])
     return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps)
+
+
+def _rows(x_btnh: jax.Array) -> jax.Array:
+    return constrain(x_btnh, "batch", "length", "heads", "head_dim")
+
+
+def _same_segment(config: MistralConfig, layout: dict[str, jax.Array]) -> jax.Array:
+    """What sees what in the unfolded rows, bool [b·u, s, s]: positions count through a row, since
+    all that matters is how far apart two tokens of one text are."""
+    segments_us = layout["segments"].reshape(-1, layout["segments"].shape[-1])
+    places_us = jnp.broadcast_to(jnp.arange(segments_us.shape[-1]), segments_us.shape)
+    same_uss = segments_us[:, :, None] == segments_us[:, None, :]
+    return visible(places_us, places_us, same_uss, config.sliding_window)
 
 
 def prefill(

@@ -1,24 +1,27 @@
 """Prompts with their responses, packed into rows: the arrays that log-probs are computed from.
 
 A sequence is a prompt and the responses to it. A response sees its prompt and itself and nothing
-else, so a pair's prompt is computed once for both sides; several sequences lie one behind the other
-in a row, so that hardly anything is padding:
+else, so a pair's prompt is computed once for both sides. Sequences lie one behind the other in a
+row, so that hardly anything is padding:
 
     row         prompt  chosen    rejected  | prompt  chosen    rejected  | padding
-    sequences   1 1 1   1 1 1 1   1 1 1     | 2 2     2 2 2     2 2       | 0 0
-    branches    0 0 0   1 1 1 1   2 2 2     | 0 0     1 1 1     2 2       | 0 0
     positions   0 1 2   3 4 5 6   3 4 5     | 0 1     2 3 4     2 3       | 0 0
 
-Axis letters: b row, t index in a row, r response token of a row. Runs without JAX.
+For attention alone the row is unfolded: each response with a copy of its prompt before it, a plain
+causal text, in rows about as long as the longest of them. That way no work is spent on one response
+looking at another, and any attention kernel will do:
+
+    unfolded    prompt  chosen               segments   1 1 1 1 1 1 1
+                prompt  rejected  padding               1 1 1 1 1 1 0
+                prompt  chosen  | prompt  rejected      1 1 1 1 1 2 2 2 2
+
+Axis letters: b row, t index in a row, r response token of a row, u unfolded row, s index in an
+unfolded row, c copy of a token. Runs without JAX.
 """
 
 import dataclasses
 
 import numpy as np
-
-# Tokens a row should hold, if its longest sequence allows: rows can be filled evenly from about two
-# sequences on, and attention's work grows with the row's length.
-ROW_TOKENS = 384
 
 
 @dataclasses.dataclass
@@ -47,54 +50,84 @@ def coarse_bucket(length: int) -> int:
 
 
 def pack(sequences: list[Sequence], shards: int = 1, alone: bool = False) -> dict[str, np.ndarray]:
-    """Arrays, all int32, in a multiple of `shards` rows (over which a mesh cuts the batch), several
-    sequences in a row unless each is to be `alone` in its own:
+    """Arrays, all int32, in as many rows as there are `shards` (over which a mesh cuts the batch),
+    or, if each sequence is to be `alone` in its own, in a multiple of that:
 
-    tokens, positions, sequences, branches [b, t]: as above;
-    predictors [b, r]: the index in its row of the token that predicts a response token;
-    targets [b, r]: the response token;
-    owners [b, r]: its response's number, counted through all sequences, and -1 at padding.
+    tokens, positions [b, t]: as above;
+    unfold [b, u, s]: the index in its row of each token of the unfolded rows, 0 at padding;
+    segments [b, u, s]: 1, 2, … for the texts of an unfolded row, 0 at padding;
+    copies [b, t, c]: where, counted through a row's unfolded rows, a token lies; -1: no more;
+    predictors, targets [b, t]: of each response token the index in its row of the token that
+    predicts it, and its id; the response tokens of a row stand in front;
+    owners [b, t]: its response's number, counted through all sequences, and -1 behind the last.
     """
-    a_row = max([ROW_TOKENS, *map(len, sequences)])
-    total = sum(map(len, sequences))
-    count = -(-len(sequences) // shards) if alone else max(1, round(total / (shards * a_row)))
-    rows = [[] for _ in range(shards * count)]
-    filled = [0] * len(rows)
-    # Longest first, each to the emptiest row.
-    for i in sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i)):
-        row = filled.index(min(filled))
-        rows[row].append(i)
-        filled[row] += len(sequences[i])
-    responses = [sum(len(sequences[i]) - len(sequences[i].prompt) for i in row) for row in rows]
-    # A response token more costs little: fewer lengths, so that fewer programs are compiled.
-    b, t, r = len(rows), bucket(max(filled)), bucket(max(responses), 128)
+    count = -(-len(sequences) // shards) if alone else 1
+    rows = _fill(list(map(len, sequences)), shards * count)
+    b, t = len(rows), bucket(max(sum(len(sequences[i]) for i in row) for row in rows))
     arrays = {name: np.zeros((b, t), np.int32)
-              for name in ("tokens", "positions", "sequences", "branches")}  # fmt: skip
-    arrays |= {name: np.zeros((b, r), np.int32) for name in ("predictors", "targets")}
-    arrays["owners"] = np.full((b, r), -1, np.int32)
-
+              for name in ("tokens", "positions", "predictors", "targets")}  # fmt: skip
+    arrays["owners"] = np.full((b, t), -1, np.int32)
     first_response = np.cumsum([0] + [len(s.responses) for s in sequences])
+    texts = []  # of each row: the indices of every response with its prompt
     for row, members in enumerate(rows):
         at = counted = 0
-        for number, i in enumerate(members, 1):
-            sequence, start = sequences[i], at
-            parts = [(0, 0, sequence.prompt)]
-            end = len(sequence.prompt)
-            parts += [(k, end, ids) for k, ids in enumerate(sequence.responses, 1)]
-            for branch, position, ids in parts:
-                here = slice(at, at + len(ids))
-                arrays["tokens"][row, here] = ids
-                arrays["positions"][row, here] = np.arange(position, position + len(ids))
-                arrays["sequences"][row, here] = number
-                arrays["branches"][row, here] = branch
-                if branch and ids:
-                    there = slice(counted, counted + len(ids))
-                    # A response's first token follows the prompt's last one.
-                    before = np.arange(at - 1, at + len(ids) - 1)
-                    before[0] = start + end - 1
-                    arrays["predictors"][row, there] = before
-                    arrays["targets"][row, there] = ids
-                    arrays["owners"][row, there] = first_response[i] + branch - 1
-                    counted += len(ids)
-                at += len(ids)
-    return arrays
+        texts.append([])
+        for i in members:
+            prompt, responses = sequences[i].prompt, sequences[i].responses
+            asked = np.arange(at, at + len(prompt))
+            arrays["tokens"][row, asked] = prompt
+            arrays["positions"][row, asked] = np.arange(len(prompt))
+            at += len(prompt)
+            for number, ids in enumerate(responses, first_response[i]):
+                said = np.arange(at, at + len(ids))
+                arrays["tokens"][row, said] = ids
+                arrays["positions"][row, said] = len(prompt) + np.arange(len(ids))
+                text = np.concatenate([asked, said])
+                texts[-1].append(text)
+                # A response's first token follows the prompt's last one.
+                here = slice(counted, counted + len(ids))
+                arrays["predictors"][row, here] = text[len(prompt) - 1 : -1]
+                arrays["targets"][row, here] = ids
+                arrays["owners"][row, here] = number
+                at, counted = at + len(ids), counted + len(ids)
+    return arrays | _unfold(texts, t)
+
+
+def _fill(lengths: list[int], rows: int) -> list[list[int]]:
+    """The items spread over so many rows: longest first, each to the emptiest row."""
+    found, filled = [[] for _ in range(rows)], [0] * rows
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = filled.index(min(filled))
+        found[row].append(i)
+        filled[row] += lengths[i]
+    return found
+
+
+def _unfold(texts: list[list[np.ndarray]], t: int) -> dict[str, np.ndarray]:
+    """`unfold`, `segments` and `copies` of each row's texts, given as indices in a row of t."""
+    s = coarse_bucket(max((len(text) for row in texts for text in row), default=1))
+    placed = []  # of each row: (unfolded row, start in it, segment) of every text
+    for row in texts:
+        filled, held, places = [], [], [None] * len(row)
+        for i in sorted(range(len(row)), key=lambda i: (-len(row[i]), i)):
+            fits = (u for u, length in enumerate(filled) if length + len(row[i]) <= s)
+            u = next(fits, len(filled))
+            if u == len(filled):
+                filled.append(0)
+                held.append(0)
+            held[u] += 1
+            places[i] = u, filled[u], held[u]
+            filled[u] += len(row[i])
+        placed.append(places)
+    u = max([1, *(place[0] + 1 for places in placed for place in places)])
+    c = max([1, *(int(np.bincount(np.concatenate(row)).max()) for row in texts if row)])
+    unfold, segments = np.zeros((2, len(texts), u, s), np.int32)
+    copies = np.full((len(texts), t, c), -1, np.int32)
+    for row, places in enumerate(placed):
+        seen = np.zeros(t, np.int32)
+        for text, (to, start, segment) in zip(texts[row], places):
+            unfold[row, to, start : start + len(text)] = text
+            segments[row, to, start : start + len(text)] = segment
+            copies[row, text, seen[text]] = to * s + start + np.arange(len(text))
+            seen[text] += 1
+    return {"unfold": unfold, "segments": segments, "copies": copies}

@@ -150,7 +150,7 @@ class Trainer:
     """
 
     def __init__(self, config, recipe: Recipe, total_steps: int, shardings, replicated,
-                 dtype=jnp.float32, remat: mistral.Remat = "dots"):  # fmt: skip
+                 dtype=jnp.float32, remat: mistral.Remat = "none"):  # fmt: skip
         tx = optimizer(recipe, total_steps)
         self.schedule = learning_rate(recipe, total_steps)
         self.optimizer_shardings = optimizer_shardings(

@@ -99,8 +99,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the mesh cuts a batch."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    """Into how many parts the mesh cuts a batch; 1 where none is set."""
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def free_memory(mesh: Mesh) -> int:

@@ -68,12 +68,11 @@ class Args:
     max_prompt_length: int = 512  # a longer prompt is cut at its left, behind the template's head
     seed: int = 0  # of the order of the pairs
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; masters are always fp32
-    # What the backward pass computes again instead of keeping it: nothing; all but products with
-    # weights (a fifth of the memory in hardly more time); all but each layer's input (a fifth
-    # again, a quarter slower).
-    remat: Literal["none", "dots", "full"] = "dots"
-    # What a row of a batch holds: several pairs, one pair, or one response behind its own prompt.
-    # The numbers are the same; the first is the fastest by far.
+    # What the backward pass computes again instead of keeping it: only what is elementwise, or all
+    # but each layer's input (a fifth of the memory, a quarter slower).
+    remat: Literal["none", "full"] = "none"
+    # What a row of a batch holds: all pairs that one device gets of a micro-batch, one pair, or
+    # one response behind its own prompt. The numbers are the same; the first is the fastest by far.
     rows: Literal["packed", "pairs", "responses"] = "packed"
     mesh: tuple[int, int, int] = (1, -1, 1)  # devices along data, fsdp, tensor; -1: the rest
     save_every: int = 100  # steps between two saves of the training state; 0: only at a signal
@@ -500,7 +499,7 @@ class Run:
     def _work(self, packed: dict[str, np.ndarray]) -> np.ndarray:
         """(tokens, tokens and padding, operations) of a micro-batch: products with weights alone,
         forward and backward, nothing of what is computed twice."""
-        tokens, responses = np.sum(packed["sequences"] > 0), np.sum(packed["owners"] >= 0)
+        tokens, responses = np.sum(packed["copies"][..., 0] >= 0), np.sum(packed["owners"] >= 0)
         vocabulary = self.config.vocab_size * self.config.hidden_size
         flops = 6.0 * (tokens * self.layer_weights + responses * vocabulary)
         return np.array([tokens, packed["tokens"].size, flops])

@@ -39,7 +39,7 @@ def start(tmp_path_factory):
 
 
 def argv(folder, out, *more) -> list[str]:
-    base = {"--batch-size": "8", "--micro-batch-size": "8", "--epochs": "5", "--remat": "dots",
+    base = {"--batch-size": "8", "--micro-batch-size": "8", "--epochs": "5", "--remat": "none",
             "--learning-rate": "1e-4", "--mesh": "1 1 -1"}  # fmt: skip
     base |= {"--checkpoint": f"{folder}/model", "--pairs": f"{folder}/pairs.jsonl", "--out": out}
     flags = base | dict(zip(more[::2], more[1::2]))
@@ -75,7 +75,6 @@ def base(start):
 VARIANTS = {
     "micro-batches 4×2": ("--micro-batch-size", "4"),
     "micro-batches 1×8": ("--micro-batch-size", "1"),
-    "remat none": ("--remat", "none"),
     "remat full": ("--remat", "full"),
     "unpacked": ("--rows", "pairs"),
     "prompts not shared": ("--rows", "responses"),

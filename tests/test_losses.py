@@ -168,15 +168,14 @@ def torch_logprobs(model, sequences):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("row_tokens", [16, 40, 1024])
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("shards", [1, 4])
-def test_packed_logprobs_equal_transformers_on_each_response_alone(row_tokens, shards, monkeypatch):
+def test_packed_logprobs_equal_transformers_on_each_response_alone(alone, shards, monkeypatch):
     config = tiny.config()
     params = mistral.init(config)
     rows = sequences((6, 18, 4), (3, 7, 7), (16, 1, 9), (1, 7), (5, 30, 2, 11))
     expected = torch_logprobs(torch_model(config, params), rows).detach().numpy()
-    monkeypatch.setattr("model.packing.ROW_TOKENS", row_tokens)
-    batch = pack(rows, shards)
+    batch = pack(rows, shards, alone)
     assert len(batch["tokens"]) % shards == 0
     for chunk in (512, 8):
         monkeypatch.setattr("model.logprobs.CHUNK", chunk)

@@ -154,7 +154,7 @@ def _our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
                 jax.block_until_ready(params)
                 if turn and batch is not batches[0]:
                     steps.append(time.perf_counter() - begun)
-    tokens = np.mean([np.sum(b["sequences"] > 0) for b in batches[1:]])
+    tokens = np.mean([np.sum(b["copies"][..., 0] >= 0) for b in batches[1:]])
     responses = np.mean([np.sum(b["owners"] >= 0) for b in batches[1:]])
     pipe.send({
         "steps": steps, "reference": float(np.mean(seconds)), "memory": peak_memory(),
