@@ -22,6 +22,7 @@ from stages.records import Manifest, Output, UserError
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 PROMPT = "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
 INSTALL = "pip install alpaca_eval==0.6.6 'setuptools<81'"  # it imports pkg_resources
+FIRST_PAUSE = 1.0  # seconds before a request is tried again; each further pause is twice as long
 RETRIED = (408, 409, 429, 500, 502, 503, 504)  # what goes away by itself, by HTTP status
 
 
@@ -226,7 +227,7 @@ def _post(args: Judge, client, body: dict, stopping: threading.Event) -> dict:
                 break
         except (httpx2.HTTPError, ValueError) as error:  # no network, no time, no JSON
             problem = repr(error)
-        if attempt < args.retries and stopping.wait(min(2.0**attempt, 60)):
+        if attempt < args.retries and stopping.wait(min(FIRST_PAUSE * 2**attempt, 60)):
             break
     raise UserError(
         f"{url}: {problem}: what was judged is kept, and the same command goes on once the "

@@ -32,7 +32,7 @@ class Kl:
     """samples.jsonl with token_ids and logprob, as stages.sample writes it."""
     out: str
     """The JSON file to write."""
-    batch_size: int = 16
+    batch_size: int = 32
     """Answers in memory at a time, at least a prompt's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of computation; bfloat16 on accelerators."""
