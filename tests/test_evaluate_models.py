@@ -1,5 +1,6 @@
 """What a model answers to a benchmark, and how far it is from another, with tiny models."""
 
+import gc
 import json
 import os
 import signal
@@ -118,6 +119,23 @@ def test_wrong_arguments_are_told_in_one_line(folder, tmp_path, capsys, more, wo
     assert words in error_line(capsys)
 
 
+def test_a_signal_reaches_the_stage_and_its_exit_code_comes_back(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "if 'stop' in sys.argv: os.kill(os.getppid(), signal.SIGTERM), time.sleep(60)\n"
+        "sys.exit(int(sys.argv[1]))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(records.Stopped):
+        outputs.run_stage("slow", ["0", "stop"])
+    for code, error in ((2, records.UserError), (75, records.Stopped), (1, RuntimeError)):
+        with pytest.raises(error):
+            outputs.run_stage("slow", [str(code)])
+    outputs.run_stage("slow", ["0"])
+
+
+@pytest.mark.heavy
 def test_stopped_while_sampling_it_goes_on_to_the_same_answers(folder, tmp_path):
     rows = [{"prompt": f"Say {i}, please."} for i in range(60)]
     tiny.write_jsonl(tmp_path / "prompts.jsonl", rows)
@@ -182,6 +200,28 @@ def test_the_distance_is_that_of_transformers_log_probs(folder, tmp_path):
     left_out = [(ahead.sum() - a) / (tokens.sum() - t) for a, t in zip(ahead, tokens)]
     error = np.sqrt(6 / 7 * np.sum((np.array(left_out) - np.mean(left_out)) ** 2))
     assert found["standard_error"] == pytest.approx(error, rel=0.3)
+
+
+def test_kl_goes_on_after_a_stop(folder, tmp_path, monkeypatch):
+    whole = kl(folder, tmp_path, "other", "--batch-size", 6)
+    (tmp_path / "other.json").unlink()
+    write = records.Output.write
+
+    def stopping(self, row):
+        write(self, row)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(records.Output, "write", stopping)
+    command = ("kl", "--checkpoint", folder / "other", "--samples", folder / "samples.jsonl",
+               "--mesh", 1, 1, 4, "--batch-size", 6, "--out", tmp_path / "other.json")  # fmt: skip
+    assert run(*command) == 75
+    monkeypatch.undo()
+    assert len((tmp_path / "other.json.partial").read_text().splitlines()) == 2
+    gc.collect()  # the stopped run's hold on its file; a process of its own ends with it
+    found = kl(folder, tmp_path, "other", "--batch-size", 6)
+    assert found["n"] == 21
+    for name in ("kl_per_token", "standard_error", "kl_per_answer"):
+        assert found[name] == pytest.approx(whole[name], rel=1e-3)
 
 
 def test_kl_refuses_samples_of_another_tokenizer_and_rows_without_logprobs(

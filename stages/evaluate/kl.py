@@ -87,7 +87,9 @@ def main(args: Kl) -> None:
     counts["out"] = len(prompts)
     if not prompts:
         raise UserError(f"{args.samples}: no answers can be used")
-    logprobs = _logprobs(args, config, prompts)
+    _compute(args, config, [p for p in prompts if not output.has(p.prompt_id)], output)
+    known = {row["prompt_id"]: row["logprobs"] for row, _ in output.rows()}
+    logprobs = [np.array(known[p.prompt_id]) for p in prompts]
     drawn = {name: value for name, value in (lineage.arguments if lineage else {}).items()
              if name in ("temperature", "top_p", "top_k", "min_p")}  # fmt: skip
     content = estimate(prompts, logprobs) | {
@@ -157,8 +159,11 @@ def _token_ids(row: records.Row, name: str, config, where: str) -> list[int]:
     return ids
 
 
-def _logprobs(args: Kl, config, prompts: list[Answered]) -> list[np.ndarray]:
-    """log π(response | prompt) of every answer under --checkpoint, fp32, an array a prompt."""
+def _compute(args: Kl, config, prompts: list[Answered], output: Output) -> None:
+    """Write a row {prompt_id, logprobs} for each prompt: log π(response | prompt) of its answers
+    under --checkpoint."""
+    if not prompts:
+        return
     import jax
     import jax.numpy as jnp
 
@@ -170,7 +175,6 @@ def _logprobs(args: Kl, config, prompts: list[Answered]) -> list[np.ndarray]:
     except ValueError as error:
         raise UserError(str(error)) from error
     most = max(args.batch_size, max(len(p.logprobs) for p in prompts))
-    found: list = [None] * len(prompts)
     with jax.set_mesh(mesh), records.stop_signal() as check_stop:
         shardings = tree_shardings(mesh, mistral.logical_axes(config), mistral.abstract(config))
         try:
@@ -188,9 +192,8 @@ def _logprobs(args: Kl, config, prompts: list[Answered]) -> list[np.ndarray]:
             values = np.asarray(jax.device_get(compute(params, batch)))
             ends = np.cumsum([len(prompts[i].logprobs) for i in indices])
             for i, mine in zip(indices, np.split(values[: ends[-1]], ends[:-1])):
-                found[i] = mine
+                output.write({"prompt_id": prompts[i].prompt_id, "logprobs": mine.tolist()})
             check_stop()
-    return found
 
 
 def _batches(prompts: list[Answered], most: int) -> list[list[int]]:
