@@ -17,7 +17,7 @@ import numpy as np
 
 Pair = tuple[int, int]
 Strategy = Generator[list[Pair], dict[Pair, float], "Ranking"]
-Comparisons = Literal["full", "bubble"]
+Comparisons = Literal["full", "bubble", "best"]
 Aggregation = Literal["max_logits", "max_wins"]
 
 
@@ -32,7 +32,9 @@ class Ranking:
 def strategy(
     kind: Comparisons, texts: list[str], aggregation: Aggregation, prompt_id: str
 ) -> Strategy:
-    return full(texts, aggregation) if kind == "full" else bubble(texts, prompt_id)
+    if kind == "full":
+        return full(texts, aggregation)
+    return (bubble if kind == "bubble" else best)(texts, prompt_id)
 
 
 # ------------------------------------------------------------------------------ strategies
@@ -63,34 +65,62 @@ def aggregate(matrix: np.ndarray, aggregation: Aggregation) -> list[float]:
 def bubble(texts: list[str], prompt_id: str) -> Strategy:
     """The best and the worst answer alone: score 1, −1, and 0 for all between.
 
-    Answers meet in an order drawn from the prompt_id; who is ahead meets the next (as in
-    llm-blender's get_best_of_n; the second of a tie goes on). Then those who never won meet until
-    the worst is left. Blank answers stay out where two others have text. A duel is both orders, and
-    i wins if logit(i, j) > logit(j, i).
+    The best as `best` finds it; then those who never won meet until the worst is left. Blank
+    answers stay out where two others have text.
     """
-    n, same = len(texts), _first_with_the_same(texts)
-    order = sorted(set(same))
-    if sum(bool(texts[i].strip()) for i in order) > 1:  # blank answers make no pair
-        order = [i for i in order if texts[i].strip()]
-    random.Random(hashlib.sha256(prompt_id.encode("utf-8", "surrogatepass")).digest()).shuffle(
-        order
-    )
+    same, order = _first_with_the_same(texts), _meeting_order(texts, prompt_id)
     logits: dict[Pair, float] = {}
-    best, winners = order[0], set()
-    for other in order[1:]:
-        logits |= yield [(best, other), (other, best)]
-        best = best if logits[best, other] > logits[other, best] else other
-        winners.add(best)
+    best, winners = yield from _knockout(order, logits)
     losers = [i for i in order if i not in winners]
     worst = losers[0]
     for other in losers[1:]:
         logits |= yield [(worst, other), (other, worst)]
         worst = other if logits[worst, other] > logits[other, worst] else worst
     scores = [0.0 if best == worst else float((i == best) - (i == worst)) for i in same]
-    matrix = [
-        [0.0 if i == j else logits.get((same[i], same[j])) for j in range(n)] for i in range(n)
+    return Ranking(scores, _known_matrix(same, logits))
+
+
+def best(texts: list[str], prompt_id: str) -> Strategy:
+    """The best answer alone, in 2(n−1) comparisons: score 1, and 0 for all others.
+
+    Answers meet in an order drawn from the prompt_id; who is ahead meets the next (as in
+    llm-blender's get_best_of_n; the second of a tie goes on). A duel is both orders, and i wins if
+    logit(i, j) > logit(j, i).
+    """
+    same, logits = _first_with_the_same(texts), {}
+    winner, _ = yield from _knockout(_meeting_order(texts, prompt_id), logits)
+    return Ranking([float(i == winner) for i in same], _known_matrix(same, logits))
+
+
+def _meeting_order(texts: list[str], prompt_id: str) -> list[int]:
+    """Different answers, drawn from the prompt_id; not the blank ones where two others have text
+    (they make no pair)."""
+    order = sorted(set(_first_with_the_same(texts)))
+    if sum(bool(texts[i].strip()) for i in order) > 1:
+        order = [i for i in order if texts[i].strip()]
+    random.Random(hashlib.sha256(prompt_id.encode("utf-8", "surrogatepass")).digest()).shuffle(
+        order
+    )
+    return order
+
+
+def _knockout(
+    order: list[int], logits: dict[Pair, float]
+) -> Generator[list[Pair], dict[Pair, float], tuple[int, set[int]]]:
+    """(who is left, all who ever won); what is compared is added to `logits`."""
+    ahead, winners = order[0], set()
+    for other in order[1:]:
+        logits |= yield [(ahead, other), (other, ahead)]
+        ahead = ahead if logits[ahead, other] > logits[other, ahead] else other
+        winners.add(ahead)
+    return ahead, winners
+
+
+def _known_matrix(same: list[int], logits: dict[Pair, float]) -> list[list[float | None]]:
+    return [
+        [0.0 if i == j else logits.get((a, b)) for j, b in enumerate(same)]
+        for i, a in enumerate(same)
     ]
-    return Ranking(scores, matrix)
 
 
 def _first_with_the_same(texts: list[str]) -> list[int]:

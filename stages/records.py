@@ -501,6 +501,19 @@ class Output:
         # The manifest first: an OUT without one would be refused as somebody else's file.
         self.manifest.write(manifest_path(self.path))
         publish(temporary, self.path)
+        self._done()
+
+    def finish_as(self, content: dict | list, counts: dict[str, int], results: dict | None = None):
+        """Write OUT as the JSON `content` that was made of the rows, not as the rows."""
+        self._file.close()
+        text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+        self.manifest.counts = dict(counts)
+        self.manifest.results = dict(results or {}) | {"sha256": text_sha256(text)}
+        self.manifest.write(manifest_path(self.path))
+        _write_atomically(self.path, text)
+        self._done()
+
+    def _done(self):
         for leftover in (self.partial, manifest_path(self.partial)):
             os.unlink(leftover)
         self.finished = True

@@ -142,3 +142,17 @@ def test_a_single_question_is_the_source_itself_and_broken_turns_are_refused():
     assert as_comparison(system + question, ["a"]) == ("Be brief.\nWhy?", ["a"])
     with pytest.raises(ValueError, match="take turns"):
         as_comparison(question + question, ["a"])
+
+
+def test_best_finds_the_best_alone_in_an_eighth_of_sixteens_comparisons():
+    quality = np.random.default_rng(3).permutation(16)
+    ranking, asked = run(
+        "best", [f"{i}" for i in range(16)], lambda i, j: float(quality[i] - quality[j])
+    )
+    assert ranking.scores == [float(q == 15) for q in quality]
+    assert len(asked) == 30 and 8 * len(asked) == 16 * 15
+    known = sum(x is not None for row in ranking.comparisons for x in row) - 16
+    assert known == 30
+    # The same answer twice is best twice; one alone is best.
+    assert run("best", ["a", "b", "b"], lambda i, j: float(i - j))[0].scores == [0.0, 1.0, 1.0]
+    assert run("best", ["a"], None)[0].scores == [1.0]

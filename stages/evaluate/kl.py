@@ -1,0 +1,204 @@
+"""How far a model is from the one that sampled: samples.jsonl and a checkpoint to an estimate."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from model.packing import Sequence, pack
+from stages import records
+from stages.evaluate.winrates import standard_error
+from stages.records import Manifest, Output, UserError
+
+
+@dataclasses.dataclass
+class Kl:
+    """KL(the model that sampled ‖ --checkpoint), a token and an answer, from samples alone.
+
+    The mean over the samples of log-prob under the model that drew them, which they record, less
+    log-prob of the same tokens under --checkpoint. Where they were drawn at temperature 1 without
+    top-p and the like, it estimates the KL divergence without bias; drawn more sharply, it is the
+    same difference over the answers that the model gives that way. Standard errors are over
+    prompts.
+    """
+
+    checkpoint: str
+    """The other model: a checkpoint folder."""
+    samples: str
+    """samples.jsonl with token_ids and logprob, as stages.sample writes it."""
+    out: str
+    """The JSON file to write."""
+    batch_size: int = 32
+    """Answers in memory at a time, at least a prompt's."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of computation; bfloat16 on accelerators."""
+    mesh: tuple[int, int, int] = (1, -1, 1)
+    """Devices along data, fsdp, tensor; -1: the rest."""
+    overwrite: bool = False
+    """Replace an --out that is there."""
+
+
+@dataclasses.dataclass
+class Answered:
+    """A prompt's answers as token ids, and what the sampler made of them."""
+
+    prompt_id: str
+    sequence: Sequence  # responses with the EOS that they ended with
+    logprobs: list[float]
+
+    def tokens(self) -> int:
+        return sum(map(len, self.sequence.responses))
+
+
+def main(args: Kl) -> None:
+    from model import checkpoint
+    from model.tokenizer import ChatTokenizer, TokenizerError
+
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}: it must be at least 1")
+    try:
+        config = checkpoint.load_config(args.checkpoint)
+        identity = checkpoint.identity(args.checkpoint)
+        tokenizer = ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
+    except (ValueError, TokenizerError) as error:
+        raise UserError(str(error)) from error
+    lineage = records.read_lineage(args.samples)
+    sampler = lineage.identities if lineage else {}
+    if sampler.get("tokenizer", tokenizer.identity) != tokenizer.identity:
+        raise UserError(
+            f"{args.samples}: sampled with another tokenizer than {args.checkpoint}'s: its token "
+            "ids mean something else there"
+        )
+    manifest = Manifest(
+        stage="evaluate kl",
+        arguments={"dtype": args.dtype},
+        inputs={args.samples: records.file_sha256(args.samples)},
+        identities={"sampler": sampler.get("model", "unknown"), "model": identity},
+    )
+    output = Output.open(args.out, manifest, args.overwrite)
+    if output.finished:
+        return
+    counts: Counter = Counter()
+    prompts = list(_read(args, tokenizer, config, counts))
+    counts["out"] = len(prompts)
+    if not prompts:
+        raise UserError(f"{args.samples}: no answers can be used")
+    _compute(args, config, [p for p in prompts if not output.has(p.prompt_id)], output)
+    known = {row["prompt_id"]: row["logprobs"] for row, _ in output.rows()}
+    logprobs = [np.array(known[p.prompt_id]) for p in prompts]
+    drawn = {name: value for name, value in (lineage.arguments if lineage else {}).items()
+             if name in ("temperature", "top_p", "top_k", "min_p")}  # fmt: skip
+    content = estimate(prompts, logprobs) | {
+        "checkpoint": args.checkpoint, "samples": args.samples, "drawn_with": drawn
+    }  # fmt: skip
+    output.finish_as(content, counts, content)
+    print(f"KL a token {content['kl_per_token']:.4f} ± {_number(content['standard_error'])}, an "
+          f"answer {content['kl_per_answer']:.3f} ± "
+          f"{_number(content['standard_error_per_answer'])}")  # fmt: skip
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    if any(value != plain[name] for name, value in drawn.items()):
+        print("(drawn more sharply than the model itself, so of its likelier answers alone)")
+
+
+def estimate(prompts: list[Answered], logprobs: list[np.ndarray]) -> dict:
+    """The rates a token and an answer: ratios of means over prompts, with the errors of their
+    residuals (Cochran 1977, 6.4)."""
+    answers = np.array([len(p.logprobs) for p in prompts], float)
+    ahead = np.array([np.sum(np.array(p.logprobs) - q) for p, q in zip(prompts, logprobs)])
+    tokens = np.array([p.tokens() for p in prompts], float)
+
+    def ratio(of: np.ndarray) -> tuple[float, float | None]:
+        rate = ahead.sum() / of.sum()
+        error = standard_error(ahead - rate * of)
+        return float(rate), None if error is None else error / float(of.mean())
+
+    a_token, token_error = ratio(tokens)
+    an_answer, answer_error = ratio(answers)
+    return {
+        "kl_per_token": a_token, "standard_error": token_error,
+        "kl_per_answer": an_answer, "standard_error_per_answer": answer_error,
+        "n": int(answers.sum()), "prompts": len(prompts), "tokens": int(tokens.sum()),
+    }  # fmt: skip
+
+
+def _number(error: float | None) -> str:
+    return "?" if error is None else f"{error:.2g}"
+
+
+def _read(args: Kl, tokenizer, config, counts: Counter) -> Iterator[Answered]:
+    for where, row in records.read_rows(args.samples):
+        counts["in"] += 1
+        prompt_id = records.field(row, "prompt_id", str, where)
+        prompt = _token_ids(row, "prompt_token_ids", config, where)
+        responses, logprobs = [], []
+        for i, response in enumerate(records.field(row, "responses", list, where)):
+            at = f"{where}, responses[{i}]"
+            if not isinstance(response, dict):
+                raise UserError(f"{at}: {type(response).__name__}, not an object")
+            ids = _token_ids(response, "token_ids", config, at)
+            ended = response.get("finish_reason") == "stop" and tokenizer.eos_ids
+            responses.append(ids + [tokenizer.eos_ids[0]] if ended else ids)
+            logprobs.append(float(records.field(response, "logprob", (int, float), at)))
+        longest = max(map(len, responses), default=0)
+        if not prompt or not responses or not all(responses):
+            counts["set aside: empty prompt or response"] += 1
+        elif len(prompt) + longest > config.max_position_embeddings:
+            counts["set aside: beyond the model's context"] += 1
+        else:
+            yield Answered(prompt_id, Sequence(prompt, responses), logprobs)
+
+
+def _token_ids(row: records.Row, name: str, config, where: str) -> list[int]:
+    ids = records.field(row, name, list, where)
+    if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
+        raise UserError(f"{where}: field {name!r} holds what is no token id of this model")
+    return ids
+
+
+def _compute(args: Kl, config, prompts: list[Answered], output: Output) -> None:
+    """Write a row {prompt_id, logprobs} for each prompt: log π(response | prompt) of its answers
+    under --checkpoint."""
+    if not prompts:
+        return
+    import jax
+    import jax.numpy as jnp
+
+    from model import checkpoint, logprobs, mistral
+    from sharding.mesh import batch_shards, make_mesh, tree_shardings
+
+    try:
+        mesh = make_mesh(*args.mesh)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    most = max(args.batch_size, max(len(p.logprobs) for p in prompts))
+    with jax.set_mesh(mesh), records.stop_signal() as check_stop:
+        shardings = tree_shardings(mesh, mistral.logical_axes(config), mistral.abstract(config))
+        try:
+            params = checkpoint.load(args.checkpoint, shardings)[1]
+        except checkpoint.CheckpointError as error:
+            raise UserError(str(error)) from error
+        dtype = jnp.dtype(args.dtype)
+
+        @jax.jit
+        def compute(params, batch):
+            return logprobs.response_logprobs(params, config, batch, most, dtype)
+
+        for indices in tqdm(_batches(prompts, most), desc="kl", unit=" batches"):
+            batch = pack([prompts[i].sequence for i in indices], batch_shards(mesh))
+            values = np.asarray(jax.device_get(compute(params, batch)))
+            ends = np.cumsum([len(prompts[i].logprobs) for i in indices])
+            for i, mine in zip(indices, np.split(values[: ends[-1]], ends[:-1])):
+                output.write({"prompt_id": prompts[i].prompt_id, "logprobs": mine.tolist()})
+            check_stop()
+
+
+def _batches(prompts: list[Answered], most: int) -> list[list[int]]:
+    """Indices of prompts, of about as many tokens each, so that few shapes are compiled."""
+    by_length = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].sequence), i))
+    widest = max(len(p.logprobs) for p in prompts)
+    count = math.ceil(len(prompts) / max(1, most // widest))
+    return [by_length[m::count] for m in range(count)]
