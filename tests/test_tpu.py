@@ -13,6 +13,7 @@ import pytest
 
 from model import generate, losses, mistral, train
 from model.config import MistralConfig
+from model.packing import Sequence, pack
 from sharding.mesh import make_mesh, replicated, spec, tree_shardings
 
 MISTRAL_7B = MistralConfig(
@@ -91,7 +92,7 @@ def test_sampling_mistral_7b_fits_64_slots_of_2560_positions(name, shape, memory
     "name,pairs_a_chip,remat,memory", [("v5p:2x2x1", 4, "full", 60), ("v5e:4x4", 1, "full", 14)]
 )
 def test_a_dpo_step_of_mistral_7b_fits(name, pairs_a_chip, remat, memory, monkeypatch):
-    """A pair at --max-length 1024: a prompt of 512 tokens, two responses of 512, in a row."""
+    """Pairs at --max-length 1024: a prompt of 512 tokens, two responses of 512."""
     config = MISTRAL_7B
     mesh = make_mesh(1, -1, 1, devices=topology(name, monkeypatch))
     pairs = pairs_a_chip * mesh.size
@@ -104,14 +105,10 @@ def test_a_dpo_step_of_mistral_7b_fits(name, pairs_a_chip, remat, memory, monkey
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
         )
 
-    def rows(length):
-        sharding = jax.sharding.NamedSharding(
-            mesh, spec(("batch", "length"), (pairs, length), mesh)
-        )
-        return jax.ShapeDtypeStruct((pairs, length), np.int32, sharding=sharding)
-
-    batch = {n: rows(1536) for n in ("tokens", "positions", "sequences", "branches")}
-    batch |= {n: rows(1024) for n in ("predictors", "targets", "owners")}
+    pair = Sequence([3] * 512, [[4] * 512, [5] * 512])
+    packed = pack([pair] * pairs, mesh.size)
+    batch_axes = {n: ("batch", *(None,) * (x.ndim - 1)) for n, x in packed.items()}
+    batch = abstract(packed, tree_shardings(mesh, batch_axes, packed))
     names = ("ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens", "win_probability",
              "weights")  # fmt: skip
     whole = replicated(mesh)

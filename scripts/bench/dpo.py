@@ -7,11 +7,12 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from scripts.bench.machine import Side, gemm_rate, peak_memory, two_formats
+from scripts.bench.machine import Side, gemm_rate, peak_memory, timed, two_formats
 from stages.records import UserError
 
 
@@ -20,7 +21,7 @@ class Dpo:
     """DPO: ours against TRL's DPOTrainer, by default and with its reference's log-probs computed
     beforehand. Pairs of two models' answers to AlpacaEval, nothing rematerialised.
 
-    Ours counts with its reference pass, one for each step, as in a single epoch.
+    Each counts with its reference pass, as in a single epoch. The sides take turns, step by step.
     """
 
     checkpoint: str | None = None
@@ -45,40 +46,42 @@ def bench(args: Dpo) -> None:
         config = checkpoint.load_config(folder)
         tokenizer = ChatTokenizer.from_folder(folder, config.eos_token_ids)
         rows = _rows(data, tokenizer, args)
-        sides = {
-            "ours": Side(_our_worker, folder, rows, args),
-            "TRL": Side(_trl_worker, hf_folder, rows, args, False),
-            "TRL, precomputed": Side(_trl_worker, hf_folder, rows, args, True),
-        }
-        rate, found = gemm_rate(), {}
-        for name, side in sides.items():
-            found[name] = side.ask("run")
-            side.close()
-            print(f"{name}: a step {', '.join(f'{x:.1f}' for x in found[name]['steps'])} s",
-                  flush=True)  # fmt: skip
-        rate = max(rate, gemm_rate())
-    tokens = sum(_tokens(row) for row in rows[args.pairs :]) / args.steps
-    shared = sum(len(row["prompt_ids"]) for row in rows[args.pairs :]) / args.steps
-    print(f"fp32 GEMM {rate / 1e9:.0f} GFLOP/s; a step: {args.pairs} pairs, {tokens:.0f} tokens of "
-          f"prompts twice and responses ({tokens - shared:.0f} with the prompt once)")  # fmt: skip
-    took = {}
-    for name, result in found.items():
-        reference = result["reference"]
-        took[name] = float(np.mean(result["steps"])) + reference
-        print(f"{name:17s} {took[name]:6.1f} s a step, of which reference {reference:.1f}: "
-              f"{args.pairs / took[name]:.3f} pairs/s, {tokens / took[name]:.0f} tokens/s, "
-              f"peak {result['memory'] / 2**30:.2f} GiB")  # fmt: skip
-    reached = found["ours"]["flops"] / took["ours"]
-    print(f"ours: {reached / 1e9:.0f} GFLOP/s of products with weights, {reached / rate:.0%} of "
-          f"GEMM; padding {found['ours']['padding']:.1%}")  # fmt: skip
-    for name in list(found)[1:]:
-        print(f"ratio to {name}: {took[name] / took['ours']:.2f}")
-    print(f"the first step's mean log-probs apart by at most {_furthest(found):.1e}")
-
-
-def _furthest(found: dict) -> float:
-    ours = found["ours"]["logps"]
-    return max(abs(a - b) for name in list(found)[1:] for a, b in zip(ours, found[name]["logps"]))
+        ours = Side(_our_worker, folder, rows, args)
+        facts = ours.ask("begin")
+        tokens = sum(map(_tokens, rows[args.pairs :])) / args.steps
+        shared = sum(len(row["prompt_ids"]) for row in rows[args.pairs :]) / args.steps
+        print(f"a step: {args.pairs} pairs, {tokens:.0f} tokens of prompts twice and responses, "
+              f"{tokens - shared:.0f} with the prompt once; of ours {facts['padding']:.1%} are "
+              "padding", flush=True)  # fmt: skip
+        shares = []
+        for name, precompute in (("TRL", False), ("TRL, precomputed", True)):
+            # Both sides in memory at a time, a step of each in turn.
+            theirs = Side(_trl_worker, hf_folder, rows, args, precompute)
+            reference = theirs.ask("begin")
+            taken = {"ours": [], name: []}
+            for number in range(args.steps + 1):
+                seconds, gemm = ours.ask("step", number)
+                turn = {"ours": seconds, name: theirs.ask("step") + reference}
+                if number == 0:  # to warm up
+                    continue
+                for side, took in turn.items():
+                    taken[side].append(took)
+                shares.append(facts["flops"][number] / seconds / gemm)
+                told = ", ".join(f"{side} {took:.1f} s" for side, took in turn.items())
+                print(f"step {number}: {told} (GEMM {gemm / 1e9:.0f} GFLOP/s)", flush=True)
+            logps, memory = theirs.ask("facts")
+            theirs.close()
+            for side, peak in (("ours", ours.ask("memory")), (name, memory)):
+                mean = float(np.mean(taken[side]))
+                print(f"{side:17s} {mean:6.1f} s a step: {args.pairs / mean:.3f} pairs/s, "
+                      f"{tokens / mean:.0f} tokens/s, peak {peak / 2**30:.2f} GiB")  # fmt: skip
+            apart = max(abs(a - b) for a, b in zip(facts["logps"], logps))
+            ratio = np.sum(taken[name]) / np.sum(taken["ours"])
+            print(f"ratio to {name}: {ratio:.2f}; the first step's mean log-probs are apart by "
+                  f"{apart:.1e}", flush=True)  # fmt: skip
+        ours.close()
+    print(f"ours: useful products with weights at {np.mean(shares):.0%} of the GEMM rate measured "
+          "before each step")  # fmt: skip
 
 
 def _tokens(row: dict) -> int:
@@ -116,54 +119,52 @@ def _our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
     shapes = mistral.abstract(config)
     shardings = tree_shardings(mesh, mistral.logical_axes(config), shapes)
     recipe = train.Recipe(losses.Loss(), 5e-7, "linear", 0.0, "adamw", 0.0, 1.0)
-    layer_weights = sum(np.prod(x.shape) for x in jax.tree.leaves(shapes["layers"]))
-    vocabulary = config.vocab_size * config.hidden_size
-    batches = []
-    for at in range(0, len(rows), args.pairs):
-        batches.append(pack([
+    batches = [
+        pack([
             Sequence(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]])
             for row in rows[at : at + args.pairs]
-        ]))  # fmt: skip
+        ])
+        for at in range(0, len(rows), args.pairs)
+    ]  # fmt: skip
+    tokens = np.array([np.sum(batch["copies"][..., 0] >= 0) for batch in batches])
+    responses = np.array([np.sum(batch["owners"] >= 0) for batch in batches])
+    layers = sum(np.prod(x.shape) for x in jax.tree.leaves(shapes["layers"]))
+    vocabulary = config.vocab_size * config.hidden_size
     ones = np.ones(args.pairs, np.float32)
+
+    def step(batch, params, state):
+        """(the reference's log-probs, the new parameters and optimizer state), all computed."""
+        reference = jax.device_get(trainer.logprobs(params, batch=batch, pairs=args.pairs))
+        sides = {
+            "ref_chosen": reference[0], "ref_rejected": reference[1], "chosen_tokens": ones,
+            "rejected_tokens": ones, "win_probability": ones, "weights": ones,
+        }  # fmt: skip
+        gradients, _ = trainer.accumulate(params, None, batch, sides, float(args.pairs))
+        norm = trainer.norm(gradients)
+        params, state, _ = trainer.apply(params, state, gradients, norm)
+        return reference, *jax.block_until_ready((params, state))
+
     with jax.set_mesh(mesh):
-        trainer = train.Trainer(config, recipe, 10, shardings, replicated(mesh), remat="none")
+        trainer = train.Trainer(config, recipe, 100, shardings, replicated(mesh), remat="none")
         params = checkpoint.load(folder, shardings)[1]
-        # Each shape is compiled before anything is timed.
-        references = [
-            jax.device_get(trainer.logprobs(params, batch=batch, pairs=args.pairs))
-            for batch in batches
-        ]
-        seconds = []
-        for batch in batches[1:]:
-            begun = time.perf_counter()
-            jax.block_until_ready(trainer.logprobs(params, batch=batch, pairs=args.pairs))
-            seconds.append(time.perf_counter() - begun)
         state = trainer.init_optimizer(params)
-        steps = []
-        for turn in range(2):
-            for batch, (chosen, rejected) in zip(batches, references):
-                sides = {
-                    "ref_chosen": chosen, "ref_rejected": rejected, "chosen_tokens": ones,
-                    "rejected_tokens": ones, "win_probability": ones, "weights": ones,
-                }  # fmt: skip
-                begun = time.perf_counter()
-                gradients, _ = trainer.accumulate(params, None, batch, sides, float(args.pairs))
-                norm = trainer.norm(gradients)
-                params, state, _ = trainer.apply(params, state, gradients, norm)
-                del gradients
-                jax.block_until_ready(params)
-                if turn and batch is not batches[0]:
-                    steps.append(time.perf_counter() - begun)
-    tokens = np.mean([np.sum(b["copies"][..., 0] >= 0) for b in batches[1:]])
-    responses = np.mean([np.sum(b["owners"] >= 0) for b in batches[1:]])
-    pipe.send({
-        "steps": steps, "reference": float(np.mean(seconds)), "memory": peak_memory(),
-        # Forward once for the reference, and forward and backward for the step.
-        "flops": 8.0 * (tokens * float(layer_weights) + responses * vocabulary),
-        "padding": float(1 - tokens / np.mean([b["tokens"].size for b in batches[1:]])),
-        "logps": [float(np.mean(x)) for x in references[0]],
-    })  # fmt: skip
-    pipe.recv()
+        for batch in batches:  # each shape is compiled before anything is timed
+            reference, params, state = step(batch, params, state)
+            if batch is batches[0]:
+                logps = [float(np.mean(x)) for x in reference]
+        pipe.send({
+            # Forward for the reference, and forward and backward for the step.
+            "flops": 8.0 * (tokens * float(layers) + responses * vocabulary), "logps": logps,
+            "padding": 1 - tokens[1:].sum() / sum(b["tokens"].size for b in batches[1:]),
+        })  # fmt: skip
+        while True:
+            what, number = pipe.recv()
+            if what == "memory":
+                pipe.send(peak_memory())
+                continue
+            gemm = gemm_rate()
+            seconds, (_, params, state) = timed(partial(step, batches[number], params, state))
+            pipe.send((seconds, gemm))
 
 
 def _trl_worker(pipe, folder: str, rows: list[dict], args: Dpo, precompute: bool):
@@ -176,14 +177,13 @@ def _trl_worker(pipe, folder: str, rows: list[dict], args: Dpo, precompute: bool
 
         from scripts.bench.trl_trainer import Plain
 
-    steps = []
-
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
+            pipe.recv()
             self.begun = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            steps.append(time.perf_counter() - self.begun)
+            pipe.send(time.perf_counter() - self.begun)
 
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
         config = DPOConfig(
@@ -196,14 +196,13 @@ def _trl_worker(pipe, folder: str, rows: list[dict], args: Dpo, precompute: bool
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        begun = time.perf_counter()
-        trainer = Plain(
+        seconds, trainer = timed(lambda: Plain(
             model=model, args=config, processing_class=tokenizer, callbacks=[Clock()],
             train_dataset=datasets.Dataset.from_list(rows),
-        )  # fmt: skip
-        reference = (time.perf_counter() - begun) * args.pairs / len(rows) if precompute else 0.0
+        ))  # fmt: skip
+        pipe.send(seconds * args.pairs / len(rows) if precompute else 0.0)
         trainer.train()
         first = next(x for x in trainer.state.log_history if "logps/chosen" in x)
-        logps = [first["logps/chosen"], first["logps/rejected"]]
-    pipe.send({"steps": steps[1:], "reference": reference, "memory": peak_memory(), "logps": logps})
+    pipe.recv()
+    pipe.send(([first["logps/chosen"], first["logps/rejected"]], peak_memory()))
     pipe.recv()
