@@ -65,7 +65,9 @@ class Side:
 
     def __init__(self, worker, *args):
         # As scripts/iterate.sh sets it, for both sides.
-        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+        malloc = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 10**12}
+        tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in malloc.items())
+        os.environ.setdefault("GLIBC_TUNABLES", tunables)
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=worker, args=(other, *args), daemon=True)
