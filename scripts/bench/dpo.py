@@ -32,6 +32,9 @@ class Dpo:
     """Pairs a step."""
     max_length: int = 512
     """Tokens of prompt and response; a longer response is cut."""
+    trl_tuned: bool = False
+    """Give TRL's process the malloc settings that scripts/iterate.sh gives ours; by default it runs
+    as its users run it. TRL gains more by them than ours does: it asks for more memory."""
 
 
 def bench(args: Dpo) -> None:
@@ -56,7 +59,7 @@ def bench(args: Dpo) -> None:
         shares = []
         for name, precompute in (("TRL", False), ("TRL, precomputed", True)):
             # Both sides in memory at a time, a step of each in turn.
-            theirs = Side(_trl_worker, hf_folder, rows, args, precompute)
+            theirs = Side(_trl_worker, hf_folder, rows, args, precompute, tuned=args.trl_tuned)
             reference = theirs.ask("begin")
             taken = {"ours": [], name: []}
             for number in range(args.steps + 1):

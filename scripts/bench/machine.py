@@ -63,15 +63,19 @@ class Side:
     """One implementation in a process of its own, asked in turns: worker(pipe, *args) answers each
     (what, given) that comes through its pipe."""
 
-    def __init__(self, worker, *args):
-        # As scripts/iterate.sh sets it, for both sides.
+    def __init__(self, worker, *args, tuned: bool = True):
+        """tuned: with malloc's settings of scripts/iterate.sh, where the caller set none."""
         malloc = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 10**12}
         tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in malloc.items())
-        os.environ.setdefault("GLIBC_TUNABLES", tunables)
+        before = os.environ.get("GLIBC_TUNABLES")
+        if tuned and before is None:
+            os.environ["GLIBC_TUNABLES"] = tunables
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=worker, args=(other, *args), daemon=True)
         self._process.start()
+        if before is None:
+            os.environ.pop("GLIBC_TUNABLES", None)
 
     def ask(self, what: str, given=None):
         self._pipe.send((what, given))
