@@ -14,7 +14,7 @@ from model.attention import matmul_precision
 from model.config import MistralConfig
 from sharding.mesh import batch_shards, constrain
 
-CHUNK = 512  # tokens a device holds the logits of: 100 MB of fp32 at 49,152 words
+CHUNK = 256  # tokens a device holds the logits of: 50 MB of fp32 at 49,152 words
 
 
 def response_logprobs(

@@ -35,8 +35,9 @@ python() { command "$PYTHON" "$@"; }
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/.compiled}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 # On CPU, XLA asks malloc anew for its buffers at every call: memory that goes back to the system
-# between two calls costs a tenth of a training step, small pages another tenth.
-keep_memory=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000
+# between two calls, or lies in another thread's arena, costs a tenth of a training step, small pages
+# another tenth.
+keep_memory=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.arena_max=1
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:$keep_memory}
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 

@@ -65,7 +65,7 @@ class Side:
 
     def __init__(self, worker, *args, tuned: bool = True):
         """tuned: with malloc's settings of scripts/iterate.sh, where the caller set none."""
-        malloc = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 10**12}
+        malloc = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 10**12, "arena_max": 1}
         tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in malloc.items())
         before = os.environ.get("GLIBC_TUNABLES")
         if tuned and before is None:
