@@ -4,9 +4,10 @@
 #   bash scripts/iterate.sh [RECIPE]      demo (default), snorkel-mistral-7b, or a file of your own
 #
 # Run it again after any interruption: it goes on where it was. Environment:
-#   NAME=demo    the run is kept under runs/NAME/ (default: the recipe's name, and the seed if not 0)
+#   NAME=demo    the run is kept under RUNS/NAME/ (default: the recipe's name, and the seed if not 0)
 #   SEED=0       of sampling and of the order of the pairs
 #   LIMIT=64     take only so many prompts a slice: a smoke run of any recipe
+#   RUNS=runs    where the runs are kept, e.g. a folder of a file system that several hosts share
 #   PYTHON=…     an interpreter that has everything installed: skips the set-up of .venv
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,7 +24,7 @@ for number in SEED LIMIT; do
   [[ ${!number} =~ ^[0-9]+$ ]] || { echo "error: $number=${!number} is no whole number" >&2; exit 2; }
 done
 NAME=${NAME:-$(basename "$recipe" .sh)$([[ $SEED == 0 ]] || echo "-seed$SEED")}
-run=runs/$NAME
+run=${RUNS:-runs}/$NAME
 
 if [[ -z ${PYTHON:-} ]]; then
   bash scripts/setup.sh
@@ -58,6 +59,9 @@ if [[ -f $run/finished ]]; then
   cat "$run/finished"
   exit 0
 fi
+# A signal to the whole group stops the stage, which saves its work and gives 75; one to this shell
+# alone stops after the stage.
+trap 'exit 75' TERM USR1
 trap 'code=$?; [[ $code == 75 ]] && echo "stopped: bash scripts/iterate.sh $recipe goes on" >&2; exit $code' EXIT
 
 limited() { # FILE: keep only the first LIMIT prompts

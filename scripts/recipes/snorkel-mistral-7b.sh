@@ -11,12 +11,20 @@
 #   RANKER    PairRM's hub id or folder
 #   ZEPHYR    2023: β 0.1, linear, RMSprop, 3 epochs, batch 64 (fits Snorkel's published metrics)
 #             2024: β 0.01, cosine, AdamW, 1 epoch, batch 128
+# mistral-v5e-16, -v5p-8, -v6e-8, -gpu-141gb and -gpu-8x80gb set, for such a machine,
+#   PLAN         its topology, for stages.plan
+#   MESH         devices along data, fsdp and tensor in training
+#   SAMPLE_MESH  in sampling: along tensor no step moves the weights
+#   SLOTS        answers in the making at a time
+#   MICRO_BATCH  pairs in memory at a time
+#   REMAT        what the backward pass computes again
 
 MODEL=${MODEL:-mistralai/Mistral-7B-Instruct-v0.2}
 DATASET=${DATASET:-snorkelai/Snorkel-Mistral-PairRM-DPO-Dataset}
 RANKER=${RANKER:-llm-blender/PairRM}
 ZEPHYR=${ZEPHYR:-2023}
-SETTINGS="$MODEL $DATASET $RANKER $ZEPHYR" # what must not change when a run goes on
+# What must not change when a run goes on. This file too, where another recipe takes it in.
+SETTINGS="$MODEL $DATASET $RANKER $ZEPHYR $(sha256sum <"${BASH_SOURCE[0]}" | cut -c1-16)"
 ITERATIONS=3
 
 start_model() { python -m scripts.convert from-hf "$MODEL" "$1"; }
@@ -34,11 +42,14 @@ case $DATASET in
 esac
 
 # n is the published one; temperature, top-p and length are ours (SPPO's, of the same pipeline).
-SAMPLE="--n 5 --temperature 0.7 --top-p 0.9 --max-new-tokens 2048 --slots 64 --dtype bfloat16"
-HELDOUT_SAMPLE="--n 1 --temperature 0.7 --top-p 0.9 --max-new-tokens 2048 --slots 64 --dtype bfloat16"
+drawn="--temperature 0.7 --top-p 0.9 --max-new-tokens 2048"
+fast="--slots ${SLOTS:-64} --dtype bfloat16 --mesh ${SAMPLE_MESH:-1 -1 1}"
+SAMPLE="--n 5 $drawn $fast"
+HELDOUT_SAMPLE="--n 1 $drawn $fast"
 PAIRS="--test-fraction 0.05" # the published splits hold 1,000 test rows to 20,000
 DPO="--learning-rate 5e-7 --warmup-ratio 0.1 --max-length 1024 --max-prompt-length 512
-     --micro-batch-size 8 --dtype bfloat16 --remat full"
+     --micro-batch-size ${MICRO_BATCH:-8} --dtype bfloat16 --remat ${REMAT:-full}
+     --mesh ${MESH:-1 -1 1}"
 case $ZEPHYR in
   2023) DPO+=" --beta 0.1 --schedule linear --optimizer rmsprop --epochs 3 --batch-size 64" ;;
   2024) DPO+=" --beta 0.01 --schedule cosine --optimizer adamw --epochs 1 --batch-size 128" ;;
