@@ -6,6 +6,13 @@ The chosen answer is the one with the highest score, the rejected one the one wi
 earlier answer wins a tie. Blank answers are used as neither. A prompt makes no pair, and is set
 aside with its reason, where fewer than two answers have text, all their scores tie, or the best
 and the worst read the same.
+
+With --length-penalty L each score counts as its standard score among the prompt's answers, less L
+times the standard score of its length in characters (stages/lengths.py); the rejected answer still
+has to score below the chosen one, so no pair contradicts the ranker, and `all_rm_scores` stay the
+ranker's. The stage says what this does to the gap between chosen and rejected, and warns where it
+does not narrow it. The manifest's results have the lengths of sampled, chosen and rejected answers
+and how scores go with length.
 """
 
 import dataclasses
@@ -15,6 +22,7 @@ from collections import Counter
 from typing import Literal
 
 from stages import parquet, records
+from stages.lengths import LengthReport, penalised
 from stages.records import UserError, field
 
 # The columns made here; the rest of a row is carried through.
@@ -35,6 +43,9 @@ class Args:
     """The pairs.jsonl to write."""
     strategy: Literal["max-min", "max-random"] = "max-min"
     """The rejected answer: the worst (max-min), or any that scores below the best (max-random)."""
+    length_penalty: float = 0.0
+    """So many standard deviations of score does a standard deviation of length cost, both within
+    the prompt's answers; 0: length does not count. 0.25 is a mild one."""
     test_fraction: float = 0.0
     """Put about this share of the prompts into the test split. A prompt's place depends on its
     prompt_id and the seed alone, so it is the same in every file."""
@@ -62,7 +73,7 @@ def main(args: Args) -> None:
     counts: Counter = Counter()
     ids = []
     for where, row in _read(args.ranked, counts):  # every row is checked before any is written
-        make_pair(row, where, args.strategy, args.seed)
+        make_pair(row, where, args.strategy, args.seed, args.length_penalty)
         ids.append(row["prompt_id"])
     test_ids = _test_ids(ids, args)
 
@@ -72,6 +83,7 @@ def main(args: Args) -> None:
     with records.stop_signal() as check_stop:
         for split, path, elsewhere in splits:
             arguments = {"split": split, "strategy": args.strategy, "seed": args.seed}
+            arguments |= {"length_penalty": args.length_penalty}
             arguments |= {"test_fraction": args.test_fraction, "test_count": args.test_count}
             manifest = records.Manifest("pairs", arguments, inputs, identities)
             output = records.Output.open(path, manifest, args.overwrite)
@@ -86,19 +98,22 @@ def _write_pairs(args: Args, output: records.Output, elsewhere: set[str], check_
     counts: Counter = Counter()
     order: list[str] = []
     other = f"split off: {'train' if output.manifest.arguments['split'] == 'test' else 'test'}"
-    sums: Counter = Counter()
+    report, gap_without, sums = LengthReport(), [], Counter()
     for where, row in _read(args.ranked, counts):
         check_stop()
         if row["prompt_id"] in elsewhere:
             counts[other] += 1
             continue
         order.append(row["prompt_id"])
-        pair, reason = make_pair(row, where, args.strategy, args.seed)
+        pair, reason = make_pair(row, where, args.strategy, args.seed, args.length_penalty)
+        picked = None if pair is None else (pair["chosen_index"], pair["rejected_index"])
         if pair is not None:
-            for side in ("chosen", "rejected"):
-                sums[f"{side}_mean_score"] += pair["all_rm_scores"][pair[f"{side}_index"]]
-                sums[f"{side}_mean_characters"] += len(pair[side][-1]["content"])
+            for side, i in zip(("chosen", "rejected"), picked):
+                sums[f"{side}_mean_score"] += pair["all_rm_scores"][i]
             sums["pairs"] += 1
+        report.add(row["responses"], row["scores"], picked)
+        if args.length_penalty:
+            gap_without += _gap(row, args)
         if output.has(row["prompt_id"]):
             continue
         if pair is not None:
@@ -106,11 +121,44 @@ def _write_pairs(args: Args, output: records.Output, elsewhere: set[str], check_
         else:
             output.set_aside(row, reason)
     pairs = sums.pop("pairs", 0)
-    output.finish(order, counts, {name: total / pairs for name, total in sums.items()})
+    results = {name: total / pairs for name, total in sums.items()} | report.results()
+    if args.length_penalty and pairs:
+        results["gap_without_length_penalty"] = sum(gap_without) / len(gap_without)
+    output.finish(order, counts, results)
+    _show_lengths(results)
+
+
+def _gap(row: records.Row, args: Args) -> list[int]:
+    """[characters of chosen less rejected as they would be without the penalty], or [], no pair."""
+    texts = [response["text"] for response in row["responses"]]
+    picked = choose(texts, row["scores"], row["prompt_id"], args.strategy, args.seed, 0.0)
+    return [] if isinstance(picked, str) else [len(texts[picked[0]]) - len(texts[picked[1]])]
+
+
+def _show_lengths(results: dict) -> None:
+    characters = results["lengths"]["characters"]
+    if "gap" not in characters:
+        return
+    means = ", ".join(
+        f"{side} {characters[side]['mean']:.0f}" for side in ("sampled", "chosen", "rejected")
+    )
+    print(f"mean characters: {means}")
+    if "score_length_correlation" in results:
+        print(f"correlation of score and length {results['score_length_correlation']:+.2f}, of "
+              f"ranks {results['score_length_rank_correlation']:+.2f}")  # fmt: skip
+    without, gap = results.get("gap_without_length_penalty"), characters["gap"]
+    if without is None:
+        return
+    print(
+        f"characters of chosen less rejected: {without:+.0f} without the penalty, {gap:+.0f} with"
+    )
+    if abs(gap) >= abs(without):
+        print("warning: --length-penalty does not narrow the gap between chosen and rejected: give "
+              "another, or 0")  # fmt: skip
 
 
 def make_pair(
-    row: records.Row, where: str, strategy: str, seed: int
+    row: records.Row, where: str, strategy: str, seed: int, length_penalty: float = 0.0
 ) -> tuple[records.Row | None, str | None]:
     """(the pairs.jsonl row, None), or (None, why the prompt makes no pair). Raises UserError."""
     taken = [name for name in MADE if name in row and name != "prompt"]
@@ -118,19 +166,10 @@ def make_pair(
         raise UserError(f"{where}: the field {taken[0]!r} is made here: rename it in the input")
     responses, scores = _answers(row, where)
     texts = [response["text"] for response in responses]
-    usable = [i for i, text in enumerate(texts) if text.strip()]
-    if len(usable) < 2:
-        return None, "fewer than two answers with text"
-    best = max(usable, key=lambda i: (scores[i], -i))
-    worst = min(usable, key=lambda i: (scores[i], i))
-    if scores[best] == scores[worst]:
-        return None, "all scores tie"
-    if strategy == "max-random":
-        # Lower than the best, so that there is a preference, and drawn by hash, not by order.
-        lower = [i for i in usable if scores[i] < scores[best]]
-        worst = lower[int(_hash(row["prompt_id"], seed, "rejected"), 16) % len(lower)]
-    if texts[best] == texts[worst]:
-        return None, "chosen and rejected are the same text"
+    picked = choose(texts, scores, row["prompt_id"], strategy, seed, length_penalty)
+    if isinstance(picked, str):
+        return None, picked
+    best, worst = picked
 
     conversation = records.messages_of(row, where)
     pair = {"prompt_id": row["prompt_id"], "prompt": records.prompt_text(row, where)}
@@ -146,6 +185,32 @@ def make_pair(
             if responses[i].get(name) is not None:
                 pair[f"{side}_{name}"] = responses[i][name]
     return pair, None
+
+
+def choose(
+    texts: list[str], scores: list[float], prompt_id: str, strategy: str, seed: int, penalty: float
+) -> tuple[int, int] | str:
+    """(the chosen answer's index, the rejected one's), or why the prompt makes no pair."""
+    usable = [i for i, text in enumerate(texts) if text.strip()]
+    if len(usable) < 2:
+        return "fewer than two answers with text"
+    if len({scores[i] for i in usable}) == 1:
+        return "all scores tie"
+    worth = {i: scores[i] for i in usable}
+    if penalty:
+        lengths = [len(texts[i]) for i in usable]
+        worth = dict(zip(usable, penalised(list(worth.values()), lengths, penalty)))
+    best = max(usable, key=lambda i: (worth[i], -i))
+    # By the ranker's own scores, so that there is a preference.
+    lower = [i for i in usable if scores[i] < scores[best]]
+    if not lower:
+        return "the length penalty outweighs the scores"
+    worst = min(lower, key=lambda i: (worth[i], i))
+    if strategy == "max-random":  # drawn by hash, not by order
+        worst = lower[int(_hash(prompt_id, seed, "rejected"), 16) % len(lower)]
+    if texts[best] == texts[worst]:
+        return "chosen and rejected are the same text"
+    return best, worst
 
 
 def _answers(row: records.Row, where: str) -> tuple[list[dict], list[float]]:
@@ -196,6 +261,8 @@ def _check(args: Args) -> str | None:
     """Check the flags against each other; gives the test split's file, None where there is none."""
     if not 0 <= args.test_fraction < 1:
         raise UserError(f"--test-fraction {args.test_fraction} must be at least 0 and below 1")
+    if not 0 <= args.length_penalty < float("inf"):
+        raise UserError(f"--length-penalty {args.length_penalty} must be a number of at least 0")
     if args.test_count < 0:
         raise UserError(f"--test-count {args.test_count} must not be negative")
     if args.test_fraction and args.test_count:

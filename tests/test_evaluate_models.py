@@ -202,6 +202,24 @@ def test_the_distance_is_that_of_transformers_log_probs(folder, tmp_path):
     assert found["standard_error"] == pytest.approx(error, rel=0.3)
 
 
+def test_kl_of_the_first_prompts_alone(folder, tmp_path, capsys):
+    found = kl(folder, tmp_path, "other", "--prompts", 3)
+    rows = tiny.read_jsonl(folder / "samples.jsonl")[:3]
+    tiny.write_jsonl(tmp_path / "three.jsonl", rows)
+    three = tmp_path / "three.json"
+    assert run("kl", "--checkpoint", folder / "other", "--samples", tmp_path / "three.jsonl",
+               "--out", three, "--mesh", 1, 1, 4) == 0  # fmt: skip
+    assert found["kl_per_token"] == json.loads(three.read_text())["kl_per_token"]
+    assert (found["prompts"], found["first_prompts"]) == (3, 3)
+    manifest = records.read_manifest(str(tmp_path / "other.json"))
+    assert manifest.arguments["prompts"] == 3 and manifest.counts == {"in": 3, "out": 3}
+    command = ("kl", "--checkpoint", folder / "other", "--samples", folder / "samples.jsonl")
+    assert run(*command, "--out", tmp_path / "other.json", "--prompts", 4) == 2
+    assert "arguments.prompts 3 there, 4 here" in error_line(capsys)
+    assert run(*command, "--out", tmp_path / "new.json", "--prompts", 0) == 2
+    assert "--prompts is 0: it must be at least 1" in error_line(capsys)
+
+
 def test_kl_goes_on_after_a_stop(folder, tmp_path, monkeypatch):
     whole = kl(folder, tmp_path, "other", "--batch-size", 6)
     (tmp_path / "other.json").unlink()

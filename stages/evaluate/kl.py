@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -32,6 +33,8 @@ class Kl:
     """samples.jsonl with token_ids and logprob, as stages.sample writes it."""
     out: str
     """The JSON file to write."""
+    prompts: int | None = None
+    """Only the first so many prompts of the samples, for a cheap estimate; default: all."""
     batch_size: int = 32
     """Answers in memory at a time, at least a prompt's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -60,6 +63,8 @@ def main(args: Kl) -> None:
 
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}: it must be at least 1")
+    if args.prompts is not None and args.prompts < 1:
+        raise UserError(f"--prompts is {args.prompts}: it must be at least 1")
     try:
         config = checkpoint.load_config(args.checkpoint)
         identity = checkpoint.identity(args.checkpoint)
@@ -75,7 +80,7 @@ def main(args: Kl) -> None:
         )
     manifest = Manifest(
         stage="evaluate kl",
-        arguments={"dtype": args.dtype},
+        arguments={"dtype": args.dtype, "prompts": args.prompts},
         inputs={args.samples: records.file_sha256(args.samples)},
         identities={"sampler": sampler.get("model", "unknown"), "model": identity},
     )
@@ -93,7 +98,8 @@ def main(args: Kl) -> None:
     drawn = {name: value for name, value in (lineage.arguments if lineage else {}).items()
              if name in ("temperature", "top_p", "top_k", "min_p")}  # fmt: skip
     content = estimate(prompts, logprobs) | {
-        "checkpoint": args.checkpoint, "samples": args.samples, "drawn_with": drawn
+        "checkpoint": args.checkpoint, "samples": args.samples, "first_prompts": args.prompts,
+        "drawn_with": drawn,
     }  # fmt: skip
     output.finish_as(content, counts, content)
     print(f"KL a token {content['kl_per_token']:.4f} ± {_number(content['standard_error'])}, an "
@@ -130,7 +136,7 @@ def _number(error: float | None) -> str:
 
 
 def _read(args: Kl, tokenizer, config, counts: Counter) -> Iterator[Answered]:
-    for where, row in records.read_rows(args.samples):
+    for where, row in islice(records.read_rows(args.samples), args.prompts):
         counts["in"] += 1
         prompt_id = records.field(row, "prompt_id", str, where)
         prompt = _token_ids(row, "prompt_token_ids", config, where)
