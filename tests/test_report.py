@@ -215,8 +215,8 @@ def test_a_pairwise_ranker_gives_win_rates_and_no_rewards(run, tmp_path):
     pairwise = tmp_path / "pairwise"
     shutil.copytree(run, pairwise)
     for file in pairwise.glob("*/heldout.ranked.jsonl"):  # one answer is compared with none
-        rows = tiny.read_jsonl(file)
-        tiny.write_jsonl(file, [row | {"scores": [0.0], "comparisons": [[0.0]]} for row in rows])
+        rows = [row | {"scores": [0.0], "comparisons": [[0.0]]} for row in tiny.read_jsonl(file)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = tables.iterations(gather.models(str(pairwise)))
     assert "reward" not in rows[0] and rows[1]["won against start"].startswith("87.5%")
     content = json.loads(Page(page_of(pairwise)).answers)

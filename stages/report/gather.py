@@ -228,5 +228,6 @@ def _stage(node: lineage.Node, tokens: dict[str, int]) -> Stage:
         counted *= made.arguments["epochs"]
         rate = counted / max(made.results["train_seconds"], 0.1)
     took, gave = counts.pop("in", None), counts.pop("out", None)
+    aside = {reason: n for reason, n in counts.items() if reason not in ("test in", "test out")}
     counted = counted or made.results.get("tokens")
-    return Stage(node.path, made.stage, made.seconds, counted, rate, took, gave, dict(counts))
+    return Stage(node.path, made.stage, made.seconds, counted, rate, took, gave, aside)
