@@ -42,7 +42,7 @@ keep_memory=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:gl
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:$keep_memory}
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
-HELDOUT_SAMPLE= EXPORT_DTYPE= PAIRS= SETTINGS=
+HELDOUT_SAMPLE= EXPORT_DTYPE= PAIRS= KL= SETTINGS=
 source "$file"
 
 # One run, one set of settings: what is there must have been made by these.
@@ -85,6 +85,16 @@ evaluate() { # CHECKPOINT FOLDER: answers to the held-out prompts, scored
   python -m stages.rank --ranker "$RANKER" --samples "$2/heldout.samples.jsonl" \
     --out "$2/heldout.ranked.jsonl"
 }
+compare() { # FOLDER OTHER NAME: its held-out answers against OTHER's, and how far it is from OTHER
+  python -m stages.evaluate compare --outputs "$1/heldout.samples.jsonl" --ranker "$RANKER" \
+    --baseline "$2/heldout.samples.jsonl" --out "$1/against_$3.json"
+  python -m stages.evaluate kl --checkpoint "$2/checkpoint" --samples "$1/heldout.samples.jsonl" \
+    --out "$1/kl_to_$3.json" $KL
+}
+report() { # what the run is worth so far, here and in its report.html
+  python -m scripts.table show "$run"
+  python -m stages.report "$run"
+}
 say() { printf '\n== %s  %s\n' "$(date +%H:%M:%S)" "$*"; }
 
 say "$NAME: $ITERATIONS iterations, seed $SEED, under $run/"
@@ -112,7 +122,10 @@ for ((k = 1; k <= ITERATIONS; k++)); do
   model=$it/checkpoint
   say "iteration $k of $ITERATIONS: answers to the held-out prompts"
   evaluate "$model" "$it"
-  python -m scripts.table show "$run"
+  say "iteration $k of $ITERATIONS: against the start and the iteration before"
+  compare "$it" "$run/start" start
+  [[ $k == 1 ]] || compare "$it" "$run/iteration_$((k - 1))" previous
+  report
 done
 
 say "export"
@@ -120,6 +133,7 @@ say "export"
   --base "$run/start/checkpoint" ${EXPORT_DTYPE:+--dtype "$EXPORT_DTYPE"}
 {
   python -m scripts.table show "$run" --terms
+  echo "All of it, and the answers side by side: $run/report.html"
   echo "The last model, for transformers:"
   echo "  AutoModelForCausalLM.from_pretrained(\"$run/final-hf\")"
 } | tee "$run/finished.new"

@@ -236,6 +236,7 @@ class Run:
         self.train, self.test = train, test
         self.sampled_by_reference = sampled_by_reference
         self.metrics = self.board = None
+        self.begun = time.monotonic()
         try:
             self.mesh = make_mesh(*args.mesh)
         except ValueError as error:
@@ -404,6 +405,7 @@ class Run:
         from sharding import processes
 
         self.manifest.results |= results
+        self.manifest.seconds = round(time.monotonic() - self.begun, 1)
         identity = checkpoint.save(
             self.args.out, self.config, params, self.args.checkpoint,
             dataclasses.asdict(self.manifest),

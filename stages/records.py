@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
@@ -254,6 +255,7 @@ class Manifest:
     identities: dict[str, str]  # "model", "tokenizer", "chat_template", "ranker", … → identity
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     results: dict = dataclasses.field(default_factory=dict)  # what the stage measured
+    seconds: float | None = None  # that the last sitting took: a stopped stage has more of them
 
     def key(self) -> dict:
         """What must agree for two runs to be the same run. The inputs' names do not matter."""
@@ -266,7 +268,7 @@ class Manifest:
         return json.loads(json.dumps(content))
 
     def write(self, path: str):
-        _write_atomically(path, json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False))
+        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False))
 
 
 def manifest_path(path: str) -> str:
@@ -350,7 +352,7 @@ class Output:
 
     def __init__(self, path: str, manifest: Manifest):
         self.path, self.manifest = path, manifest
-        self.finished = False
+        self.finished, self._opened = False, time.monotonic()
         self.partial = f"{local_path(path)}.partial"
         self._offsets: dict[str, int] = {}  # prompt_id → where its line starts in the partial file
         self._reasons: dict[str, str] = {}
@@ -471,6 +473,7 @@ class Output:
         nothing is dropped in silence.
         """
         self._file.close()
+        self.manifest.seconds = round(time.monotonic() - self._opened, 1)
         aside = Counter(f"set aside: {reason}" for reason in self._reasons.values())
         out = len(self._offsets) - len(self._reasons)
         gone = sum(n for name, n in counts.items() if name.startswith(("merged", "split off")))
@@ -506,11 +509,12 @@ class Output:
     def finish_as(self, content: dict | list, counts: dict[str, int], results: dict | None = None):
         """Write OUT as the JSON `content` that was made of the rows, not as the rows."""
         self._file.close()
+        self.manifest.seconds = round(time.monotonic() - self._opened, 1)
         text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
         self.manifest.counts = dict(counts)
         self.manifest.results = dict(results or {}) | {"sha256": text_sha256(text)}
         self.manifest.write(manifest_path(self.path))
-        _write_atomically(self.path, text)
+        write_atomically(self.path, text)
         self._done()
 
     def _done(self):
@@ -549,6 +553,9 @@ def merge_shares(path: str, manifest: Manifest, shares: int, order: list[str], c
             if not output.has(entry["row"]["prompt_id"]):
                 output.set_aside(entry["row"], entry["reason"])
     output.finish(order, counts)
+    # What was computed, not what putting it together took.
+    manifest.seconds = sum(there.seconds or 0 for f in files if (there := read_manifest(f)))
+    manifest.write(manifest_path(path))
     for file in files:
         for leftover in (file, manifest_path(file), f"{file}.set_aside.jsonl"):
             epath.Path(leftover).unlink(missing_ok=True)
@@ -586,7 +593,8 @@ def publish(local: str, path: str):
         os.replace(local, path)
 
 
-def _write_atomically(path: str, text: str):
+def write_atomically(path: str, text: str):
+    """Write a whole file, or leave what was there."""
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     if _is_remote(path):
         epath.Path(path).write_text(text)

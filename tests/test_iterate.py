@@ -1,5 +1,6 @@
 """scripts/iterate.sh, the loop itself, on a tiny model: one iteration, then again."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -53,7 +54,13 @@ def test_the_loop_runs_shows_its_table_exports_and_knows_when_it_is_done(place):
     done = iterate(place)
     assert done.returncode == 0, done.stderr[-2000:]
     run = place / "runs" / "mine"
-    assert "win rate against start" in done.stdout and "best so far" in done.stdout
+    assert "best so far" in done.stdout
+    table = done.stdout[done.stdout.rindex("\nmodel ") :].splitlines()
+    won = next(line for line in table if line.startswith("iteration_1"))
+    assert won.count("% [") == 2  # against the start, and the same against the previous model
+    assert "</html>" in (run / "report.html").read_text()
+    kl = json.loads((run / "iteration_1/kl_to_start.json").read_text())
+    assert kl["kl_per_token"] > 0 and f"{kl['kl_per_token']:.3f}" in won
     for name in ("prompts", "samples", "ranked", "pairs", "pairs.test"):
         assert (run / "iteration_1" / f"{name}.jsonl").exists()
     transformers.AutoModelForCausalLM.from_pretrained(run / "final-hf")

@@ -55,4 +55,5 @@ case $ZEPHYR in
   2024) DPO+=" --beta 0.01 --schedule cosine --optimizer adamw --epochs 1 --batch-size 128" ;;
   *) echo "error: ZEPHYR=$ZEPHYR: it must be 2023 or 2024" >&2; exit 2 ;;
 esac
+KL="--prompts 256 --dtype bfloat16" # of the held-out ones, for the distance to the other models
 EXPORT_DTYPE=bf16
