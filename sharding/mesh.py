@@ -17,6 +17,8 @@ import jax
 import psutil
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sharding import chips
+
 MESH_AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -113,18 +115,10 @@ def free_memory(mesh: Mesh) -> int:
     return free * len(devices)
 
 
-# bf16 FLOP/s of a chip, dense, as the makers publish them; by the start of jax's device_kind.
-PEAK_FLOPS = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
-    "TPU v6": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
-}  # fmt: skip
-
-
 def peak_flops(mesh: Mesh) -> float | None:
     """bf16 FLOP/s of the mesh's devices together; None where they are not in the table."""
-    kind = mesh.devices.flat[0].device_kind
-    known = [peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)]
-    return known[0] * mesh.size if known else None
+    chip = chips.of_kind(mesh.devices.flat[0].device_kind)
+    return chip.bf16 * mesh.size if chip else None
 
 
 def peak_memory(mesh: Mesh) -> int:

@@ -11,7 +11,8 @@ Everything is timed in one run, side by side in turns, since machines are noisy:
 import dataclasses
 import sys
 
-from scripts.bench import dpo, machine, rank, sample
+from scripts.bench import dpo, rank, sample
+from sharding import chips
 from stages import records
 
 
@@ -26,7 +27,7 @@ Command = rank.Rank | sample.Sample | dpo.Dpo | Gemm
 def main(args: Command) -> None:
     benches = {rank.Rank: rank.bench, sample.Sample: sample.bench, dpo.Dpo: dpo.bench}
     if isinstance(args, Gemm):
-        print(f"fp32 GEMM: {machine.gemm_rate() / 1e9:.0f} GFLOP/s")
+        print(f"fp32 GEMM: {chips.gemm_rate() / 1e9:.0f} GFLOP/s")
     else:
         benches[type(args)](args)
 

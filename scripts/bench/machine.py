@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's own rates, the model, a process for each side."""
+"""What the benchmarks share: the model, a process for each side."""
 
 import contextlib
 import io
@@ -7,36 +7,11 @@ import os
 import time
 
 
-def gemm_rate() -> float:
-    """fp32 FLOP/s of XLA's matrix product at PairRM's shapes: a hundred in a row."""
-    import jax
-    import jax.numpy as jnp
-
-    x, w = jnp.ones((2048, 1024)), jnp.ones((1024, 4096))
-    product = jax.jit(lambda x, w: jnp.dot(x, w, precision="highest"))
-    product(x, w).block_until_ready()
-    begun = time.perf_counter()
-    for _ in range(100):
-        product(x, w).block_until_ready()
-    return 100 * 2 * x.shape[0] * w.size / (time.perf_counter() - begun)
-
-
 def timed(function):
     """(seconds, what function() gives)."""
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
-
-
-def read_rate() -> float:
-    """Bytes per second at which a large array is read, the best of ten."""
-    import jax
-    import jax.numpy as jnp
-
-    x = jnp.ones((128, 1 << 20))
-    total = jax.jit(lambda x: jnp.sum(x, axis=1))
-    total(x).block_until_ready()
-    return x.nbytes / min(timed(lambda: total(x).block_until_ready())[0] for _ in range(10))
 
 
 def peak_memory() -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.bench.machine import Side, gemm_rate, peak_memory, read_rate, timed, two_formats
+from scripts.bench.machine import Side, peak_memory, timed, two_formats
+from sharding.chips import gemm_rate, read_rate
 from stages import records
 from stages.records import UserError
 

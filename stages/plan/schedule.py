@@ -1,0 +1,138 @@
+"""What a recipe runs on a slice, how often, and how long it takes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from sharding.chips import Slice
+from stages.plan.arithmetic import (
+    Decoder,
+    Lengths,
+    Piece,
+    Ranking,
+    Sampling,
+    Training,
+    mesh_of,
+    seconds,
+)
+from stages.plan.recipe import Recipe
+from stages.records import UserError
+
+# The share of the roofline that a stage reaches. On accelerators assumed, nothing was measured
+# there: what good programs reach in training, less where many small operations follow each other.
+# On CPU from scripts.bench (bench sample, rank and dpo; the roofline here over what they took).
+ASSUMED = {"sample": 0.5, "rank": 0.3, "dpo": 0.4}
+MEASURED_ON_CPU = {"sample": 0.6, "rank": 0.8, "dpo": 0.75}
+
+# Seconds before and after a stage's work: start, imports, compiling, the end.
+START = {"sample": 60.0, "rank": 60.0, "pairs": 10.0, "dpo": 90.0}
+START_ON_CPU = {"sample": 12.0, "rank": 3.0, "pairs": 2.0, "dpo": 15.0}
+DISK = 1e9  # bytes a second of a checkpoint, one host
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One of the loop's steps."""
+
+    name: str
+    kind: str  # sample, rank, pairs or dpo: the efficiency that goes with it
+    times: int  # in a whole run
+    dtype: str
+    pieces: list[Piece]
+    start: float  # seconds beside the work
+    chips: int  # that work at it
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    recipe: Recipe
+    decoder: Decoder
+    on: Slice
+    lengths: Lengths
+    prompts: int  # an iteration
+    heldout: int
+    efficiency: dict[str, float]
+
+    @property
+    def pairrm(self) -> bool:
+        return not self.recipe.ranker.rpartition(":")[0].endswith(".py")
+
+    def sampling(self, heldout: bool = False) -> Sampling:
+        args = self.recipe.heldout_sample if heldout else self.recipe.sample
+        prompts = self.heldout if heldout else self.prompts
+        mesh = _mesh(args.mesh, self.on, "sample")
+        return Sampling(self.decoder, args, self.lengths, prompts, mesh)
+
+    def ranking(self, heldout: bool = False) -> Ranking:
+        """Of held-out answers too: PairRM compares a model's with those of two others."""
+        prompts, n = (self.heldout, 2) if heldout else (self.prompts, self.recipe.sample.n)
+        return Ranking(self.recipe.rank, self.lengths, prompts, n, self.on.hosts)
+
+    def training(self) -> Training:
+        args, test = self.recipe.dpo, self.recipe.pairs
+        aside = test.test_count or round(test.test_fraction * self.prompts)
+        mesh = _mesh(args.mesh, self.on, "dpo")
+        return Training(self.decoder, args, self.lengths, self.prompts - aside, aside, mesh)
+
+    def stages(self) -> list[Stage]:
+        rounds, on = self.recipe.iterations, self.on
+        start = START if on.chip.host else START_ON_CPU
+        weights = 4 * self.decoder.parameters / DISK / on.hosts
+        saves = 1 if not self.recipe.dpo.save_every else 2  # the last state's is not hidden
+        rank_dtype = self.ranking().dtype if self.pairrm else "fp32"
+
+        def sample(name, times, heldout):
+            work = self.sampling(heldout)
+            return Stage(name, "sample", times, work.args.dtype, work.pieces(),
+                         start["sample"] + weights, on.size)  # fmt: skip
+
+        def rank(name, times, heldout):
+            pieces = self.ranking(heldout).pieces() if self.pairrm else []
+            return Stage(name, "rank", times, rank_dtype, pieces, start["rank"], on.hosts)
+
+        return [
+            sample("held-out answers", rounds + 1, True),
+            rank("held-out, rank", rounds + 1, True),
+            sample("sample", rounds, False),
+            rank("rank", rounds, False),
+            Stage("pairs", "pairs", rounds, "fp32", [], start["pairs"], 1),
+            Stage("dpo", "dpo", rounds, self.recipe.dpo.dtype, self.training().pieces(),
+                  start["dpo"] + (1 + saves) * weights, on.size),
+        ]  # fmt: skip
+
+    def seconds(self, stage: Stage) -> float:
+        """Of one time."""
+        ideal = seconds(stage.pieces, self.on, stage.dtype).total
+        return stage.start + ideal / self.efficiency.get(stage.kind, 1.0)
+
+    def hours(self) -> float:
+        """Of the whole run."""
+        return sum(stage.times * self.seconds(stage) for stage in self.stages()) / 3600
+
+
+def _mesh(sizes, on: Slice, stage: str):
+    try:
+        return mesh_of(sizes or (1, -1, 1), on.size)
+    except ValueError as error:
+        raise UserError(f"{stage}: {error}: change it in the recipe, or the topology") from None
+
+
+def efficiencies(given: tuple[str, ...], on: Slice) -> dict[str, float]:
+    """From --efficiency: sample=0.5, or FILE.json of such names, over what is assumed."""
+    found = dict(ASSUMED if on.chip.host else MEASURED_ON_CPU)
+    for word in given:
+        name, _, value = word.partition("=")
+        try:
+            new = {name: value} if value else json.loads(Path(word).read_text())
+            new = {name: float(value) for name, value in new.items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            raise UserError(
+                f"--efficiency {word}: write sample=0.5, or a JSON file of {', '.join(found)}"
+            ) from None
+        if unknown := [n for n, v in new.items() if n not in found or not 0 < v <= 1]:
+            raise UserError(
+                f"--efficiency {word}: {unknown[0]} must be one of {', '.join(found)}, "
+                "above 0 and at most 1"
+            )
+        found |= new
+    return found
