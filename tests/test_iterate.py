@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from tests import tiny
+from tests import tiny, tiny_pairrm
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -69,6 +69,21 @@ def test_the_loop_runs_shows_its_table_exports_and_knows_when_it_is_done(place):
     assert "sample" not in again.stdout.splitlines()[0]
     other = iterate(place, LIMIT="3")
     assert other.returncode == 2 and "other settings" in other.stderr
+
+
+@pytest.mark.heavy  # a second loop: half a minute
+def test_with_pairrm_the_table_has_win_rates_and_no_rewards(place):
+    tiny_pairrm.write_pairrm(place / "pairrm")
+    recipe = (place / "mine.sh").read_text()
+    (place / "pairwise.sh").write_text(recipe + f"RANKER={place / 'pairrm'}\n")
+    done = iterate(place, "pairwise.sh")
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = done.stdout[done.stdout.rindex("\nmodel ") :].splitlines()
+    assert "reward" not in table[1]
+    assert next(line for line in table if line.startswith("iteration_1")).count("% [") == 2
+    compared = json.loads((place / "runs/pairwise/iteration_1/against_start.json").read_text())
+    assert compared["n"] == len(tiny.PROMPTS) and 0 <= compared["swap_consistency"] <= 1
+    assert "both orders agree" in (place / "runs/pairwise/report.html").read_text()
 
 
 def test_an_unknown_recipe_or_a_bad_number_is_refused(place):

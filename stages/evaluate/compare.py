@@ -92,7 +92,7 @@ def main(args: Compare) -> None:
         ],
     }  # fmt: skip
     kept = ("win_rate", "standard_error", "interval", "length_controlled_win_rate", "mean_length")
-    output.finish_as(content, counts, {name: content[name] for name in kept})
+    output.finish_as(content, counts, {name: content[name] for name in kept} | measured)
     show(found, controlled, content["mean_length"])
 
 

@@ -6,6 +6,7 @@ import io
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 SIZE = (4.4, 2.7)  # inches: as wide as a phone's screen, so that letters there are 11 pixels high
 SERIES = 7  # colours that the page defines, --series-0 for the start model
@@ -43,6 +44,7 @@ def lines(title: str, xlabel: str, given: list[Line], level: tuple[float, str] |
             axes.plot(x, y, style, color=colour, linewidth=1.6, markersize=4, label=label)
         axes.set_title(title)
         axes.set_xlabel(xlabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if any(label and label[0] != "_" for label, *_ in given) or level:
             axes.legend(ncols=2)
         return _svg(figure, title)

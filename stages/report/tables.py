@@ -126,10 +126,12 @@ def page(run: Run) -> dict[str, list[Cells]]:
 
 
 def _ranker(run: Run) -> list[Cells]:
-    """What each file's rankings have in common."""
+    """What the rankings of each file have in common."""
     found = []
     for node in run.graph:
-        results = node.manifest.results if node.manifest else {}
+        if node.manifest is None or node.manifest.stage not in ("rank", "evaluate compare"):
+            continue
+        results = node.manifest.results
         values = {title: results.get(name) for name, title in RANKER.items()}
         if any(value is not None for value in values.values()):
             found.append({"file": node.path} | {t: _text(v, ".3g") for t, v in values.items()})
