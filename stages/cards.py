@@ -90,7 +90,7 @@ def model_card(checkpoint: dict, dtype: str, rounding: str | None, results: list
     base = source.get("hub_id") or source.get("name")
     steps = [_training(made) for made in trainings]
     entries = [entry for made in trainings for entry in made.get("data", [])]
-    told = _results(results, checkpoint["identity"])
+    told = _results(results, chain)
     front = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -222,69 +222,79 @@ def _limits(trainings: list[dict], rounding: str | None, results: list[str]) -> 
 # ---------------------------------------------------------------------- its results
 
 
-def _results(files: list[str], identity: str) -> list[str]:
-    """Tables of results: UserError where a file is none, or is another model's."""
-    rows: dict[str, list] = {"evaluate compare": [], "evaluate score": [], "evaluate kl": []}
+def _results(files: list[str], chain: list[dict]) -> list[str]:
+    """Tables of results: UserError where a file is none, or is of another model than the last."""
+    identity, rows = chain[-1]["identity"], {stage: [] for stage in RESULTS}
+    names = {made["identity"]: f"iteration {k}" for k, made in enumerate(chain)}
+    names |= {chain[0]["identity"]: "the base model"} | {identity: "this model"}
     for file in files:
         if not epath.Path(file).exists():
             raise UserError(f"--results {file} does not exist")
         manifest = records.read_manifest(file)
-        if manifest is None or manifest.stage not in rows:
+        if manifest is None or manifest.stage not in RESULTS:
             raise UserError(
                 f"--results {file}: has no manifest of stages.evaluate compare, score or kl: give "
                 "a file that one of these wrote"
             )
-        model = _model_of(file, manifest)
-        if model not in (None, identity):
-            raise UserError(
-                f"--results {file}: is of another model ({model[:12]}) than this ({identity[:12]})"
-            )
+        models = _models_of(file, manifest)
+        ours = models if manifest.stage == "evaluate kl" else models[:1]
+        if identity not in ours and None not in ours:
+            raise UserError(f"--results {file}: is of another model ({ours[0][:12]}) than this "
+                            f"({identity[:12]})")  # fmt: skip
+        called = [names.get(model, model and f"`{model[:12]}`") for model in models]
         try:
-            found = json.loads(epath.Path(file).read_text())
-            row = RESULTS[manifest.stage][1](found)
+            row = RESULTS[manifest.stage][1](json.loads(epath.Path(file).read_text()), *called)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--results {file}: damaged ({error!r}): make it again") from None
-        rows[manifest.stage].append([*row, "yes" if model else UNKNOWN])
+        rows[manifest.stage].append([*row, "yes" if identity in ours else UNKNOWN])
     return [_table([*RESULTS[stage][0], "of these weights"], found)
             for stage, found in rows.items() if found]  # fmt: skip
 
 
-def _model_of(file: str, manifest: records.Manifest) -> str | None:
-    """The identity of the model that a result is about, where the manifests tell."""
+def _models_of(file: str, manifest: records.Manifest) -> tuple[str | None, str | None]:
+    """The identities, where the manifests tell, of the model judged and the one it was set against;
+    of KL(first ‖ second)."""
     if manifest.stage == "evaluate kl":
-        return manifest.identities.get("model")
+        sampler = manifest.identities["sampler"]
+        return None if sampler == "unknown" else sampler, manifest.identities["model"]
     entries = provenance(file)
-    judged = [e["identities"]["outputs"] for e in entries if "outputs" in e["identities"]]
-    return next((e["identities"].get("model") for e in entries if e["sha256"] in judged), None)
+    sides: dict[str, str | None] = {"outputs": None, "baseline": None}
+    for side in sides:
+        content = next((e["identities"][side] for e in entries if side in e["identities"]), None)
+        found = (e["identities"].get("model") for e in entries if e["sha256"] == content)
+        sides[side] = next(found, None)
+    return sides["outputs"], sides["baseline"]
 
 
-def _compare(found: dict) -> list[str]:
+def _compare(found: dict, _: str | None, baseline: str | None) -> list[str]:
     controlled = found["length_controlled_win_rate"]
-    ours, theirs = found["mean_length"]
     return [
-        _name(found["generators"][1]), _name(found["ranker"]), str(found["n"]),
+        baseline or _name(found["generators"][1]), _name(found["ranker"]), str(found["n"]),
         _rate(found["win_rate"], *found["interval"]),
-        UNKNOWN if controlled is None else f"{controlled:.1%}", f"{ours:.0f}, {theirs:.0f}",
+        UNKNOWN if controlled is None else f"{controlled:.1%}",
+        ", ".join(f"{length:.0f}" for length in found["mean_length"]),
     ]  # fmt: skip
 
 
-def _score(found: dict) -> list[str]:
+def _score(found: dict, _: str | None, baseline: str | None) -> list[str]:
     controlled = found["length_controlled_winrate"]
     return [
-        str(found["reference"] or UNKNOWN), str(found["n_total"]),
+        baseline or str(found["reference"] or UNKNOWN), str(found["n_total"]),
         _rate(*(value / 100 for value in (found["win_rate"], *found["interval"]))),
         UNKNOWN if controlled is None else f"{controlled:.1f}% ({found['length_control']})",
         str(found["avg_length"]),
     ]  # fmt: skip
 
 
-def _kl(found: dict) -> list[str]:
-    error = found["standard_error"]
-    spread = "" if error is None else f" ± {error:.2g}"
-    return [_name(found["samples"]), str(found["prompts"]), f"{found['kl_per_token']:.4f}{spread}"]
+def _kl(found: dict, sampler: str | None, model: str | None) -> list[str]:
+    a_token, error = found["kl_per_token"], found["standard_error"]
+    return [
+        f"{sampler or UNKNOWN} ‖ {model}", _name(found["samples"]), str(found["prompts"]),
+        f"{a_token:.4f}" + ("" if error is None else f" ± {error:.2g}"),
+    ]  # fmt: skip
 
 
-RESULTS: dict[str, tuple[list[str], Callable[[dict], list[str]]]] = {
+RESULTS: dict[str, tuple[list[str], Callable[..., list[str]]]] = {
     "evaluate compare": (
         ["against", "judged by", "instructions", "win rate, 95% interval", "length-controlled",
          "mean characters, its and the other's"], _compare),
@@ -292,7 +302,7 @@ RESULTS: dict[str, tuple[list[str], Callable[[dict], list[str]]]] = {
         ["annotations against", "instructions", "win rate, 95% interval", "length-controlled",
          "mean characters"], _score),
     "evaluate kl": (
-        ["KL(who sampled ‖ this model), on", "prompts", "a token, and standard error"], _kl),
+        ["KL(first ‖ second) of", "on", "prompts", "a token, and standard error"], _kl),
 }  # fmt: skip
 
 
@@ -340,7 +350,7 @@ def dataset_card(splits: list[dict], features) -> tuple[dict, str]:
         + (f" ({', '.join(_datasets(entries))})" if _datasets(entries) else "")
         + " or of the model that answered them. Look before you publish.",
         "## Limits",
-        "- The answers are a model's, and were read by no person.\n"
+        "- The answers are a model's; the manifests record no check of them by a person.\n"
         "- The preferences are the ranker's, not people's.",
     ]  # fmt: skip
     return {name: front[name] for name in ("configs", "dataset_info")}, _card(

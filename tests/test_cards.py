@@ -154,20 +154,27 @@ KL = {"samples": "/home/me/heldout.samples.jsonl", "prompts": 32, "kl_per_token"
 def test_results_are_tables_of_what_was_measured_of_this_model(second, tmp_path):
     ours = written(tmp_path / "ours.json", "evaluate outputs", [], "a", {"model": "m3"})
     start = written(tmp_path / "start.json", "evaluate outputs", [], "b", {"model": "m1"})
-    judged = {"outputs": records.file_sha256(ours)}
+    judged = {"outputs": records.file_sha256(ours), "baseline": records.file_sha256(start)}
     compared = written(tmp_path / "c.json", "evaluate compare", [start, ours], COMPARED, judged)
     scored = written(tmp_path / "s.json", "evaluate score", ["gone.json"], SCORED, {"none": ""})
     kl = written(tmp_path / "k.json", "evaluate kl", [], KL, {"model": "m3", "sampler": "m1"})
-    card = cards.model_card(second, "bfloat16", None, [scored, compared, kl])
+    back = written(tmp_path / "b.json", "evaluate kl", [], KL, {"model": "m2", "sampler": "m3"})
+    card = cards.model_card(second, "bfloat16", None, [scored, compared, kl, back])
     assert (
-        "| start\\|model | reward.py:reward | 96 | 63.0% [53.0%, 72.0%] | not known | 120, 190 "
+        "| the base model | reward.py:reward | 96 | 63.0% [53.0%, 72.0%] | not known | 120, 190 "
         "| yes |" in card
     )
     assert "| gpt4 | 805 | 30.2% [27.0%, 33.5%] | 31.5% (v1) | 2600 | not known |" in card
-    assert "| heldout.samples.jsonl | 32 | 0.0123 | yes |" in card
+    for pair in ("the base model ‖ this model", "this model ‖ iteration 1"):
+        assert f"| {pair} | heldout.samples.jsonl | 32 | 0.0123 | yes |" in card
     assert "no results were given" not in card and "/home/me" not in card
     with pytest.raises(UserError, match=r"c\.json: is of another model \(m3\) than this \(m1\)"):
         cards.model_card(second["parent"]["parent"], "float32", None, [compared])
+    with pytest.raises(UserError, match=r"b\.json: is of another model"):
+        cards.model_card(second["parent"]["parent"], "float32", None, [back])
+    (tmp_path / "start.json").unlink()  # then its name is what the file says
+    card = cards.model_card(second, "bfloat16", None, [compared])
+    assert "| start\\|model | reward.py:reward | 96 |" in card
 
 
 @pytest.mark.parametrize(
@@ -175,7 +182,7 @@ def test_results_are_tables_of_what_was_measured_of_this_model(second, tmp_path)
     [
         ("sample", COMPARED, "has no manifest of stages.evaluate compare, score or kl"),
         ("evaluate compare", "{}", r"damaged \(KeyError"),
-        ("evaluate kl", "no JSON", r"damaged \(JSONDecodeError"),
+        ("evaluate score", "no JSON", r"damaged \(JSONDecodeError"),
     ],
 )
 def test_what_is_no_result_is_refused(second, tmp_path, stage, content, message):
@@ -196,7 +203,8 @@ def test_to_hf_writes_the_card_renews_it_and_leaves_a_users_own(tmp_path, capsys
     convert.main(convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bf16"))
     first = readme.read_text()
     assert f"`{made['identity']}`" in first and "- Bf16 rounds " in first
-    kl = written(tmp_path / "k.json", "evaluate kl", [], KL, {"model": made["identity"]})
+    kl = written(tmp_path / "k.json", "evaluate kl", [], KL,
+                 {"model": made["identity"], "sampler": "unknown"})  # fmt: skip
     again = convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bf16", results=(kl,))
     convert.main(again)
     renewed = readme.read_text()
