@@ -40,13 +40,15 @@ class CheckpointError(ValueError):
 
 
 def save(folder: str, config: MistralConfig, params: mistral.Params, tokenizer_from: str,
-         origin: dict) -> str:  # fmt: skip
+         origin: dict, **known) -> str:  # fmt: skip
     """Write a checkpoint and return its identity. Of several processes each writes its shards, to
     a file system that all of them see.
 
     params: fp32 arrays (jax or numpy), stacked layers. tokenizer_from: the folder whose tokenizer
     files and generation_config.json are copied. origin: what made it (stage, arguments, inputs,
-    identities), kept in the manifest. Replaces an unfinished folder, never a finished one.
+    identities), kept in the manifest; so is `known`, for cards: `source` of a conversion, `parent`
+    (a checkpoint's manifest) and `data` (its pairs' provenance) of a training. Replaces an
+    unfinished folder, never a finished one.
     """
     if epath.Path(folder).exists():
         raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
@@ -60,14 +62,14 @@ def save(folder: str, config: MistralConfig, params: mistral.Params, tokenizer_f
         ocp.save(temporary / "params", params)
     identity = fingerprint(params)
     if processes.is_first():
-        _complete(temporary, config, params, identity, tokenizer_from, origin)
+        _complete(temporary, config, params, identity, tokenizer_from, origin, known)
         temporary.rename(folder)
     processes.wait()
     return identity
 
 
 def _complete(temporary, config: MistralConfig, params, identity: str, tokenizer_from: str,
-              origin: dict) -> None:  # fmt: skip
+              origin: dict, known: dict) -> None:  # fmt: skip
     """Write all of a checkpoint but its parameters."""
     source = epath.Path(tokenizer_from)
     for name in (*TOKENIZER_FILES, "generation_config.json"):
@@ -77,7 +79,7 @@ def _complete(temporary, config: MistralConfig, params, identity: str, tokenizer
         json.dumps(model_config.to_hf(config, config.torch_dtype), indent=2) + "\n"
     )
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
-    manifest = {"identity": identity, "parameters": count, "origin": origin}
+    manifest = {"identity": identity, "parameters": count, "origin": origin, **known}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 

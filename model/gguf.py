@@ -87,6 +87,22 @@ def read_gguf(path: str, tokenizer_folder: str | None = None) -> tuple[MistralCo
     return config, params
 
 
+def read_source(path: str) -> dict:
+    """What the file says of itself, for cards: name, hub_id and licence, where it does."""
+    reader = _open(path)
+    keys = {
+        "name": "general.name",
+        "license": "general.license",
+        "license_name": "general.license.name",
+        "license_link": "general.license.link",
+    }
+    found = {name: _value(reader, key) for name, key in keys.items()}
+    url = _value(reader, "general.repo_url") or ""
+    if url.startswith("https://huggingface.co/"):
+        found["hub_id"] = url.removeprefix("https://huggingface.co/").strip("/")
+    return {name: value for name, value in found.items() if isinstance(value, str)}
+
+
 def half_split(weights: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows [heads · head_dim, d] from llama.cpp's order to Hugging Face's: rotary pairs stand
     side by side there, half a head apart here (`permute` in llama.cpp's converter, undone)."""

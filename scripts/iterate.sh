@@ -130,7 +130,8 @@ done
 
 say "export"
 [[ -d $run/final-hf ]] || python -m scripts.convert to-hf "$model" "$run/final-hf" \
-  --base "$run/start/checkpoint" ${EXPORT_DTYPE:+--dtype "$EXPORT_DTYPE"}
+  --base "$run/start/checkpoint" --results "$it/against_start.json" "$it/kl_to_start.json" \
+  ${EXPORT_DTYPE:+--dtype "$EXPORT_DTYPE"}
 {
   python -m scripts.table show "$run" --terms
   echo "All of it, and the answers side by side: $run/report.html"

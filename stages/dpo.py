@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from model.packing import Sequence, pack
 from stages import records
+from stages.cards import provenance
 from stages.examples import Example, read_pairs
 from stages.records import Manifest, UserError
 from stages.work import Work, save_array
@@ -228,13 +229,16 @@ class Run:
         import jax
         import jax.numpy as jnp
 
-        from model import mistral
+        from model import checkpoint, mistral
         from model import train as training
         from sharding.mesh import batch_shards, make_mesh, replicated, tree_shardings
 
         self.args, self.config, self.manifest, self.work = args, config, manifest, work
         self.train, self.test = train, test
         self.sampled_by_reference = sampled_by_reference
+        # For cards; now, since these files may be gone at the end.
+        self.known = {"parent": checkpoint.read_manifest(args.checkpoint),
+                      "data": provenance(args.pairs)}  # fmt: skip
         self.metrics = self.board = None
         self.begun = time.monotonic()
         try:
@@ -409,6 +413,7 @@ class Run:
         identity = checkpoint.save(
             self.args.out, self.config, params, self.args.checkpoint,
             dataclasses.asdict(self.manifest),
+            **self.known,
         )  # fmt: skip
         if processes.is_first():
             self.metrics.close()

@@ -56,7 +56,8 @@ class Args:
     """Where the test split goes; default: OUT with .test.jsonl for .jsonl."""
     parquet: str | None = None
     """Also write the splits as Parquet into this folder, in the columns of
-    snorkelai/Snorkel-Mistral-PairRM-DPO-Dataset. Iterations gather in one folder."""
+    snorkelai/Snorkel-Mistral-PairRM-DPO-Dataset. Iterations gather in one folder, whose dataset
+    card (README.md) grows with them."""
     iteration: int | None = None
     """With --parquet: the N of the splits train_iteration_N and test_iteration_N."""
     seed: int = 0
@@ -92,6 +93,8 @@ def main(args: Args) -> None:
             if args.parquet is not None:
                 name = f"{split}_iteration_{args.iteration}"
                 parquet.write_split(path, args.parquet, name, args.overwrite)
+        if args.parquet is not None:
+            parquet.write_card(args.parquet)
 
 
 def _write_pairs(args: Args, output: records.Output, elsewhere: set[str], check_stop) -> None:

@@ -6,6 +6,7 @@ from the file's. `read_dataset` and `read_prompts_dataset` make pairs.jsonl and 
 such a folder or from a dataset on the hub, row by row.
 """
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from stages import records
+from stages import cards, records
 from stages.records import UserError
 
 MESSAGES = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))
@@ -30,7 +31,8 @@ SCHEMA = pa.schema(
     ]
 )
 ROWS_AT_ONCE = 1000
-SOURCE = b"pairs_sha256"  # in the file's metadata: which pairs.jsonl it was made from
+# In the file's metadata: the pairs.jsonl it was made from, and the provenance of that (JSON).
+SOURCE, PROVENANCE = b"pairs_sha256", b"provenance"
 
 
 # ---------------------------------------------------------------------- writing
@@ -53,13 +55,62 @@ def write_split(pairs: str, directory: str, split: str, overwrite: bool = False)
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{records.local_path(path)}.tmp"
     rows = 0
-    with pq.ParquetWriter(temporary, SCHEMA.with_metadata({SOURCE: source})) as writer:
+    known = {SOURCE: source, PROVENANCE: json.dumps(cards.provenance(pairs)).encode()}
+    with pq.ParquetWriter(temporary, SCHEMA.with_metadata(known)) as writer:
         for batch in _batches(pairs):
             writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
             rows += len(batch)
     records.publish(temporary, path)
     print(f"{path}: {rows} rows")
     return path
+
+
+def write_card(directory: str) -> None:
+    """Write DIR/README.md, the dataset's card, of all splits there. Of a card that a user changed
+    only what `datasets` reads is renewed, the list of splits in its front matter."""
+    from datasets import Features
+    from huggingface_hub import DatasetCard
+
+    files = sorted(
+        (epath.Path(directory) / "data").glob("*-00000-of-00001.parquet"), key=_split_order
+    )
+    machine_read, card = cards.dataset_card(
+        [_split_facts(file) for file in files], Features.from_arrow_schema(SCHEMA)
+    )
+    path = os.path.join(directory, "README.md")
+    if cards.write(path, card):
+        return
+    try:
+        changed = DatasetCard(epath.Path(path).read_text(), ignore_metadata_errors=True)
+    except Exception as error:  # YAML errors of many kinds
+        raise UserError(f"{path}: its front matter cannot be read ({error}): mend it") from None
+    if {name: changed.data.get(name) for name in machine_read} != machine_read:
+        for name, value in machine_read.items():
+            changed.data[name] = value
+        records.write_atomically(path, str(changed))
+    print(f"{path} was changed by hand: only the splits in its front matter are kept up to date")
+
+
+def _split_facts(file) -> dict:
+    with file.open("rb") as opened:
+        parquet = pq.ParquetFile(opened)
+        known = (parquet.schema_arrow.metadata or {}).get(PROVENANCE)
+        return {
+            "name": _split_name(file), "path": f"data/{file.name}",
+            "rows": parquet.metadata.num_rows, "bytes": file.stat().length,
+            "num_bytes": sum(batch.nbytes for batch in parquet.iter_batches()),
+            "data": None if known is None else json.loads(known),
+        }  # fmt: skip
+
+
+def _split_name(file) -> str:
+    return file.name.removesuffix("-00000-of-00001.parquet")
+
+
+def _split_order(file) -> tuple:
+    """Iteration by iteration, train before test."""
+    kind, _, number = _split_name(file).partition("_iteration_")
+    return (int(number) if number.isdigit() else 0, kind != "train", kind, number)
 
 
 def _batches(pairs: str) -> Iterator[list[dict]]:

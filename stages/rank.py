@@ -19,6 +19,7 @@ scores go with length (score_length_correlation).
 import dataclasses
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
@@ -118,7 +119,9 @@ def main(args: Args) -> None:
             cut = row.get("truncated")
             report.add(texts, Ranking(row["scores"], row.get("comparisons"), truncated=cut))
     results = report.results()
-    output.finish(iter(order), counts, results)
+    # Its name for people; what decides the scores is the identity.
+    name = Path(args.ranker).name if Path(args.ranker.partition(":")[0]).exists() else args.ranker
+    output.finish(iter(order), counts, results | {"ranker": name})
     if pairwise and made:
         print(f"{made} comparisons in {elapsed:.1f} s: {made / elapsed:.3g} a second")
     if results:

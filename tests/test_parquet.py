@@ -87,7 +87,7 @@ def test_datasets_reads_the_published_columns_and_the_splits_from_the_names(tmp_
             expected = [{name: row[name] for name in PUBLISHED} for row in read(path)]
             assert loaded.to_list() == expected
     assert datasets.get_dataset_split_names(str(tmp_path / "hub")) == [
-        "test_iteration_1", "test_iteration_2", "train_iteration_1", "train_iteration_2",
+        "train_iteration_1", "test_iteration_1", "train_iteration_2", "test_iteration_2",
     ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from model import checkpoint
 from scripts import table
-from stages import dpo, pairs, rank, records, sample
+from stages import cards, dpo, pairs, rank, records, sample
 from stages.examples import read_pairs, template_head
 from tests import tiny
 
@@ -113,6 +113,12 @@ def test_dpo_starts_at_ln_2_learns_and_writes_a_complete_checkpoint(base, tmp_pa
     manifest = checkpoint.read_manifest(str(out))
     assert manifest["identity"] != checkpoint.identity(str(base / "model"))
     assert manifest["origin"]["identities"]["reference"] == checkpoint.identity(str(base / "model"))
+    assert manifest["parent"] == checkpoint.read_manifest(str(base / "model"))
+    assert [entry["stage"] for entry in manifest["data"]] == ["pairs", "rank", "sample"]
+    card = cards.model_card(manifest, "float32", None, [])
+    assert "| ranker | reward.py:reward |" in card
+    assert "| answers to each | 3, temperature 1.0, top-p 1.0, up to 12 tokens |" in card
+    assert f"| test pairs ordered right | {rows[-1]['eval_rewards/accuracies']:.1%} |" in card
     assert not (tmp_path / "out.work").exists()
     assert list((tmp_path / "out.log" / "tensorboard").iterdir())
     assert "agree within" in capsys.readouterr().out
