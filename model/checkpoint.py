@@ -5,14 +5,15 @@
     tokenizer files       whatever the tokenizer came with, and its chat template
     manifest.json         identity of the parameters, and where they came from
 
-A folder appears whole, by a rename, or not at all. Nothing is guessed from its name.
+A folder appears whole, by a rename, or not at all. Object stores (gs://…) do not rename: there
+manifest.json is written last, and a folder without one is no checkpoint. Nothing is guessed from a
+folder's name.
 """
 
 import contextlib
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable
 
 import jax
@@ -50,9 +51,10 @@ def save(folder: str, config: MistralConfig, params: mistral.Params, tokenizer_f
     (a checkpoint's manifest) and `data` (its pairs' provenance) of a training. Replaces an
     unfinished folder, never a finished one.
     """
-    if epath.Path(folder).exists():
+    temporary = _unfinished(folder)
+    if is_taken(folder):
         raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
-    temporary = epath.Path(f"{str(folder).rstrip('/')}.tmp")
+    processes.wait()  # all have looked
     if processes.is_first():
         if temporary.exists():
             temporary.rmtree()
@@ -63,9 +65,26 @@ def save(folder: str, config: MistralConfig, params: mistral.Params, tokenizer_f
     identity = fingerprint(params)
     if processes.is_first():
         _complete(temporary, config, params, identity, tokenizer_from, origin, known)
-        temporary.rename(folder)
+        if temporary != epath.Path(folder):
+            temporary.rename(folder)
     processes.wait()
     return identity
+
+
+def is_taken(folder: str) -> bool:
+    """Whether there is something that `save` does not replace."""
+    path = epath.Path(folder)
+    return (path / MANIFEST).exists() if _in_object_store(path) else path.exists()
+
+
+def _unfinished(folder: str) -> epath.Path:
+    """Where `folder` is written until it is whole: beside it, in an object store in its place."""
+    path = epath.Path(folder)
+    return path if _in_object_store(path) else path.parent / f"{path.name}.tmp"
+
+
+def _in_object_store(path: epath.Path) -> bool:
+    return "://" in str(path)
 
 
 def _complete(temporary, config: MistralConfig, params, identity: str, tokenizer_from: str,
@@ -169,8 +188,7 @@ def save_state(folder: str, state) -> Callable[[], None]:
     The arrays may be donated at once: they are copied first. On CPU, where a copy would be another
     whole state in the same memory, it is written before this returns.
     """
-    path = epath.Path(folder)
-    temporary = epath.Path(f"{folder}.tmp")
+    path, temporary = epath.Path(folder), _unfinished(folder)
     if processes.is_first() and temporary.exists():
         temporary.rmtree()
     processes.wait()
@@ -180,9 +198,9 @@ def save_state(folder: str, state) -> Callable[[], None]:
     def finish():
         writing.result()
         processes.wait()
-        if processes.is_first():
+        if processes.is_first() and temporary != path:
             if path.exists():
-                shutil.rmtree(path)
+                path.rmtree()
             temporary.rename(path)
         processes.wait()
 
@@ -190,6 +208,13 @@ def save_state(folder: str, state) -> Callable[[], None]:
         finish()
         return lambda: None
     return finish
+
+
+def is_whole_state(folder: epath.Path) -> bool:
+    """Whether `save_state` came to its end there."""
+    if _in_object_store(folder):
+        return (folder / "commit_success.txt").exists()  # Orbax writes it last
+    return folder.suffix != ".tmp"
 
 
 def load_state(folder: str, abstract):

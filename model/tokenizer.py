@@ -21,10 +21,12 @@ import itertools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable
 
 import jinja2
 import sentencepiece
+from etils import epath
 from transformers import PreTrainedTokenizerFast
 
 # Cut by every tokenizer when its identity is taken: shows how it splits, not only what it knows.
@@ -84,7 +86,13 @@ class ChatTokenizer:
 
     @classmethod
     def from_folder(cls, folder: str, eos_ids: Iterable[int]) -> "ChatTokenizer":
-        """The tokenizer of a local checkpoint folder. Raises TokenizerError; never downloads."""
+        """The tokenizer of a checkpoint folder. Raises TokenizerError; asks no hub."""
+        if "://" in folder:  # what reads the files wants them on a disk
+            with tempfile.TemporaryDirectory() as local:
+                for file in epath.Path(folder).iterdir():
+                    if file.is_file():
+                        file.copy(os.path.join(local, file.name))
+                return cls.from_folder(local, eos_ids)
         if not os.path.isdir(folder):
             raise TokenizerError(f"{folder} is not a folder: give a checkpoint's folder")
         tokenizer_model = os.path.join(folder, "tokenizer.model")

@@ -17,6 +17,7 @@ of them see. Each writes its shards, process 0 all else.
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from model.packing import Sequence, pack
@@ -195,7 +197,7 @@ def _counts(counts: Counter) -> str:
 
 def _check_lineage(path: str, identities: dict, args: Args) -> bool:
     """Refuse pairs whose lineage contradicts the arguments; True if the reference sampled them."""
-    lineage = records.read_lineage(path) if Path(path).exists() else None
+    lineage = records.read_lineage(path) if epath.Path(path).exists() else None
     theirs = lineage.identities if lineage else {}
     for name in ("tokenizer", "chat_template"):
         if theirs.get(name, identities[name]) != identities[name]:
@@ -344,7 +346,7 @@ class Run:
                 continue
             cache = self._reference_cache(path)
             if processes.from_first(np.array(cache.exists())):
-                references[name] = np.load(cache)
+                references[name] = np.load(io.BytesIO(cache.read_bytes()))
                 print(f"the reference's log-probs are there already: {cache}")
             else:
                 params = self._load(folder) if params is None else params
@@ -357,7 +359,7 @@ class Run:
         same = checkpoint.identity(folder) == checkpoint.identity(args.checkpoint)
         return (params if same else None), references
 
-    def _reference_cache(self, pairs: str) -> Path:
+    def _reference_cache(self, pairs: str) -> epath.Path:
         """Where the reference's log-probs of a file of pairs lie: a name made of all they hang on.
         Beside the pairs, or, where nothing can be written there, in the work folder."""
         args, identities = self.args, self.manifest.identities
@@ -366,8 +368,8 @@ class Run:
             *(identities[name] for name in ("reference", "tokenizer", "chat_template")),
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-        beside = Path(f"{pairs}.reference")
-        writable = os.access(Path(pairs).parent, os.W_OK)
+        beside = epath.Path(f"{pairs}.reference")
+        writable = records.is_remote(pairs) or os.access(Path(pairs).parent, os.W_OK)
         return (beside if writable else self.work.folder / "reference") / f"{key}.npy"
 
     def _load(self, folder: str):

@@ -15,11 +15,11 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import io
 import json
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -128,7 +128,9 @@ def _open_input(path: str):
         raise UserError(f"{path} does not exist: give the path of a file")
     if file.is_dir():
         raise UserError(f"{path} is a folder: give the path of a file")
-    return file.open("rb")
+    opened = file.open("rb")
+    # An object store's file asks for its data anew at each line, where it is not buffered.
+    return io.BufferedReader(opened, 1 << 22) if is_remote(path) else opened
 
 
 def _refuse_constant(name: str):
@@ -571,22 +573,26 @@ def _counts_line(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {name}" for name, n in counts.items())
 
 
-def _is_remote(path: str) -> bool:
+def is_remote(path: str) -> bool:
+    """Whether `path` is in an object store, gs://… say: what can be written once, whole."""
     return "://" in str(path)
 
 
 def local_path(path: str) -> str:
     """Where the unfinished file of `path` grows: beside it, or, since object stores cannot append,
-    in the temporary folder under a name made from the whole path."""
-    if not _is_remote(path):
+    in the user's cache folder under a name made from the whole path: the same machine goes on from
+    it, another one begins anew."""
+    if not is_remote(path):
         return str(path)
-    name = f"{text_sha256(str(path))[:16]}-{os.path.basename(path)}"
-    return os.path.join(tempfile.gettempdir(), name)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(cache, "iterative-preference-alignment")
+    os.makedirs(folder, exist_ok=True)
+    return os.path.join(folder, f"{text_sha256(str(path))[:16]}-{os.path.basename(path)}")
 
 
 def publish(local: str, path: str):
     """Move a finished local file to where it belongs, whole or not at all."""
-    if _is_remote(path):
+    if is_remote(path):
         epath.Path(local).copy(path, overwrite=True)
         os.unlink(local)
     else:
@@ -596,7 +602,7 @@ def publish(local: str, path: str):
 def write_atomically(path: str, text: str):
     """Write a whole file, or leave what was there."""
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if _is_remote(path):
+    if is_remote(path):
         epath.Path(path).write_text(text)
         return
     temporary = f"{path}.tmp"

@@ -1,11 +1,12 @@
 """What a training leaves on disk while it runs, so that it can be stopped and goes on."""
 
+import io
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from sharding import processes
 from stages import records
@@ -14,15 +15,18 @@ from stages.records import Manifest, UserError
 
 class Work:
     """OUT.work/: what a stopped run needs to go on; OUT.log/: what a user reads. Of several
-    processes the first writes, to a file system that all of them see."""
+    processes the first writes, to a file system that all of them see. Where OUT is in an object
+    store, the log grows in a local folder, and is copied there whenever the state is saved."""
 
     def __init__(self, out: str, manifest: Manifest, keep: int = 1):
         self.keep, self._finish = keep, lambda: None
-        self.out, self.folder, self.log = out, Path(f"{out}.work"), Path(f"{out}.log")
+        self.out, self.folder = out, epath.Path(f"{out}.work")
+        self.log = Path(records.local_path(f"{out}.log"))
+        self.remote_log = f"{out}.log" if records.is_remote(out) else None
         self.finished = False
-        if Path(out).exists():
-            from model import checkpoint
+        from model import checkpoint
 
+        if checkpoint.is_taken(out):
             try:
                 origin = checkpoint.read_manifest(out)["origin"]
                 there = Manifest(**origin)
@@ -32,7 +36,7 @@ class Work:
             records.refuse_other(manifest, there, out, "choose another --out")
             self.finished = True
             if processes.is_first():
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self.done()
             return
         if self.states():  # work that other arguments must not go on with
             there = Manifest(**json.loads((self.folder / "manifest.json").read_text()))
@@ -45,9 +49,11 @@ class Work:
         processes.wait()
 
     def _begin(self, manifest: Manifest, aside: list[dict]) -> None:
+        if self.remote_log and self.states() and not self.log.exists():  # of another machine
+            _copy(self.remote_log, self.log)
         self.log.mkdir(parents=True, exist_ok=True)
         if not self.states():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.rmtree(missing_ok=True)
             self.folder.mkdir(parents=True)
             manifest.write(str(self.folder / "manifest.json"))
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in aside)
@@ -58,7 +64,10 @@ class Work:
 
     def states(self) -> list[int]:
         """The steps of the states there are, ascending."""
-        return sorted(int(p.name[6:]) for p in self.folder.glob("state-*") if p.suffix != ".tmp")
+        from model import checkpoint
+
+        found = filter(checkpoint.is_whole_state, self.folder.glob("state-*"))
+        return sorted(int(path.name[6:]) for path in found)
 
     def save_state(self, step: int, state: dict) -> None:
         """Begin to save; the next call, or `finish_saving`, waits for its end."""
@@ -70,8 +79,10 @@ class Work:
     def finish_saving(self) -> None:
         self._finish()
         self._finish = lambda: None
-        for old in self.states()[: -self.keep] if processes.is_first() else ():
-            shutil.rmtree(self.folder / f"state-{old}")
+        if processes.is_first():
+            self._keep_log()
+            for old in self.states()[: -self.keep]:
+                (self.folder / f"state-{old}").rmtree()
 
     def log_from(self, step: int, evaluated: bool) -> None:
         """Forget the metrics of steps after `step`, and, unless it was `evaluated` before it was
@@ -87,14 +98,34 @@ class Work:
             ]  # fmt: skip
             file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
+    def _keep_log(self) -> None:
+        if self.remote_log is not None and self.log.exists():
+            _copy(self.log, self.remote_log)
+
     def done(self) -> None:
-        shutil.rmtree(self.folder)
+        self._keep_log()
+        self.folder.rmtree(missing_ok=True)
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
+def _copy(source: epath.PathLike, target: epath.PathLike) -> None:
+    """All files of a folder into another. (An epath's walk loses the gs:// of its paths.)"""
+    epath.Path(target).mkdir(parents=True, exist_ok=True)
+    for path in epath.Path(source).iterdir():
+        to = epath.Path(target) / path.name
+        if path.is_dir():
+            _copy(path, to)
+        else:
+            path.copy(to, overwrite=True)
+
+
+def save_array(path: epath.Path, array: np.ndarray) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.save(content, array)
+    if records.is_remote(path):
+        path.write_bytes(content.getvalue())
+        return
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, array)
+    temporary.write_bytes(content.getvalue())
     temporary.rename(path)

@@ -407,7 +407,8 @@ def test_rows_that_disagree_beyond_the_prompt_are_not_merged(tmp_path):
         list(records.read_prompts(str(path), Counter(), agree=("scores",)))
 
 
-def test_unfinished_files_of_object_stores_grow_in_the_temporary_folder():
+def test_unfinished_files_of_object_stores_grow_in_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first, second = (records.local_path(f"gs://bucket/{x}/out.jsonl") for x in "ab")
     assert first != second and not first.startswith("gs:") and first.endswith("-out.jsonl")
     assert records.local_path("a/out.jsonl") == "a/out.jsonl"
