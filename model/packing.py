@@ -26,8 +26,8 @@ import numpy as np
 
 @dataclasses.dataclass
 class Sequence:
-    prompt: list[int]  # at least one token
-    responses: list[list[int]]
+    prompt: list[int] | np.ndarray  # at least one token
+    responses: list
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(map(len, self.responses))

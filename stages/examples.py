@@ -8,20 +8,23 @@ import dataclasses
 import math
 from collections import Counter
 
+import numpy as np
+
 from model.packing import Sequence
 from model.tokenizer import ChatTokenizer, TokenizerError
 from stages import records
 from stages.records import UserError
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Example:
-    """One pair as token ids, each response with the EOS that it ended with."""
+    """One pair as token ids, each response with the EOS that it ended with. int32 arrays: all pairs
+    are held in memory, and lists of ints would take nine times as much."""
 
     prompt_id: str
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
     sampled: tuple[float, float] | None  # the sampler's log-probs, where nothing was cut
     win_probability: float | None = None  # that the chosen response beats the rejected one
 
@@ -58,20 +61,17 @@ def read_pairs(
             raise UserError(f"{where}: prompt_id {prompt_id!r} stood above: remove one of them")
         seen.add(prompt_id)
         counts["in"] += 1
-        example = _example(row, where, tokenizer, head, lengths, counts)
+        example = _example(row, where, tokenizer, vocabulary, head, lengths, counts)
         if isinstance(example, str):
             counts[f"set aside: {example}"] += 1
             aside.append({"file": path, "prompt_id": prompt_id, "reason": example})
             continue
-        if max(example.prompt + example.chosen + example.rejected) >= vocabulary:
-            raise UserError(
-                f"{where}: a token id beyond the vocabulary: other tokenizer, or edited?"
-            )
         examples.append(example)
     return examples, counts
 
 
-def _example(row: records.Row, where: str, tokenizer, head: int, lengths, counts: Counter):
+def _example(row: records.Row, where: str, tokenizer, vocabulary: int, head: int, lengths,
+             counts: Counter):  # fmt: skip
     """One pair as an Example, or the reason (str) why it cannot be used."""
     max_length, max_prompt_length = lengths
     try:
@@ -96,13 +96,15 @@ def _example(row: records.Row, where: str, tokenizer, head: int, lengths, counts
             counts["responses cut"] += 1
     if sides[0] == sides[1]:
         return "chosen equals rejected after the cut"
+    if max(map(max, (prompt, *sides))) >= vocabulary:
+        raise UserError(f"{where}: a token id beyond the vocabulary: other tokenizer, or edited?")
     recorded = [row.get(f"{side}_logprob") for side in ("chosen", "rejected")]
     known = not cut and all(isinstance(x, (int, float)) for x in recorded)
     return Example(
         prompt_id=row["prompt_id"],
-        prompt=prompt,
-        chosen=sides[0],
-        rejected=sides[1],
+        prompt=np.array(prompt, np.int32),
+        chosen=np.array(sides[0], np.int32),
+        rejected=np.array(sides[1], np.int32),
         sampled=tuple(recorded) if known else None,
         win_probability=_win_probability(row, where),
     )

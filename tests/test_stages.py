@@ -227,10 +227,10 @@ def test_long_prompts_keep_the_templates_ends_and_cuts_are_counted(base, tmp_pat
     whole = tokenizer.prompt_ids([{"role": "user", "content": rows[0]["prompt"]}])
     empty = tokenizer.prompt_ids([{"role": "user", "content": "a"}])
     head = template_head(tokenizer)
-    cut = examples[0].prompt
+    cut = examples[0].prompt.tolist()
     assert len(cut) == 40 and cut[:head] == whole[:head] and cut[head:] == whole[-(40 - head) :]
     assert cut[-5:] == empty[-5:]
-    assert len(examples[0].prompt + examples[0].chosen) == 80
+    assert len(examples[0].prompt) + len(examples[0].chosen) == 80
     assert examples[0].rejected[-1] == 2  # EOS: a text without token ids counts as ended
     assert examples[0].chosen[-1] != 2  # …but not where its end was cut off
 
@@ -248,8 +248,8 @@ def test_eos_is_trained_only_where_the_answer_ended_by_itself(base, tmp_path):
 
     tokenizer = ChatTokenizer.from_folder(str(base / "model"), (2,))
     (example,), _ = read_pairs(str(tmp_path / "p.jsonl"), tokenizer, tiny.VOCABULARY, 1024, 512, [])
-    assert example.chosen == [70]
-    assert example.rejected == [71, 2]
+    assert example.chosen.tolist() == [70]
+    assert example.rejected.tolist() == [71, 2]
 
 
 def test_pairs_that_cannot_be_trained_on_are_set_aside_with_their_reason(base, tmp_path, capsys):

@@ -76,7 +76,7 @@ def theirs(folder, examples, **changes):
 
     order = dpo.epoch_order(0, 0, len(examples))
     rows = [
-        {"prompt_ids": e.prompt, "chosen_ids": e.chosen, "rejected_ids": e.rejected}
+        {f"{name}_ids": getattr(e, name).tolist() for name in ("prompt", "chosen", "rejected")}
         for e in (examples[i] for i in order)
     ]
     arguments = dict(
