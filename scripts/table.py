@@ -54,7 +54,8 @@ def show(args: Show) -> None:
         for name in first:
             change = last[name] - first[name]
             print(f"  {name:<14} {first[name]:.3f} → {last[name]:.3f}  ({change:+.3f})")
-    print("\n".join(tables.verdict(models)))
+    for line in tables.verdict(models):
+        print(line)
 
 
 # ------------------------------------------------------------------------- before it starts

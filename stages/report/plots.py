@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-SIZE = (4.4, 2.7)  # inches: as wide as a phone's screen, so that letters there are 11 pixels high
+SIZE = (4.0, 2.9)  # inches: as wide as a phone's screen, so that letters there are 11 pixels high
 SERIES = 7  # colours that the page defines, --series-0 for the start model
 
 # Matplotlib knows no CSS: these stand for the page's colours until the SVG is written.
@@ -46,7 +46,7 @@ def lines(title: str, xlabel: str, given: list[Line], level: tuple[float, str] |
         axes.set_xlabel(xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if any(label and label[0] != "_" for label, *_ in given) or level:
-            axes.legend(ncols=2)
+            figure.legend(loc="outside lower left", ncols=3)
         return _svg(figure, title)
 
 
