@@ -166,7 +166,9 @@ def test_what_an_earlier_ranking_left_in_a_row_is_replaced(folder, tmp_path):
     for row in by_id(tmp_path, "out.jsonl").values():
         assert not {"comparisons", "truncated", "score_terms"} & row.keys()
         assert row["kept"] == 7
-    assert set(manifest(tmp_path, "out.jsonl")["results"]) == {"score_length_correlation", "sha256"}
+    results = manifest(tmp_path, "out.jsonl")["results"]
+    assert set(results) == {"score_length_correlation", "ranker", "sha256"}
+    assert results["ranker"] == "reward.py:reward"  # not its folder
 
 
 def test_a_text_that_breaks_llm_blender_is_told_in_one_line(folder, tmp_path, capsys):

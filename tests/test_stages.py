@@ -117,7 +117,7 @@ def test_dpo_starts_at_ln_2_learns_and_writes_a_complete_checkpoint(base, tmp_pa
     assert [entry["stage"] for entry in manifest["data"]] == ["pairs", "rank", "sample"]
     card = cards.model_card(manifest, "float32", None, [])
     assert "| ranker | reward.py:reward |" in card
-    assert "| answers to each | 3, temperature 1.0, top-p 1.0, up to 12 tokens |" in card
+    assert "| answers to each | 3, temperature 1.0, top-p 0.9, up to 12 tokens |" in card
     assert f"| test pairs ordered right | {rows[-1]['eval_rewards/accuracies']:.1%} |" in card
     assert not (tmp_path / "out.work").exists()
     assert list((tmp_path / "out.log" / "tensorboard").iterdir())
