@@ -13,7 +13,7 @@ import pytest
 
 from model import mistral
 from sharding import chips
-from stages import dpo, rank, sample
+from stages import dpo, rank, records, sample
 from stages.plan import __main__ as command
 from stages.plan import arithmetic, fit, programs, published, schedule
 from stages.plan.recipe import MISTRAL_7B, RECIPES, model_config, read
@@ -241,8 +241,6 @@ def test_what_would_make_it_fit_begins_with_what_costs_no_chips():
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(flags, reason, capsys):
-    from stages import records
-
     assert records.run(command.main, command.Args, ["snorkel-mistral-7b", *flags]) == 2
     error = capsys.readouterr().err.strip()
     assert reason in error and len(error.splitlines()) == 1
@@ -262,19 +260,21 @@ def test_efficiency_is_a_number_or_a_file_over_what_is_assumed(tmp_path):
 
 
 def test_a_runs_own_times_stand_beside_the_plans(tmp_path, capsys):
-    for at, (folder, name) in enumerate(
-        [("start", "heldout.samples.jsonl"), ("start", "heldout.ranked.jsonl"),
-         ("iteration_1", "samples.jsonl"), ("iteration_1", "ranked.jsonl")]
+    for folder, name, seconds in (
+        ("start", "heldout.samples.jsonl", 20.0), ("iteration_1", "samples.jsonl", 50.0),
+        ("iteration_1", "heldout.samples.jsonl", 30.0), ("iteration_1", "kl_to_start.json", None),
     ):  # fmt: skip
-        file = tmp_path / folder / f"{name}.manifest.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("{}")
-        os.utime(file, (1000 + 100 * at**2,) * 2)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        manifest = records.Manifest("sample", {}, {}, {}, seconds=seconds)
+        manifest.write(str(tmp_path / folder / f"{name}.manifest.json"))
     command.main(command.Args("demo", "h100:1", compare=str(tmp_path)))
-    shown = capsys.readouterr().out
-    rows = {line.split("|")[1].strip(): line for line in shown.splitlines() if "|" in line}
-    assert "300.0" in rows["sample"] and "500.0" in rows["rank"]
-    assert shown.count("held-out answers") == 1 + ("taken" in rows["stage"])
+    shown = capsys.readouterr().out.partition(str(tmp_path))[2]
+    rows = [[cell.strip() for cell in line.split("|")] for line in shown.splitlines()]
+    rows = {row[1]: row[2:] for row in rows if len(row) > 3}
+    assert rows["held-out answers"][1] == "20.0, 30.0" and rows["sample"][1] == "50.0"
+    predicted, taken, share = map(float, rows["together"][:3])
+    assert taken == 100 and share == pytest.approx(predicted / taken, abs=0.01)
+    assert "kl" not in rows
 
 
 # --------------------------------------------------------------------- the TPU's compiler

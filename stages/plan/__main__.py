@@ -21,7 +21,7 @@ from stages import records
 from stages.plan import compare, fit, programs, published
 from stages.plan.arithmetic import Decoder, Lengths, seconds, total
 from stages.plan.recipe import Recipe, model_config, read
-from stages.plan.schedule import Plan, efficiencies
+from stages.plan.schedule import IMPORTS, Plan, efficiencies
 from stages.records import UserError
 
 
@@ -48,8 +48,8 @@ class Args:
     answer_tokens: float | None = None
     """Mean length of an answer. Default: 420 (Mistral-7B-Instruct-v0.2's answers to AlpacaEval), at
     most half of --max-new-tokens."""
-    longest_prompt: int = 512
-    """Tokens of the longest prompt, where the prompts are not known."""
+    longest_prompt: int = 4096
+    """Tokens of the longest prompt, where the prompts are not known: the cache must hold it."""
     model: str | None = None
     """A folder or hub id with the model's config.json, where the recipe's own cannot be read."""
     arithmetic: bool = False
@@ -170,13 +170,14 @@ def time_table(plan: Plan, price: float | None) -> Iterator[str]:
     yield "|-|-|-|-|-|-|-|-|-|-|"
     for stage in plan.stages():
         ideal = seconds(stage.pieces, on, stage.dtype)
-        work = plan.seconds(stage) - stage.start
+        start = stage.start + IMPORTS
+        work = plan.seconds(stage) - start
         waited = max(0.0, ideal.total - ideal.compute - ideal.memory)
         shares = [f"{part / ideal.total:.0%}" if ideal.total else ""
                   for part in (ideal.compute, ideal.memory, waited)]  # fmt: skip
         sums = [f"{total(stage.pieces, what) / unit:.3g}" if stage.pieces else ""
                 for what, unit in (("flops", 1e15), ("bytes", 1e12))]  # fmt: skip
-        yield (f"| {stage.name} | {stage.times} | {stage.chips} | {stage.start:.0f} | {work:.0f} | "
+        yield (f"| {stage.name} | {stage.times} | {stage.chips} | {start:.0f} | {work:.0f} | "
                + " | ".join([*shares, *sums]) + " |")  # fmt: skip
     yield ""
     training = plan.training()
@@ -185,6 +186,9 @@ def time_table(plan: Plan, price: float | None) -> Iterator[str]:
     mfu = training.model_flops() / a_step / on.size / on.chip.flops(whole.dtype)
     yield (f"a step of {training.args.batch_size} pairs: {a_step:.3g} s, {mfu:.0%} of the peak in "
            f"useful products; {training.steps:,} steps an iteration")  # fmt: skip
+    for flag, other in plan.others():
+        if other.hours() < 0.9 * plan.hours():
+            yield f"with {flag} the whole run would take {other.hours():.3g} hours"
     hours = plan.hours()
     cost = f", {hours * on.size * price:,.0f} dollars at {price:g} each" if price else ""
     yield f"the whole run: {hours:.3g} hours, {hours * on.size:.3g} chip-hours{cost}"

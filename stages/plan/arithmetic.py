@@ -42,7 +42,7 @@ class Lengths:
     prompt: float  # mean
     answer: float  # mean, its EOS included
     prompts: tuple[int, ...] = ()  # each one, where they are known
-    longest_prompt: int = 512
+    longest_prompt: int = 4096
 
     def draw_prompts(self, count: int, limit: int) -> np.ndarray:
         """Lengths of `count` prompts: the known ones over and over, or spread as above."""
@@ -224,11 +224,22 @@ class Sampling:
 
     @property
     def cache_length(self) -> int:
-        """At its longest."""
+        """Positions at its longest."""
         return -(-(self.lengths.longest() + self.args.max_new_tokens) // 16) * 16
 
-    def _cache_at(self, needed: int) -> int:
+    def cache_at(self, steps: int) -> int:
+        """Positions that answers of so many tokens need, where their prompts are longest."""
+        needed = self.lengths.longest() + steps + 32
         return min(max(128, coarse_bucket(needed)), self.cache_length)
+
+    @property
+    def usual_cache(self) -> int:
+        """Positions while slots are refilled: what the longest of them needs, which of n lengths
+        that fall off exponentially is the mean times ln n."""
+        times = max(1.0, math.log(self.slots))
+        prompt = min(self.lengths.longest(), self.lengths.prompt * times)
+        answer = min(self.args.max_new_tokens, self.lengths.answer * times)
+        return min(max(128, coarse_bucket(round(prompt + answer))), self.cache_length)
 
     def cache_bytes(self, slots: int, length: int) -> float:
         """On one chip."""
@@ -280,13 +291,15 @@ class Sampling:
             found += self.prefill(1, times=refilled / self.args.n)
             # A prompt waits until as many slots are free as it has answers.
             busy = 1 - (self.args.n - 1) / 2 / self.slots
-            found += self.decode(self.slots, self.cache_length, refilled * mean / self.slots / busy)
+            found += self.decode(self.slots, self.usual_cache, refilled * mean / self.slots / busy)
         steps = np.arange(limit)
         going = self.slots * alive(mean, limit, steps)
-        going = np.where(going < 0.5, 0, np.maximum(going, 1))  # until the last one has ended
-        prompt = self.lengths.longest()
-        for slots, length in _sizes(self, going, steps, prompt, bool(refilled)):
-            found += self.decode(slots, length)
+        rows = self.slots
+        for step in steps[going >= 0.5]:  # until the last one has ended
+            while rows > max(1, self.slots // 4) and going[step] <= rows // 2:
+                rows //= 2
+            length = self.usual_cache if refilled else self.cache_at(step)
+            found += self.decode(rows, length)
         return found
 
     def memory(self) -> dict[str, float]:
@@ -301,18 +314,6 @@ class Sampling:
             "cache": self.cache_bytes(self.slots, self.cache_length),
             "activations": gathered + logits,
         }
-
-
-def _sizes(sampling: Sampling, going, steps, prompt: int, refilled: bool):
-    """(slots, cache length) of each step of the end of a run."""
-    rows = sampling.slots
-    for alive_now, step in zip(going, steps):
-        if alive_now == 0:
-            return
-        while rows > max(1, sampling.slots // 4) and alive_now <= rows // 2:
-            rows //= 2
-        length = sampling.cache_length if refilled else sampling._cache_at(prompt + step + 32)
-        yield rows, length
 
 
 # ------------------------------------------------------------------------------- ranking

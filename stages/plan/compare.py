@@ -1,43 +1,46 @@
 """A run's own times beside the plan's."""
 
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
+from stages import records
 from stages.plan.arithmetic import seconds
-from stages.plan.schedule import Plan
+from stages.plan.schedule import IMPORTS, Plan
 from stages.records import UserError
 
-# What each stage writes last, in a folder of the run.
-LAST = {"held-out answers": "heldout.samples.jsonl.manifest.json",
-        "held-out, rank": "heldout.ranked.jsonl.manifest.json",
-        "sample": "samples.jsonl.manifest.json", "rank": "ranked.jsonl.manifest.json",
-        "pairs": "pairs.jsonl.manifest.json", "dpo": "checkpoint/manifest.json"}  # fmt: skip
+# The file whose manifest tells, in each folder of the run.
+FILES = {"held-out answers": ["heldout.samples.jsonl"], "sample": ["samples.jsonl"],
+         "rank": ["ranked.jsonl"], "dpo": ["checkpoint"],
+         "compare": ["against_start.json", "against_previous.json"],
+         "kl": ["kl_to_start.json", "kl_to_previous.json"]}  # fmt: skip
 
 
 def taken(run: str, iterations: int) -> dict[str, list[float]]:
-    """Seconds of each stage, one for each time it ran: from when the step before it ended to when
-    its last file was written. A run that stood still in between counts that too."""
-    ends = []
-    for folder in ["start", *(f"iteration_{k + 1}" for k in range(iterations))]:
-        for stage, name in LAST.items():
-            file = Path(run, folder, name)
-            if folder == "start" and stage == "dpo":
-                continue
-            if file.exists():
-                ends.append((file.stat().st_mtime, stage))
-    if len(ends) < 2:
-        raise UserError(f"--compare {run}: no finished stages there: give a run's folder")
+    """Seconds of each stage, one for each time it ran, as its manifest tells: from when it knows
+    its input to when its output is whole. Of a stage that was stopped, the last sitting's."""
     found: dict[str, list[float]] = {}
-    ends.sort()
-    for (before, _), (end, stage) in pairwise(ends):
-        found.setdefault(stage, []).append(end - before)
+    for folder in ["start", *(f"iteration_{k + 1}" for k in range(iterations))]:
+        for stage, files in FILES.items():
+            for name in files:
+                if (seconds := _seconds(Path(run, folder, name))) is not None:
+                    found.setdefault(stage, []).append(seconds)
+    if not found:
+        raise UserError(f"--compare {run}: no finished stages there: give a run's folder")
     return found
+
+
+def _seconds(file: Path) -> float | None:
+    if not file.is_dir():
+        there = records.read_manifest(str(file))
+        return there and there.seconds
+    from model import checkpoint
+
+    return checkpoint.read_manifest(str(file))["origin"].get("seconds")
 
 
 def table(plan: Plan, run: str) -> Iterator[str]:
     took = taken(run, plan.recipe.iterations)
-    yield f"{run}, seconds of a stage's time:"
+    yield f"{run}: seconds by the stages' manifests, which begin once Python's imports are done"
     yield "| stage | predicted | taken | predicted / taken | share of the roofline |"
     yield "|-|-|-|-|-|"
     whole = [0.0, 0.0]
@@ -45,7 +48,7 @@ def table(plan: Plan, run: str) -> Iterator[str]:
         if stage.name not in took:
             continue
         mean = sum(took[stage.name]) / len(took[stage.name])
-        predicted, work = plan.seconds(stage), mean - stage.start
+        predicted, work = plan.seconds(stage) - IMPORTS, mean - stage.start
         ideal = seconds(stage.pieces, plan.on, stage.dtype).total
         share = f"{ideal / work:.0%}" if ideal and work > 0 else ""
         each = ", ".join(f"{t:.1f}" for t in took[stage.name])

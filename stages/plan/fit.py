@@ -63,7 +63,7 @@ def remedy(plan: Plan, stage: str) -> str:
             found = next(m for m in by_arithmetic(changed) if m.program.startswith(stage))
             if fits(found, changed.on):
                 return f"by arithmetic {changed.on} fits with {told}"
-        plan = _with(dataclasses.replace(plan, on=larger(plan.on)), stage, mesh=(1, -1, 1))
+        plan = dataclasses.replace(plan, on=larger(plan.on)).changed(stage, mesh=(1, -1, 1))
     return "no more chips of this kind, up to 4096, would do"
 
 
@@ -86,12 +86,7 @@ def _changes(plan: Plan, stage: str) -> Iterator[tuple[Plan, str]]:
     for changed in flags:
         new = {name: value for name, value in changed.items() if getattr(given, name) != value}
         told = [f"--{name.replace('_', '-')} {value}" for name, value in new.items()]
-        yield _with(plan, stage, **new), " ".join(told) or "the recipe's flags"
-
-
-def _with(plan: Plan, stage: str, **flags) -> Plan:
-    args = dataclasses.replace(getattr(plan.recipe, stage), **flags)
-    return dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, **{stage: args}))
+        yield plan.changed(stage, **new), " ".join(told) or "the recipe's flags"
 
 
 def larger(on: Slice) -> Slice:

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from stages import dpo, pairs, rank, records, sample
+from stages.evaluate.kl import Kl
 from stages.records import UserError
 
 RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
@@ -20,9 +21,9 @@ SCRIPT = """
 set -euo pipefail
 file=$1 out=$2
 SEED=${SEED:-0} LIMIT=${LIMIT:-0} PYTHON=python
-HELDOUT_SAMPLE= EXPORT_DTYPE= PAIRS= SETTINGS= PLAN=
+HELDOUT_SAMPLE= EXPORT_DTYPE= PAIRS= KL= SETTINGS= PLAN=
 source "$file"
-for name in ITERATIONS RANKER SAMPLE HELDOUT_SAMPLE PAIRS DPO PLAN; do
+for name in ITERATIONS RANKER SAMPLE HELDOUT_SAMPLE PAIRS DPO KL PLAN; do
   printf '%s' "${!name-}" >"$out/$name"
 done
 python() { return 1; }
@@ -47,6 +48,7 @@ class Recipe:
     rank: rank.Args
     pairs: pairs.Args
     dpo: dpo.Args
+    kl: Kl
     # Characters of each prompt of the first iteration and of the held-out ones; None: not known
     # without fetching them.
     prompts: list[int] | None
@@ -88,6 +90,7 @@ def read(recipe: str) -> Recipe:
             rank=rank.Args(text("RANKER"), "S", "K"),
             pairs=_flags(pairs.Args, {"ranked": "K", "out": "D"}, text("PAIRS")),
             dpo=_flags(dpo.Args, {"checkpoint": "C", "pairs": "D", "out": "C2"}, text("DPO")),
+            kl=_flags(Kl, {"checkpoint": "C", "samples": "S", "out": "O"}, text("KL")),
             prompts=_characters(Path(out, "prompts.jsonl")),
             heldout=_characters(Path(out, "heldout.jsonl")),
         )

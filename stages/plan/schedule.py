@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from sharding.chips import Slice
@@ -24,9 +26,11 @@ from stages.records import UserError
 ASSUMED = {"sample": 0.5, "rank": 0.3, "dpo": 0.4}
 MEASURED_ON_CPU = {"sample": 0.6, "rank": 0.8, "dpo": 0.75}
 
-# Seconds before and after a stage's work: start, imports, compiling, the end.
-START = {"sample": 60.0, "rank": 60.0, "pairs": 10.0, "dpo": 90.0}
-START_ON_CPU = {"sample": 12.0, "rank": 3.0, "pairs": 2.0, "dpo": 15.0}
+# Seconds beside a stage's work: Python's start and imports, then compiling what the loop's cache of
+# compiled programs does not have, opening and closing files.
+IMPORTS = 6.0
+START = {"sample": 60.0, "rank": 60.0, "pairs": 1.0, "dpo": 90.0, "kl": 60.0, "report": 5.0}
+START_ON_CPU = {"sample": 8.0, "rank": 1.0, "pairs": 1.0, "dpo": 12.0, "kl": 5.0, "report": 5.0}
 DISK = 1e9  # bytes a second of a checkpoint, one host
 
 
@@ -35,11 +39,11 @@ class Stage:
     """One of the loop's steps."""
 
     name: str
-    kind: str  # sample, rank, pairs or dpo: the efficiency that goes with it
+    kind: str  # sample, rank or dpo: the efficiency that goes with it
     times: int  # in a whole run
     dtype: str
     pieces: list[Piece]
-    start: float  # seconds beside the work
+    start: float  # seconds beside the work and IMPORTS
     chips: int  # that work at it
 
 
@@ -64,7 +68,7 @@ class Plan:
         return Sampling(self.decoder, args, self.lengths, prompts, mesh)
 
     def ranking(self, heldout: bool = False) -> Ranking:
-        """Of held-out answers too: PairRM compares a model's with those of two others."""
+        """Of the samples; of held-out answers, a model's against another's."""
         prompts, n = (self.heldout, 2) if heldout else (self.prompts, self.recipe.sample.n)
         return Ranking(self.recipe.rank, self.lengths, prompts, n, self.on.hosts)
 
@@ -88,22 +92,48 @@ class Plan:
 
         def rank(name, times, heldout):
             pieces = self.ranking(heldout).pieces() if self.pairrm else []
-            return Stage(name, "rank", times, rank_dtype, pieces, start["rank"], on.hosts)
+            begin = start["rank"] if self.pairrm else START_ON_CPU["rank"]
+            return Stage(name, "rank", times, rank_dtype, pieces, begin, on.hosts)
 
+        training = self.training()
         return [
             sample("held-out answers", rounds + 1, True),
-            rank("held-out, rank", rounds + 1, True),
             sample("sample", rounds, False),
             rank("rank", rounds, False),
             Stage("pairs", "pairs", rounds, "fp32", [], start["pairs"], 1),
-            Stage("dpo", "dpo", rounds, self.recipe.dpo.dtype, self.training().pieces(),
+            Stage("dpo", "dpo", rounds, training.args.dtype, training.pieces(),
                   start["dpo"] + (1 + saves) * weights, on.size),
+            # Each model against the start, and from the second on against the one before.
+            rank("compare", 2 * rounds - 1, True),
+            Stage("kl", "dpo", 2 * rounds - 1, self.recipe.kl.dtype, self.divergence(),
+                  start["kl"] + weights, on.size),
+            Stage("report", "report", rounds, "fp32", [], start["report"], 1),
         ]  # fmt: skip
+
+    def divergence(self) -> list[Piece]:
+        """Log-probs of held-out answers, in the rows of a training without the second response."""
+        answers = min(self.recipe.kl.prompts or self.heldout, self.heldout)
+        answers *= self.recipe.heldout_sample.n
+        return self.training().reference(math.ceil(answers / 2))
 
     def seconds(self, stage: Stage) -> float:
         """Of one time."""
         ideal = seconds(stage.pieces, self.on, stage.dtype).total
-        return stage.start + ideal / self.efficiency.get(stage.kind, 1.0)
+        return IMPORTS + stage.start + ideal / self.efficiency.get(stage.kind, 1.0)
+
+    def changed(self, stage: str, **flags) -> "Plan":
+        """The plan with other flags of a stage."""
+        args = dataclasses.replace(getattr(self.recipe, stage), **flags)
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **{stage: args}))
+
+    def others(self) -> Iterator[tuple[str, "Plan"]]:
+        """Flags that may be quicker, and the plan with them."""
+        heads = math.gcd(self.on.size, self.decoder.config.num_key_value_heads)
+        mesh = (self.on.size // heads, 1, heads)
+        changed = self.changed("sample", mesh=mesh).changed("heldout_sample", mesh=mesh)
+        yield f"--mesh {' '.join(map(str, mesh))} in sampling", changed
+        if self.pairrm and self.ranking().dtype == "fp32":
+            yield "--dtype bf16 for PairRM", self.changed("rank", dtype="bf16")
 
     def hours(self) -> float:
         """Of the whole run."""
