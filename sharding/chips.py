@@ -85,7 +85,11 @@ class Slice:
         return chip.links * used / chip.ports
 
     def __str__(self) -> str:
-        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}" if self.chip.host else "cpu"
+        return "cpu" if self.is_cpu else f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.chip.name == "cpu"
 
 
 def parse(topology: str) -> Slice:
@@ -112,7 +116,7 @@ def cpu() -> Chip:
 
     gemm = gemm_rate()
     return Chip("cpu", (), psutil.virtual_memory().total, gemm, gemm, read_rate(), math.inf, 0,
-                math.inf, 0)  # fmt: skip
+                math.inf, 1)  # fmt: skip
 
 
 def gemm_rate() -> float:

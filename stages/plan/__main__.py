@@ -43,11 +43,11 @@ class Args:
     heldout: int | None = None
     """Held-out prompts. Default: counted likewise, else the published 1,000."""
     prompt_tokens: float | None = None
-    """Mean length of a prompt. Default: a quarter of its characters and 20 tokens of template where
+    """Mean length of a prompt. Default: a quarter of its characters and 30 tokens of template where
     it is known, else 195 (1,000 UltraFeedback prompts with Mistral's tokenizer)."""
     answer_tokens: float | None = None
     """Mean length of an answer. Default: 420 (Mistral-7B-Instruct-v0.2's answers to AlpacaEval), at
-    most half of --max-new-tokens."""
+    most 0.65 of --max-new-tokens (the demo's)."""
     longest_prompt: int = 4096
     """Tokens of the longest prompt, where the prompts are not known: the cache must hold it."""
     model: str | None = None
@@ -93,14 +93,14 @@ def make(args: Args, recipe: Recipe, decoder: Decoder, on: Slice) -> Plan:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
-    tokens = tuple(round(characters / 4) + 20 for characters in recipe.prompts or ())
+    tokens = tuple(round(characters / 4) + 30 for characters in recipe.prompts or ())
     if args.prompt_tokens:
         tokens = ()
     known = sum(tokens) / len(tokens) if tokens else 195.0
     limit = recipe.sample.max_new_tokens
     lengths = Lengths(
         prompt=args.prompt_tokens or known,
-        answer=args.answer_tokens or min(420.0, limit / 2),
+        answer=args.answer_tokens or min(420.0, 0.65 * limit),
         prompts=tokens,
         longest_prompt=args.longest_prompt,
     )
@@ -143,7 +143,7 @@ def assumptions(plan: Plan) -> Iterator[str]:
            f"{lengths.prompt:.0f} tokens, {recipe.sample.n} answers of {lengths.answer:.0f} each; "
            f"{plan.heldout:,} held out")  # fmt: skip
     told = ", ".join(f"{name} {value:.0%}" for name, value in plan.efficiency.items())
-    where = "assumed, or as given" if chip.host else "measured by scripts.bench, or as given"
+    where = "measured by scripts.bench, or as given" if on.is_cpu else "assumed, or as given"
     yield f"share of the roofline ({where}): {told}"
 
 

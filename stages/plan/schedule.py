@@ -80,7 +80,7 @@ class Plan:
 
     def stages(self) -> list[Stage]:
         rounds, on = self.recipe.iterations, self.on
-        start = START if on.chip.host else START_ON_CPU
+        start = START_ON_CPU if on.is_cpu else START
         weights = 4 * self.decoder.parameters / DISK / on.hosts
         saves = 1 if not self.recipe.dpo.save_every else 2  # the last state's is not hidden
         rank_dtype = self.ranking().dtype if self.pairrm else "fp32"
@@ -149,7 +149,7 @@ def _mesh(sizes, on: Slice, stage: str):
 
 def efficiencies(given: tuple[str, ...], on: Slice) -> dict[str, float]:
     """From --efficiency: sample=0.5, or FILE.json of such names, over what is assumed."""
-    found = dict(ASSUMED if on.chip.host else MEASURED_ON_CPU)
+    found = dict(MEASURED_ON_CPU if on.is_cpu else ASSUMED)
     for word in given:
         name, _, value = word.partition("=")
         try:
