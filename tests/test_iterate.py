@@ -64,6 +64,9 @@ def test_the_loop_runs_shows_its_table_exports_and_knows_when_it_is_done(place):
     for name in ("prompts", "samples", "ranked", "pairs", "pairs.test"):
         assert (run / "iteration_1" / f"{name}.jsonl").exists()
     transformers.AutoModelForCausalLM.from_pretrained(run / "final-hf")
+    card = (run / "final-hf" / "README.md").read_text()
+    assert f"| the base model | reward.py:reward | {len(tiny.PROMPTS)} |" in card
+    assert f"| this model ‖ the base model | heldout.samples.jsonl | {kl['prompts']} |" in card
     again = iterate(place)
     assert again.returncode == 0 and "is finished already" in again.stdout
     assert "sample" not in again.stdout.splitlines()[0]
