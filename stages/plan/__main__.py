@@ -21,7 +21,7 @@ from stages import records
 from stages.plan import compare, fit, programs, published
 from stages.plan.arithmetic import Decoder, Lengths, seconds, total
 from stages.plan.recipe import Recipe, model_config, read
-from stages.plan.schedule import IMPORTS, Plan, efficiencies
+from stages.plan.schedule import Plan, efficiencies
 from stages.records import UserError
 
 
@@ -135,7 +135,7 @@ def show(lines: Iterator[str]) -> None:
 def assumptions(plan: Plan) -> Iterator[str]:
     d, on, lengths, recipe = plan.decoder, plan.on, plan.lengths, plan.recipe
     chip = on.chip
-    yield (f"{recipe.name} on {on}: {on.size} chips on {on.hosts} hosts, each "
+    yield (f"{recipe.name} on {on}: {on.size} chips, {on.hosts} hosts, each chip "
            f"{chip.memory / GIB:.1f} GiB, {chip.bf16 / 1e12:.3g} TFLOP/s bf16, "
            f"{chip.fp32 / 1e12:.3g} fp32, {chip.read / 1e9:.0f} GB/s memory"
            + (f", {on.exchange / 1e9:.0f} GB/s exchange" if on.size > 1 else ""))  # fmt: skip
@@ -170,7 +170,7 @@ def time_table(plan: Plan, price: float | None) -> Iterator[str]:
     yield "|-|-|-|-|-|-|-|-|-|-|"
     for stage in plan.stages():
         ideal = seconds(stage.pieces, on, stage.dtype)
-        start = stage.start + IMPORTS
+        start = stage.imports + stage.start
         work = plan.seconds(stage) - start
         waited = max(0.0, ideal.total - ideal.compute - ideal.memory)
         shares = [f"{part / ideal.total:.0%}" if ideal.total else ""

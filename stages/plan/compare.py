@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stages import records
 from stages.plan.arithmetic import seconds
-from stages.plan.schedule import IMPORTS, Plan
+from stages.plan.schedule import Plan
 from stages.records import UserError
 
 # The file whose manifest tells, in each folder of the run.
@@ -48,7 +48,7 @@ def table(plan: Plan, run: str) -> Iterator[str]:
         if stage.name not in took:
             continue
         mean = sum(took[stage.name]) / len(took[stage.name])
-        predicted, work = plan.seconds(stage) - IMPORTS, mean - stage.start
+        predicted, work = plan.seconds(stage) - stage.imports, mean - stage.start
         ideal = seconds(stage.pieces, plan.on, stage.dtype).total
         share = f"{ideal / work:.0%}" if ideal and work > 0 else ""
         each = ", ".join(f"{t:.1f}" for t in took[stage.name])

@@ -26,9 +26,8 @@ from stages.records import UserError
 ASSUMED = {"sample": 0.5, "rank": 0.3, "dpo": 0.4}
 MEASURED_ON_CPU = {"sample": 0.6, "rank": 0.8, "dpo": 0.75}
 
-# Seconds beside a stage's work: Python's start and imports, then compiling what the loop's cache of
-# compiled programs does not have, opening and closing files.
-IMPORTS = 6.0
+# Seconds beside a stage's work: compiling what the loop's cache of compiled programs does not have,
+# opening and closing files. Python's start and imports come before them.
 START = {"sample": 60.0, "rank": 60.0, "pairs": 1.0, "dpo": 90.0, "kl": 60.0, "report": 5.0}
 START_ON_CPU = {"sample": 8.0, "rank": 1.0, "pairs": 1.0, "dpo": 12.0, "kl": 5.0, "report": 5.0}
 DISK = 1e9  # bytes a second of a checkpoint, one host
@@ -43,8 +42,12 @@ class Stage:
     times: int  # in a whole run
     dtype: str
     pieces: list[Piece]
-    start: float  # seconds beside the work and IMPORTS
+    start: float  # seconds beside the work and imports
     chips: int  # that work at it
+
+    @property
+    def imports(self) -> float:
+        return 5.0 if self.pieces else 1.0  # with jax and without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Plan:
     def seconds(self, stage: Stage) -> float:
         """Of one time."""
         ideal = seconds(stage.pieces, self.on, stage.dtype).total
-        return IMPORTS + stage.start + ideal / self.efficiency.get(stage.kind, 1.0)
+        return stage.imports + stage.start + ideal / self.efficiency.get(stage.kind, 1.0)
 
     def changed(self, stage: str, **flags) -> "Plan":
         """The plan with other flags of a stage."""
