@@ -223,8 +223,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(capsys, tmp_path, out, monkeypa
     monkeypatch.setattr(pairs, "make_pair", stopping)
     codes = [run(capsys, source, out, "--test-fraction", 0.3)[0] for _ in range(4)]
     assert codes == [75, 75, 75, 0]
-    for end in (".jsonl", ".jsonl.manifest.json", ".test.jsonl", ".jsonl.set_aside.jsonl"):
+    for end in (".jsonl", ".test.jsonl", ".jsonl.set_aside.jsonl"):
         assert (tmp_path / f"pairs{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
+    stopped, whole = (
+        json.loads((tmp_path / f"{name}.jsonl.manifest.json").read_text()) | {"seconds": None}
+        for name in ("pairs", "whole")
+    )
+    assert stopped == whole
 
 
 # ---------------------------------------------------------------------- the test split

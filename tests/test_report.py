@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from scripts import table
@@ -221,3 +222,10 @@ def test_a_pairwise_ranker_gives_win_rates_and_no_rewards(run, tmp_path):
     assert "reward" not in rows[0] and rows[1]["won against start"].startswith("87.5%")
     content = json.loads(Page(page_of(pairwise)).answers)
     assert content["prompts"][0]["answers"][0]["score"] is None
+
+
+def test_a_models_reward_has_the_interval_of_a_mean():
+    rows = [{"scores": [score], "responses": []} for score in (0.0, 1.0, 1.0, 0.0)]
+    mean, half = gather.Model("m", rows, None, None, None, None, []).reward()
+    assert mean == 0.5
+    assert half == pytest.approx(1.96 * np.std([0, 1, 1, 0], ddof=1) / 2, abs=1e-3)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from model import checkpoint
-from scripts import table
 from stages import cards, dpo, pairs, rank, records, sample
 from stages.examples import read_pairs, template_head
 from tests import tiny
@@ -478,29 +477,3 @@ def test_work_that_was_begun_is_not_gone_on_with_by_other_arguments(
     assert run_dpo(base, tmp_path / "out") == 75
     capsys.readouterr()
     refused(capsys, run_dpo(base, tmp_path / "out", "--beta", "0.3"), "beta", "remove", "out.work")
-
-
-# ------------------------------------------------------------------------------- the table
-
-
-def answers(scores):
-    return table.Answers("m", {f"p{i}": s for i, s in enumerate(scores)}, [])
-
-
-def test_win_rate_counts_ties_half_and_every_pair_of_answers():
-    p, low, high = table.win_rate(
-        answers([[1.0], [2.0], [0.0], [1.0, 3.0]]), answers([[0.0], [2.0], [1.0], [2.0]])
-    )
-    assert p == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
-    assert low < p < high
-
-
-def test_the_interval_is_wilsons():
-    p, low, high = table.win_rate(answers([[1.0]] * 60 + [[0.0]] * 40), answers([[0.5]] * 100))
-    assert (p, low, high) == pytest.approx((0.6, 0.5020, 0.6906), abs=1e-4)
-
-
-def test_mean_score_has_the_interval_of_a_mean():
-    mean, half = answers([[0.0], [1.0], [1.0], [0.0]]).mean_score()
-    assert mean == 0.5
-    assert half == pytest.approx(1.96 * np.std([0, 1, 1, 0], ddof=1) / 2, abs=1e-3)
