@@ -96,27 +96,22 @@ aside = []
 examples, counts = read_pairs(sys.argv[1], tokenizer, {tiny.VOCABULARY}, 1024, 512, aside)
 assert len(examples) == counts["in"] == int(sys.argv[2]) and not aside
 """
-    peaks = {"rank": [], "pairs": [], "pairs with tokens": [], "pairs to tokenise": []}
+    peaks = {"rank": [], "pairs": [], "dpo, pairs with tokens": []}
     for count in (FEW, MANY):
-        names = ("samples", "ranked", "pairs", "texts")
-        samples, ranked, pairs, texts = (f"{tmp_path}/{count}.{name}.jsonl" for name in names)
+        samples, ranked, pairs = (
+            f"{tmp_path}/{count}.{name}.jsonl" for name in ("samples", "ranked", "pairs")
+        )
         write_samples(samples, count)
         peaks["rank"].append(peak(
             stage("rank"), "--ranker", f"{reward}:reward", "--samples", samples, "--out", ranked
         ))  # fmt: skip
         peaks["pairs"].append(peak(stage("pairs"), "--ranked", ranked, "--out", pairs))
         assert rows_in(pairs) == count
-        peaks["pairs with tokens"].append(peak(read, pairs, str(count)))
-        with open(pairs) as source, open(texts, "w") as target:
-            for line in source:
-                row = {k: v for k, v in json.loads(line).items() if not k.endswith("token_ids")}
-                target.write(json.dumps(row) + "\n")
-        peaks["pairs to tokenise"].append(peak(read, texts, str(count)))
-        for done in (samples, ranked, pairs, texts):
+        peaks["dpo, pairs with tokens"].append(peak(read, pairs, str(count)))
+        for done in (samples, ranked, pairs):
             os.unlink(done)
-    assert growth("rank", *peaks["rank"]) < 1000
-    assert growth("pairs", *peaks["pairs"]) < 1000
+    a_row = {name: growth(name, *found) for name, found in peaks.items()}
+    assert a_row["rank"] < 1000  # ids, and where rows lie
+    assert a_row["pairs"] < 2000  # …and lengths and scores, of which a correlation is made
     # A pair: 4 bytes a token, and its id, objects and place in the list.
-    tokens = 21 + 2 * (TOKENS + 1)
-    assert growth("dpo, pairs with tokens", *peaks["pairs with tokens"]) < 4 * tokens + 1000
-    growth("dpo, pairs to tokenise", *peaks["pairs to tokenise"])
+    assert a_row["dpo, pairs with tokens"] < 4 * (21 + 2 * (TOKENS + 1)) + 1000
