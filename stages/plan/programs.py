@@ -46,8 +46,10 @@ def compiled(on: Slice, work: dict) -> list[Memory]:
     the functions below; a stage that is left out is not compiled."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(INSTALL)
-    # JAX_PLATFORMS: no device is looked for; TPU_SKIP_MDS_QUERY: no cloud is asked which it is.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    # No device is looked for, no cloud asked which it is, and no other process kept off a TPU.
+    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
+                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
+    environment = {**os.environ, **settings}
     asked = json.dumps({"topology": str(on), "size": on.size, "work": work})
     command = [sys.executable, "-m", "stages.plan.programs"]
     found = []
