@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -45,26 +46,30 @@ def compiled(on: Slice, work: dict) -> list[Memory]:
     the functions below; a stage that is left out is not compiled."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(INSTALL)
-    # JAX_PLATFORMS: no device is looked for; TPU_SKIP_MDS_QUERY: no cloud is asked which it is.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    # No device is looked for, no cloud asked which it is, and no other process kept off a TPU.
+    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
+                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
+    environment = {**os.environ, **settings}
     asked = json.dumps({"topology": str(on), "size": on.size, "work": work})
     command = [sys.executable, "-m", "stages.plan.programs"]
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
-    process.stdin.write(asked)
-    process.stdin.close()
     found = []
-    for line in process.stdout:
-        if not line.startswith("{"):
-            continue
-        told = json.loads(line)
-        if "error" in told:
-            raise UserError(f"{on}: {told['error']}")
-        seconds = told.pop("seconds")
-        found.append(Memory(**told))
-        print(f"  compiled in {seconds:.0f} s: {told['program']}", file=sys.stderr)
-    if process.wait():
-        raise RuntimeError("the compiler's process ended; what it printed is above")
+    with tempfile.TemporaryFile("w+") as log:  # libtpu complains of the TPU that is not there
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=log, text=True)  # fmt: skip
+        process.stdin.write(asked)
+        process.stdin.close()
+        for line in process.stdout:
+            if not line.startswith("{"):
+                continue
+            told = json.loads(line)
+            if "error" in told:
+                raise UserError(f"{on}: {told['error']}")
+            seconds = told.pop("seconds")
+            found.append(Memory(**told))
+            print(f"  {told['program']}: compiled in {seconds:.0f} s", file=sys.stderr)
+        if process.wait():
+            log.seek(0)
+            raise RuntimeError(f"the compiler's process ended: {log.read()[-3000:]}")
     return found
 
 
@@ -183,9 +188,10 @@ def training(config, mesh, pairs: int, prompt: int, length: int, recipe: dict, d
     whole = replicated(mesh)
     sides = {n: jax.ShapeDtypeStruct((pairs,), np.float32, sharding=whole) for n in names}
     scalar = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
+    # Before the mesh is set: optax makes a counter, which no device of the mesh could hold.
+    trainer = train.Trainer(config, train.Recipe(losses.Loss(), **recipe), 100, shardings, whole,
+                            jnp.dtype(dtype), remat)  # fmt: skip
     with jax.set_mesh(mesh):
-        trainer = train.Trainer(config, train.Recipe(losses.Loss(), **recipe), 100, shardings,
-                                whole, jnp.dtype(dtype), remat)  # fmt: skip
         params = shaped(shapes, shardings)
         state = shaped(trainer.optimizer_shapes, trainer.optimizer_shardings)
         known = {"parameters": held(params), "gradients": held(params)}
