@@ -33,6 +33,7 @@ from etils import epath
 from tqdm import tqdm
 
 from model.packing import Sequence, pack
+from sharding.watch import Flags
 from stages import records
 from stages.cards import provenance
 from stages.examples import Example, read_pairs
@@ -45,7 +46,7 @@ WARN_DISAGREEMENT, STOP_DISAGREEMENT = 1e-2, 2e-1
 
 
 @dataclasses.dataclass
-class Args:
+class Args(Flags):
     checkpoint: str  # the policy's start: a checkpoint folder
     pairs: str  # pairs.jsonl
     out: str  # the trained checkpoint: a folder that does not exist yet
@@ -81,11 +82,6 @@ class Args:
     save_every: int = 100  # steps between two saves of the training state; 0: only at a signal
     keep_states: int = 1  # so many of the saved states are kept until the training is done
     eval_every: int = 0  # steps between two evaluations on --test-pairs; 0: before and after alone
-    coordinator: str | None = None
-    """One mesh over the devices of several processes: HOST:PORT of process 0, or "auto" (SLURM, TPU
-    pods)."""
-    processes: int | None = None  # how many, with --coordinator HOST:PORT
-    process_id: int | None = None  # which one this is: 0, …
     allow_other_model: bool = False  # train on pairs that another model than the reference sampled
 
 
@@ -97,7 +93,7 @@ def main(args: Args) -> None:
     _check(args)
     reference = args.reference or args.checkpoint
     try:
-        processes.start(args.coordinator, args.processes, args.process_id)
+        processes.start(args)
         config = checkpoint.load_config(args.checkpoint)
         tokenizer = ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
         identities = {
