@@ -224,6 +224,22 @@ def test_each_process_ranks_a_part_and_together_it_is_what_one_ranks(ranked, pro
     assert not list(ranked.glob(f"{name}.share*"))
 
 
+@pytest.mark.heavy
+def test_the_answers_to_a_benchmark_are_sampled_by_all(folder):
+    def argv(out):
+        return ["outputs", "--checkpoint", f"{folder}/model", "--benchmark",
+                f"{folder}/benchmark.jsonl", "--out", f"{folder}/{out}", "--best-of", "3",
+                "--ranker", f"{folder}/longest.py:reward", "--max-new-tokens", "12",
+                "--temperature", "1", "--top-p", "1", "--slots", "4"]  # fmt: skip
+
+    tiny.write_jsonl(folder / "benchmark.jsonl", tiny.read_jsonl(folder / "prompts.jsonl")[:10])
+    (folder / "longest.py").write_text("def reward(prompt, answers):\n    return map(len, answers)")
+    ended(together("evaluate", argv("together.json")))
+    alone = [sys.executable, "-m", "stages.evaluate", *argv("alone.json")]
+    assert subprocess.run(alone).returncode == 0
+    assert (folder / "together.json").read_bytes() == (folder / "alone.json").read_bytes()
+
+
 @pytest.mark.parametrize("stage", ["sample", "dpo"])
 def test_processes_that_were_given_different_things_refuse(folder, stage):
     flag, argv = ("--top-k", sample_argv) if stage == "sample" else ("--epochs", dpo_argv)
