@@ -137,7 +137,7 @@ class PairRM:
         self._files, self._dtype = open_folder(folder), dtype
         self.config, self.identity = self._files.config, self._files.identity
         self.layout = Layout(self._files.tokenizer, self.config)
-        self.device = jax.devices()[0]
+        self.device = jax.local_devices()[0]
         on_cpu = self.device.platform == "cpu"
         self.tokens_a_batch = tokens_a_batch or (1024 if on_cpu else 16384)
         # Batches computed at a time: on two cores two of them take a seventh less than one after

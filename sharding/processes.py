@@ -13,36 +13,40 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from sharding import watch
+from sharding.watch import Flags
 
-def start(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
-    """Join the other processes, before anything asks for devices.
 
-    coordinator: HOST:PORT of process 0, with `processes`, how many there are, and `process_id`,
-    which one this is; or "auto", all three from the environment of SLURM or a TPU pod; None: this
-    process is alone. From here on process 0 alone prints to stdout. Raises ValueError where they do
-    not fit together or do not find each other.
+def start(flags: Flags) -> None:
+    """Join the other processes, before anything asks for devices; nothing where this one is alone.
+
+    From here on process 0 alone prints to stdout, and sharding/watch.py names one that dies. Raises
+    ValueError where the flags do not fit together or the processes do not find each other.
     """
-    given = [processes is not None, process_id is not None]
-    if coordinator in (None, "auto"):
-        if any(given):
-            raise ValueError("--processes and --process-id go with --coordinator HOST:PORT")
-        arguments = ()
-    else:
-        if not all(given):
-            raise ValueError(f"--coordinator {coordinator} needs --processes and --process-id")
-        if not 0 <= process_id < processes:
-            raise ValueError(f"--process-id is {process_id}: a number from 0 to {processes - 1}")
-        arguments = (coordinator, processes, process_id)
-    if coordinator is not None:
-        try:
-            jax.distributed.initialize(*arguments)
-        except (RuntimeError, ValueError) as error:
-            line = str(error).strip().splitlines()[0]
-            raise ValueError(f"--coordinator {coordinator}: {line}") from None
-        if not is_first():
-            sys.stdout = open(os.devnull, "w")
+    place = flags.place()
+    if place is None:
+        return
+    explicit = place != "auto"
+    # JAX's own watch comes after ours: it aborts, and names nobody.
+    patience = {
+        "initialization_timeout": int(watch.ARRIVAL),
+        "heartbeat_timeout_seconds": int(4 * watch.timeout()),
+    }
+    try:
+        if explicit:
+            watch.start(*place)
+        jax.distributed.initialize(*(place if explicit else ()), **patience)
+        if not explicit:
+            address = distributed.global_state.coordinator_address
+            watch.start(address, jax.process_count(), jax.process_index())
+    except (RuntimeError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ValueError(f"--coordinator {place[0] if explicit else place}: {line}") from None
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
 
 
 def is_first() -> bool:
@@ -85,3 +89,9 @@ def agree(text: str) -> bool:
     """Whether all processes hold the same `text`."""
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
     return 1 not in from_all(int((from_first(digest) != digest).any()))
+
+
+if __name__ == "__main__":  # where the environment says who is who: HOST:PORT PROCESSES PROCESS_ID
+    jax.distributed.initialize(initialization_timeout=int(watch.ARRIVAL))
+    found = distributed.global_state
+    print(found.coordinator_address, found.num_processes, found.process_id)

@@ -33,7 +33,9 @@ from etils import epath
 from tqdm import tqdm
 
 from model.packing import Sequence, pack
+from sharding.watch import Flags
 from stages import records
+from stages.ahead import ahead
 from stages.cards import provenance
 from stages.examples import Example, read_pairs
 from stages.records import Manifest, UserError
@@ -45,7 +47,7 @@ WARN_DISAGREEMENT, STOP_DISAGREEMENT = 1e-2, 2e-1
 
 
 @dataclasses.dataclass
-class Args:
+class Args(Flags):
     checkpoint: str  # the policy's start: a checkpoint folder
     pairs: str  # pairs.jsonl
     out: str  # the trained checkpoint: a folder that does not exist yet
@@ -81,11 +83,6 @@ class Args:
     save_every: int = 100  # steps between two saves of the training state; 0: only at a signal
     keep_states: int = 1  # so many of the saved states are kept until the training is done
     eval_every: int = 0  # steps between two evaluations on --test-pairs; 0: before and after alone
-    coordinator: str | None = None
-    """One mesh over the devices of several processes: HOST:PORT of process 0, or "auto" (SLURM, TPU
-    pods)."""
-    processes: int | None = None  # how many, with --coordinator HOST:PORT
-    process_id: int | None = None  # which one this is: 0, …
     allow_other_model: bool = False  # train on pairs that another model than the reference sampled
 
 
@@ -97,7 +94,7 @@ def main(args: Args) -> None:
     _check(args)
     reference = args.reference or args.checkpoint
     try:
-        processes.start(args.coordinator, args.processes, args.process_id)
+        processes.start(args)
         config = checkpoint.load_config(args.checkpoint)
         tokenizer = ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
         identities = {
@@ -225,6 +222,13 @@ def epoch_order(seed: int, epoch: int, pairs: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(list(digest))).permutation(pairs)
 
 
+@dataclasses.dataclass
+class MicroBatch:
+    indices: np.ndarray  # of its pairs
+    packed: dict[str, np.ndarray]  # their tokens: model/packing.py
+    sides: dict[str, np.ndarray]  # fp32 [micro_batch_size] each, what `losses.Pairs` needs beside
+
+
 class Run:
     def __init__(self, args: Args, config, train: list[Example], test: list[Example],
                  manifest: Manifest, work: Work, sampled_by_reference: bool):  # fmt: skip
@@ -289,9 +293,10 @@ class Run:
             start = time.monotonic()
             with tqdm(total=self.total_steps, initial=step, unit=" steps", desc="dpo",
                       disable=not processes.is_first()) as progress:  # fmt: skip
-                while step < self.total_steps:
+                make = partial(self._step_batches, references["train"])
+                for batches, waited in ahead(make, range(step, self.total_steps)):
                     try:
-                        gradients, norm, values = self._gradients(step, params, references["train"])
+                        gradients, norm, values = self._gradients(step, params, batches, waited)
                     except UserError:  # nothing was updated with it: keep what there is
                         self._save(step, params, optimizer_state)
                         work.finish_saving()
@@ -425,25 +430,34 @@ class Run:
 
     # -------------------------------------------------------------------------- one step
 
-    def _gradients(self, step: int, params, references):
-        """What the optimizer needs for a step: (gradients, their norm, the step's metrics). Raises
-        UserError where a number is not finite."""
-        import jax
-
+    def _step_batches(self, references: np.ndarray, step: int) -> list[MicroBatch]:
+        """A step's micro-batches: of seed and step alone, whatever was trained before."""
         epoch, number = divmod(step, self.steps_per_epoch)
         order = epoch_order(self.args.seed, epoch, len(self.train))
         batch = order[number * self.args.batch_size : (number + 1) * self.args.batch_size]
-        gradients = None
-        values: dict[str, list] = {}  # metric → one value a pair, in the order of `done`
-        done: list[str] = []  # prompt_ids
-        start, work = time.monotonic(), np.zeros(3)
+        batches = []
         for indices in self._micro_batches(self.train, batch):
             sides = {name: self._pad(x) for name, x in
                      self._sides(self.train, indices, references[indices]).items()}  # fmt: skip
             sides["weights"] = self._pad(np.ones(len(indices)), 0.0)
-            packed = self._pack(self.train, indices)
+            batches.append(MicroBatch(indices, self._pack(self.train, indices), sides))
+        return batches
+
+    def _gradients(self, step: int, params, batches: list[MicroBatch], waited: float):
+        """What the optimizer needs for a step: (gradients, their norm, the step's metrics). waited:
+        the seconds that its batches were waited for. Raises UserError where a number is not
+        finite."""
+        import jax
+
+        gradients = None
+        values: dict[str, list] = {}  # metric → one value a pair, in the order of `done`
+        done: list[str] = []  # prompt_ids
+        start, work = time.monotonic() - waited, np.zeros(3)
+        pairs = sum(len(batch.indices) for batch in batches)
+        for batch in batches:
+            indices, packed, sides = batch.indices, batch.packed, batch.sides
             gradients, micro = self.trainer.accumulate(
-                params, gradients, packed, sides, float(len(batch))
+                params, gradients, packed, sides, float(pairs)
             )
             work += self._work(packed)
             micro = dict(jax.device_get(micro))
@@ -459,7 +473,9 @@ class Run:
         metrics["grad_norm"] = float(norm)
         metrics["learning_rate"] = float(self.trainer.schedule(step))
         metrics["epoch"] = (step + 1) / self.steps_per_epoch
-        metrics |= self._speed(work, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        metrics |= self._speed(work, seconds)
+        metrics["host_wait"] = waited / seconds
         self._check_first_loss(step, metrics["loss"])
         if not math.isfinite(metrics["grad_norm"]):
             raise UserError(
@@ -550,8 +566,9 @@ class Run:
         found = np.zeros((len(examples), 2), np.float32)
         batches = self._micro_batches(examples, range(len(examples)))
         silent = not examples or jax.process_index() > 0
-        for indices in tqdm(batches, desc=name, unit=" batches", disable=silent):
-            batch = self._pack(examples, indices)
+        made = ahead(lambda indices: (indices, self._pack(examples, indices)), batches)
+        for (indices, batch), _ in tqdm(made, desc=name, unit=" batches", total=len(batches),
+                                        disable=silent):  # fmt: skip
             sides = jax.device_get(
                 self.trainer.logprobs(params, batch=batch, pairs=self.args.micro_batch_size)
             )

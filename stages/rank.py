@@ -11,14 +11,20 @@ does not tell); from a reward function `score_terms`, where it tells what its sc
 function that raises, or returns the wrong number of scores or one that is not finite, stops the
 stage at that prompt; what was ranked before is kept.
 
+Several processes share the work with --coordinator HOST:PORT --processes 4 and --process-id 0 to 3,
+the rest of the command the same, on a file system that all of them see: each ranks every fourth row
+on a device of its own, and process 0 puts the parts together.
+
 The manifest's results, also printed: of all pairs of answers compared, how many are decided alike
 in both orders (swap_consistency), tie (tie_rate), or had a text cut (truncation_rate), and how
 scores go with length (score_length_correlation).
 """
 
 import dataclasses
+import json
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,12 +32,13 @@ from tqdm import tqdm
 
 from model.comparisons import Ranking, Report
 from model.rankers import RankerError, Request, as_comparison, open_ranker
+from sharding.watch import Flags
 from stages import records
 from stages.records import Manifest, Output, UserError
 
 
 @dataclasses.dataclass
-class Args:
+class Args(Flags):
     ranker: str
     """A PairRM's folder or hub id, or FILE.py:FUNCTION, a reward function."""
     samples: str
@@ -78,6 +85,7 @@ def main(args: Args) -> None:
                 )
     counts: Counter = Counter()
     order = [row["prompt_id"] for _, row in _read(args.samples, counts)]
+    share, shares = _join(args, options)
     try:
         ranker = open_ranker(args.ranker, **options)
     except RankerError as error:
@@ -89,10 +97,49 @@ def main(args: Args) -> None:
         inputs={args.samples: records.file_sha256(args.samples)},
         identities={**(lineage.identities if lineage else {}), "ranker": ranker.identity},
     )
-    output = Output.open(args.out, manifest, args.overwrite)
-    if output.finished:
-        return
-    bar = tqdm(total=len(order), initial=len(output), unit=" prompts", desc="rank")
+    if shares > 1:
+        from sharding import processes
+
+        if not processes.agree(json.dumps([manifest.key(), args.out])):
+            raise UserError("the processes were given different samples, rankers or arguments")
+    results = partial(_results, args.ranker)
+    output = Output.open(args.out, manifest, args.overwrite, (share, shares))
+    if not output.finished:
+        mine = order[share::shares]
+        _rank(args, ranker, output, mine, pairwise)
+        counts_here = counts if shares == 1 else Counter({"in": len(mine)})
+        output.finish(mine, counts_here, results(output))
+    if shares > 1:
+        processes.wait()
+        if share == 0:
+            records.merge_shares(args.out, manifest, shares, order, counts, results)
+        processes.wait()
+    found = records.read_manifest(args.out).results
+    shown = [f"{name} {x:.4g}" for name, x in found.items() if not isinstance(x, str)]
+    if shown:
+        print(", ".join(shown))
+
+
+def _join(args: Args, options: dict) -> tuple[int, int]:
+    """(which, of how many) processes this one is."""
+    try:
+        if args.place() is None:
+            return 0, 1
+        import jax
+
+        from sharding import processes
+
+        if options.get("device") == "host":
+            jax.config.update("jax_platforms", "cpu")  # before the first device is asked for
+        processes.start(args)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return jax.process_index(), jax.process_count()
+
+
+def _rank(args: Args, ranker, output: Output, mine: list[str], pairwise: bool) -> None:
+    """Write the rankings of the rows whose prompt_ids are `mine`."""
+    bar = tqdm(total=len(mine), initial=len(output), unit=" prompts", desc="rank")
     with bar, records.stop_signal() as check_stop:
         made = 0
 
@@ -105,33 +152,36 @@ def main(args: Args) -> None:
             check_stop()
 
         try:
-            for request, ranking in ranker.rank_all(_requests(args, output, pairwise), done):
+            for request, ranking in ranker.rank_all(
+                _requests(args, output, set(mine), pairwise), done
+            ):
                 output.write(request.row | _fields(ranking))
                 bar.update(len(output) - bar.n)
                 check_stop()
         except RankerError as error:
             raise UserError(str(error)) from error
         elapsed = bar.format_dict["elapsed"]
+    if pairwise and made:
+        print(f"{made} comparisons in {elapsed:.1f} s: {made / elapsed:.3g} a second")
+
+
+def _results(ranker: str, output: Output) -> dict:
+    """What the ranking shows of itself, for the manifest."""
     report = Report()
     for row, reason in output.rows():
         if reason is None:
             texts = [response["text"] for response in row["responses"]]
             cut = row.get("truncated")
             report.add(texts, Ranking(row["scores"], row.get("comparisons"), truncated=cut))
-    results = report.results()
     # Its name for people; what decides the scores is the identity.
-    name = Path(args.ranker).name if Path(args.ranker.partition(":")[0]).exists() else args.ranker
-    output.finish(iter(order), counts, results | {"ranker": name})
-    if pairwise and made:
-        print(f"{made} comparisons in {elapsed:.1f} s: {made / elapsed:.3g} a second")
-    if results:
-        print(", ".join(f"{name} {value:.4g}" for name, value in results.items()))
+    name = Path(ranker).name if Path(ranker.partition(":")[0]).exists() else ranker
+    return report.results() | {"ranker": name}
 
 
-def _requests(args: Args, output: Output, pairwise: bool):
-    """What is still to be ranked; what cannot be is set aside."""
+def _requests(args: Args, output: Output, mine: set[str], pairwise: bool):
+    """What of `mine` is still to be ranked; what cannot be is set aside."""
     for where, row in _read(args.samples, Counter()):
-        if output.has(row["prompt_id"]):
+        if row["prompt_id"] not in mine or output.has(row["prompt_id"]):
             continue
         row = {name: value for name, value in row.items() if name not in MADE}
         messages, responses = records.messages_of(row, where), row["responses"]

@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
+from sharding import watch
+
 Row = dict
 
 
@@ -49,9 +51,19 @@ def run(main: Callable, args_type: type, argv: list[str] | None = None) -> int:
     import tyro
 
     args = tyro.cli(args_type, args=argv, description=sys.modules[main.__module__].__doc__)
+    code = 1
+    try:
+        code = _run(main, args)
+    finally:
+        watch.end(code)
+    return code
+
+
+def _run(main: Callable, args) -> int:
     try:
         main(args)
     except UserError as error:
+        watch.settle()
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
@@ -530,9 +542,13 @@ def share_path(path: str, share: int, shares: int) -> str:
     return f"{path}.share-{share}-of-{shares}"
 
 
-def merge_shares(path: str, manifest: Manifest, shares: int, order: list[str], counts: Counter):
+def merge_shares(
+    path: str, manifest: Manifest, shares: int, order: list[str], counts: Counter,
+    results: Callable[[Output], dict] = lambda output: {},
+):  # fmt: skip
     """Make `path` of the processes' shares, rows in `order`, once all of them are there. Where some
-    are not, or another process is at it, say so. `counts`: as for `Output.finish`."""
+    are not, or another process is at it, say so. `counts`, and `results` of all rows: as for
+    `Output.finish`."""
     if epath.Path(path).exists():
         return
     files = [share_path(path, i, shares) for i in range(shares)]
@@ -554,7 +570,7 @@ def merge_shares(path: str, manifest: Manifest, shares: int, order: list[str], c
         for _, entry in read_rows(aside) if epath.Path(aside).exists() else ():
             if not output.has(entry["row"]["prompt_id"]):
                 output.set_aside(entry["row"], entry["reason"])
-    output.finish(order, counts)
+    output.finish(order, counts, results(output))
     # What was computed, not what putting it together took.
     manifest.seconds = sum(there.seconds or 0 for f in files if (there := read_manifest(f)))
     manifest.write(manifest_path(path))

@@ -24,12 +24,13 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from sharding.watch import Flags
 from stages import records
 from stages.records import Manifest, Output, UserError
 
 
 @dataclasses.dataclass
-class Args:
+class Args(Flags):
     checkpoint: str  # the model that answers: a checkpoint folder
     prompts: str  # prompts.jsonl: rows with prompt (text) or messages
     out: str  # samples.jsonl
@@ -50,11 +51,6 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; bfloat16 on accelerators
     mesh: tuple[int, int, int] = (1, -1, 1)  # devices along data, fsdp, tensor; -1: the rest
     share: tuple[int, int] | None = None  # I N: only every Nth prompt, from the Ith (0, …) on
-    coordinator: str | None = None
-    """One mesh over the devices of several processes: HOST:PORT of process 0, or "auto" (SLURM, TPU
-    pods)."""
-    processes: int | None = None  # how many, with --coordinator HOST:PORT
-    process_id: int | None = None  # which one this is: 0, …
     overwrite: bool = False  # replace an --out that is there
 
 
@@ -66,9 +62,9 @@ def main(args: Args) -> None:
     from sharding.mesh import make_mesh
 
     try:
-        if args.share is not None and args.coordinator is not None:
+        if args.share is not None and args.place() is not None:
             raise UserError("--share and --coordinator: give one of them")
-        processes.start(args.coordinator, args.processes, args.process_id)
+        processes.start(args)
         sampling = generate.Sampling(
             args.n, args.temperature, args.top_p, args.top_k, args.min_p, args.max_new_tokens,
             args.seed, args.stop_strings,

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,11 +91,66 @@ def test_with_pairrm_the_table_has_win_rates_and_no_rewards(place):
     assert "both orders agree" in (place / "runs/pairwise/report.html").read_text()
 
 
+def together(place, processes, name, recipe="mine.sh"):
+    """The loop begun by so many processes; their output is kept in place/NAME.ID."""
+    coordinator = f"localhost:{tiny.free_port()}"
+    devices = f"--xla_force_host_platform_device_count={4 // processes}"
+    return [
+        subprocess.Popen(
+            ["bash", "scripts/iterate.sh", recipe], cwd=place, start_new_session=True,
+            stdout=open(place / f"{name}.{i}", "w"), stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHON": sys.executable, "NAME": name, "XLA_FLAGS": devices,
+                 "COORDINATOR": coordinator, "PROCESSES": str(processes), "PROCESS_ID": str(i)},
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_run_the_loop_and_go_on_where_one_was_killed(place, processes):
+    if not (place / "runs/alone/finished").exists():
+        assert iterate(place, NAME="alone").returncode == 0
+    name = f"together-{processes}"
+    run, running = place / "runs" / name, together(place, processes, name)
+    while not (run / "iteration_1/checkpoint.log/metrics.jsonl").exists():
+        assert running[0].poll() is None, (place / f"{name}.0").read_text()[-2000:]
+        time.sleep(0.02)
+    os.killpg(running[1].pid, signal.SIGKILL)
+    for i in {*range(processes)} - {1}:
+        assert running[i].wait(timeout=120) == 75
+        said = (place / f"{name}.{i}").read_text()
+        assert "process 1 (" in said and "goes on" in said.splitlines()[-1]
+    running = together(place, processes, name)
+    said = [(process.wait(), (place / f"{name}.{i}").read_text()[-2000:])
+            for i, process in enumerate(running)]  # fmt: skip
+    assert [code for code, _ in said] == [0] * processes, said
+    assert "best so far" in said[0][1] and "best so far" not in said[1][1]
+    transformers.AutoModelForCausalLM.from_pretrained(run / "final-hf")
+    alone = place / "runs/alone"
+    for file in ("heldout.jsonl", "iteration_1/prompts.jsonl"):
+        assert (run / file).read_bytes() == (alone / file).read_bytes()
+    for row, other in zip(*(tiny.read_jsonl(r / "iteration_1/ranked.jsonl") for r in (run, alone))):
+        assert row["scores"] == other["scores"]
+        for ours, theirs in zip(row["responses"], other["responses"], strict=True):
+            assert ours["token_ids"] == theirs["token_ids"]
+
+
+@pytest.mark.heavy
+def test_where_process_0_fails_alone_the_others_end_as_it_does(place):
+    (place / "bad.sh").write_text((place / "mine.sh").read_text() + "\nPAIRS=--strategy=none\n")
+    running = together(place, 2, "fails", "bad.sh")
+    assert [process.wait(timeout=300) for process in running] == [2, 2]
+    assert "process 0 (" in (place / "fails.1").read_text()
+
+
 def test_an_unknown_recipe_or_a_bad_number_is_refused(place):
     unknown = iterate(place, "nothing")
     assert unknown.returncode == 2 and "no recipe nothing" in unknown.stderr
     bad = iterate(place, SEED="x")
     assert bad.returncode == 2 and "SEED=x" in bad.stderr
+    some = iterate(place, COORDINATOR="localhost:1", PROCESSES="2")
+    assert some.returncode == 2 and "PROCESS_ID=" in some.stderr
 
 
 def test_the_published_recipe_asks_for_the_published_settings(place):

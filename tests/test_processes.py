@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 
 from model import checkpoint
-from stages import dpo, records, sample
-from tests import tiny
+from stages import dpo, rank, records, sample
+from tests import tiny, tiny_pairrm
 
 # No top-p: of two thousand draws from near-uniform distributions, rounding decides at its border
 # whether a token is kept now and then. With seed 0 a draw falls within 1e-7 of another token's.
@@ -22,10 +21,12 @@ DRAWS = ["--n", "3", "--max-new-tokens", "12", "--temperature", "1", "--top-p", 
          "--seed", "1"]  # fmt: skip
 
 
-def start(stage, argv, process_id, port):
-    argv = [*argv, "--coordinator", f"localhost:{port}", "--processes", "2",
+def start(stage, argv, process_id, port, processes=2):
+    argv = [*argv, "--coordinator", f"localhost:{port}", "--processes", str(processes),
             "--process-id", str(process_id)]  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    # Four devices in all, as the tests' own process has.
+    devices = f"--xla_force_host_platform_device_count={4 // processes}"
+    environment = os.environ | {"XLA_FLAGS": devices}
     return subprocess.Popen([sys.executable, "-m", f"stages.{stage}", *argv], env=environment,
                             stderr=subprocess.PIPE, text=True)  # fmt: skip
 
@@ -45,19 +46,23 @@ def dpo_argv(folder, out, *more) -> list[str]:
 def ended(running) -> list[str]:
     """What the processes said; all of them must end well."""
     said = [process.communicate()[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
+    assert [process.returncode for process in running] == [0] * len(running), said
     return said
 
 
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))
-        return listening.getsockname()[1]
+def together(stage, argv, processes=2):
+    port = tiny.free_port()
+    return [start(stage, argv, i, port, processes) for i in range(processes)]
 
 
-def together(stage, argv):
-    port = free_port()
-    return [start(stage, argv, i, port) for i in range(2)]
+heavy = pytest.mark.heavy
+# Of processes and meshes those that are quick to run; all of them with --heavy.
+MESHES = [
+    pytest.param(2, ("1", "-1", "1"), id="2-fsdp"),
+    pytest.param(2, ("1", "2", "2"), id="2-tensor"),
+    pytest.param(4, ("1", "-1", "1"), id="4-fsdp", marks=heavy),
+    pytest.param(4, ("1", "2", "2"), id="4-tensor", marks=heavy),
+]
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +92,10 @@ def same_answers(one, other):
         assert a == b
 
 
-@pytest.mark.parametrize("mesh", [("1", "-1", "1"), ("1", "2", "2")])
-def test_processes_on_one_mesh_draw_what_one_draws(folder, mesh):
-    out = f"mesh-{'-'.join(mesh)}.jsonl"
-    ended(together("sample", sample_argv(folder, out, "--mesh", *mesh)))
+@pytest.mark.parametrize("processes,mesh", MESHES)
+def test_processes_on_one_mesh_draw_what_one_draws(folder, processes, mesh):
+    out = f"{processes}-mesh-{'-'.join(mesh)}.jsonl"
+    ended(together("sample", sample_argv(folder, out, "--mesh", *mesh), processes))
     same_answers(folder / out, folder / "alone.jsonl")
     aside = [tiny.read_jsonl(folder / f"{name}.set_aside.jsonl") for name in (out, "alone.jsonl")]
     assert aside[0] == aside[1] and len(aside[0]) == 1
@@ -121,12 +126,12 @@ def flat(folder) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "mesh", [pytest.param(("1", "-1", "1"), marks=pytest.mark.heavy), ("1", "2", "2")]
+    "processes,mesh", [pytest.param(2, ("1", "-1", "1"), id="2-fsdp", marks=heavy), *MESHES[1:]]
 )
-def test_processes_on_one_mesh_train_what_one_trains(folder, mesh):
-    out = f"mesh-{'-'.join(mesh)}"
+def test_processes_on_one_mesh_train_what_one_trains(folder, processes, mesh):
+    out = f"{processes}-mesh-{'-'.join(mesh)}"
     shutil.rmtree(folder / "pairs.jsonl.reference")  # its log-probs are computed together too
-    ended(together("dpo", dpo_argv(folder, out, "--mesh", *mesh)))
+    ended(together("dpo", dpo_argv(folder, out, "--mesh", *mesh), processes))
     np.testing.assert_allclose(losses(folder, out), losses(folder, "alone"), rtol=0, atol=1e-5)
     start, alone, found = (flat(folder / name) for name in ("model", "alone", out))
     assert np.linalg.norm(found - alone) < 1e-3 * np.linalg.norm(alone - start)
@@ -136,28 +141,109 @@ def test_processes_on_one_mesh_train_what_one_trains(folder, mesh):
     assert not (folder / f"{out}.work").exists()
 
 
-@pytest.mark.heavy
-def test_a_training_whose_process_was_stopped_goes_on_to_the_same_end(folder):
-    argv = dpo_argv(folder, "halted", "--save-every", "2")
+@pytest.fixture(scope="module")
+def unbroken(folder):
+    """The identity of what two processes train that nothing stops."""
+    ended(together("dpo", dpo_argv(folder, "unbroken")))
+    return checkpoint.identity(str(folder / "unbroken"))
+
+
+def begun(folder, out, ready: str):
+    """(command, processes) of a training of which the file or folder `ready` is there."""
+    argv = dpo_argv(folder, out, "--save-every", "2")
     running = together("dpo", argv)
-    log = folder / "halted.log/metrics.jsonl"
-    while not (log.exists() and log.stat().st_size):
+    while not (folder / ready).exists():
         assert running[0].poll() is None, running[0].stderr.read()
         time.sleep(0.02)
+    return argv, running
+
+
+@pytest.mark.heavy
+def test_a_training_whose_process_was_stopped_goes_on_to_the_same_end(folder, unbroken):
+    argv, running = begun(folder, "halted", "halted.log/metrics.jsonl")
     running[1].send_signal(signal.SIGTERM)
     assert [process.wait() for process in running] == [75, 75]
     assert list((folder / "halted.work").glob("state-?"))
     ended(together("dpo", argv))
-    unbroken = dpo_argv(folder, "unbroken")
-    ended(together("dpo", unbroken))
-    identities = [checkpoint.identity(str(folder / name)) for name in ("halted", "unbroken")]
-    assert identities[0] == identities[1]
+    assert checkpoint.identity(str(folder / "halted")) == unbroken
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_training_whose_process_was_killed_names_it_and_goes_on(folder, unbroken, victim):
+    out = f"killed-{victim}"
+    argv, running = begun(folder, out, f"{out}.work/state-2")
+    running[victim].kill()
+    said = running[1 - victim].communicate(timeout=60)[1]
+    assert running[1 - victim].returncode == 75
+    assert f"process {victim} (" in said.splitlines()[-1] and "died" in said.splitlines()[-1]
+    assert not (folder / out).exists()
+    ended(together("dpo", argv))
+    assert checkpoint.identity(str(folder / out)) == unbroken
+
+
+def rank_argv(folder, ranker, out) -> list[str]:
+    return ["--ranker", f"{folder}/{ranker}", "--samples", f"{folder}/ranks.jsonl",
+            "--out", f"{folder}/{out}"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ranked(folder):
+    """What one process makes of samples, by a reward function and by a PairRM."""
+    tiny_pairrm.write_pairrm(folder / "pairrm")
+    (folder / "reward.py").write_text(
+        "def reward(prompt, responses):\n    return [float(len(r)) for r in responses]\n"
+    )
+    rows = tiny.read_jsonl(folder / "alone.jsonl")[:9]
+    rows[3] |= {"responses": []}  # is set aside
+    tiny.write_jsonl(folder / "ranks.jsonl", rows)
+    for ranker in RANKERS:
+        argv = rank_argv(folder, ranker, f"{ranker[:6]}.alone.jsonl")
+        assert records.run(rank.main, rank.Args, argv) == 0
+    return folder
+
+
+RANKERS = ["reward.py:reward", "pairrm"]
+
+
+@pytest.mark.parametrize(
+    "processes,ranker", [(2, RANKERS[0]), *(pytest.param(4, r, marks=heavy) for r in RANKERS)]
+)
+def test_each_process_ranks_a_part_and_together_it_is_what_one_ranks(ranked, processes, ranker):
+    name = f"{ranker[:6]}.{processes}.jsonl"
+    ended(together("rank", rank_argv(ranked, ranker, name), processes))
+    alone = ranked / f"{ranker[:6]}.alone.jsonl"
+    if ranker != "pairrm":
+        assert (ranked / name).read_bytes() == alone.read_bytes()
+    for a, b in zip(tiny.read_jsonl(ranked / name), tiny.read_jsonl(alone), strict=True):
+        np.testing.assert_allclose(a["scores"], b["scores"], rtol=0, atol=1e-5)
+        assert {**a, "scores": 0, "comparisons": 0} == {**b, "scores": 0, "comparisons": 0}
+    ours, theirs = (records.read_manifest(str(path)) for path in (ranked / name, alone))
+    assert ours.counts == theirs.counts and ours.counts["set aside: no responses"] == 1
+    assert ours.results.keys() == theirs.results.keys()
+    assert not list(ranked.glob(f"{name}.share*"))
+
+
+@pytest.mark.heavy
+def test_the_answers_to_a_benchmark_are_sampled_by_all(folder):
+    def argv(out):
+        return ["outputs", "--checkpoint", f"{folder}/model", "--benchmark",
+                f"{folder}/benchmark.jsonl", "--out", f"{folder}/{out}", "--best-of", "3",
+                "--ranker", f"{folder}/longest.py:reward", "--max-new-tokens", "12",
+                "--temperature", "1", "--top-p", "1", "--slots", "4"]  # fmt: skip
+
+    tiny.write_jsonl(folder / "benchmark.jsonl", tiny.read_jsonl(folder / "prompts.jsonl")[:10])
+    (folder / "longest.py").write_text("def reward(prompt, answers):\n    return map(len, answers)")
+    ended(together("evaluate", argv("together.json")))
+    alone = [sys.executable, "-m", "stages.evaluate", *argv("alone.json")]
+    assert subprocess.run(alone).returncode == 0
+    assert (folder / "together.json").read_bytes() == (folder / "alone.json").read_bytes()
 
 
 @pytest.mark.parametrize("stage", ["sample", "dpo"])
 def test_processes_that_were_given_different_things_refuse(folder, stage):
     flag, argv = ("--top-k", sample_argv) if stage == "sample" else ("--epochs", dpo_argv)
-    port = free_port()
+    port = tiny.free_port()
     running = [start(stage, argv(folder, "differ", flag, str(i + 1)), i, port) for i in range(2)]
     for process in running:
         assert process.wait() == 2
@@ -169,8 +255,9 @@ def test_processes_that_were_given_different_things_refuse(folder, stage):
     [
         (["--processes", "2"], "--coordinator"),
         (["--coordinator", "localhost:1"], "--process-id"),
+        (["--coordinator", "localhost", "--processes", "2", "--process-id", "0"], "HOST:PORT"),
         (["--coordinator", "localhost:1", "--processes", "2", "--process-id", "2"], "0 to 1"),
-        (["--coordinator", "localhost:1", "--share", "0", "2"], "one of them"),
+        ("--coordinator x:1 --processes 2 --process-id 1 --share 0 2".split(), "one of them"),
         (["--coordinator", "auto"], "auto"),
     ],
 )

@@ -1,6 +1,7 @@
 """Small models and tokenizers that several tests share."""
 
 import json
+import socket
 from pathlib import Path
 
 import tokenizers
@@ -83,3 +84,10 @@ PROMPTS = [
         "List three animals that can swim.", "Say it again, slowly and clearly, please.",
     )
 ]  # fmt: skip
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from model.comparisons import Ranking
 from model.rankers import RankerError, Request, open_ranker
+from sharding.watch import Flags
 from stages import records
 from stages.evaluate.answers import conversation_key
 from stages.evaluate.benchmarks import local_file, read_instructions
@@ -21,14 +22,16 @@ from stages.records import Manifest, Output, UserError
 
 
 @dataclasses.dataclass
-class Outputs:
+class Outputs(Flags):
     """A model's answers to a benchmark, exactly one an instruction; with --best-of 16 the one that
     a ranker finds best of 16.
 
     Beside NAME.json lie NAME.prompts.jsonl, NAME.samples.jsonl with all answers, made by
-    stages.sample, and NAME.ranked.jsonl with their scores. Stopped, the same command goes on. A
-    model that needs several machines is sampled there with stages.sample from NAME.prompts.jsonl to
-    NAME.samples.jsonl, and the same command then goes on from that.
+    stages.sample, and NAME.ranked.jsonl with their scores. Stopped, the same command goes on.
+
+    Several processes sample together: the same command in each, with --coordinator HOST:PORT
+    --processes 4 and --process-id 0 to 3, on a file system that all of them see. Process 0 does the
+    rest.
     """
 
     checkpoint: str
@@ -66,8 +69,14 @@ def main(args: Outputs) -> None:
     _check(args)
     stem = args.out.removesuffix(".json")
     prompts, samples = f"{stem}.prompts.jsonl", f"{stem}.samples.jsonl"
-    write_prompts(args, prompts)
-    run_stage("stages.sample", sample_arguments(args, prompts, samples))
+    place = _place(args)
+    first = place is None or place[2] == 0
+    if first:
+        write_prompts(args, prompts)
+    # Of several processes none samples before process 0 does, which has written the prompts.
+    run_stage("stages.sample", sample_arguments(args, prompts, samples, place))
+    if not first:
+        return
     rows = {row["prompt_id"]: row for _, row in records.read_rows(samples)}
     asked = [row for _, row in records.read_prompts(prompts, Counter())]
     _check_all_answered(args, asked, rows, samples)
@@ -115,6 +124,16 @@ def _check(args: Outputs) -> None:
         raise UserError(f"--ranker: {error}") from error
 
 
+def _place(args: Outputs) -> tuple[str, int, int] | None:
+    try:
+        place = args.place()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if place == "auto":
+        raise UserError("--coordinator auto: give HOST:PORT, --processes and --process-id")
+    return place
+
+
 def _is_function(ranker: str) -> bool:
     return ranker.rpartition(":")[0].endswith(".py") or ranker.endswith(".py")
 
@@ -141,13 +160,18 @@ def write_prompts(args: Outputs, path: str) -> None:
         output.finish([row["prompt_id"] for row in rows], counts)
 
 
-def sample_arguments(args: Outputs, prompts: str, samples: str) -> list[str]:
+def sample_arguments(
+    args: Outputs, prompts: str, samples: str, place: tuple[str, int, int] | None
+) -> list[str]:
     argv = ["--checkpoint", args.checkpoint, "--prompts", prompts, "--out", samples,
             "--n", str(args.best_of), "--temperature", str(args.temperature),
             "--top-p", str(args.top_p), "--max-new-tokens", str(args.max_new_tokens),
             "--seed", str(args.seed), "--dtype", args.dtype,
             "--mesh", *map(str, args.mesh)]  # fmt: skip
     argv += [] if args.slots is None else ["--slots", str(args.slots)]
+    if place is not None:
+        names = ("--coordinator", "--processes", "--process-id")
+        argv += [str(x) for pair in zip(names, place) for x in pair]
     return argv + (["--overwrite"] if args.overwrite else [])
 
 
