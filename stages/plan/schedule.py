@@ -29,7 +29,8 @@ MEASURED_ON_CPU = {"sample": 0.6, "rank": 0.8, "dpo": 0.75}
 # Seconds beside a stage's work: compiling what the loop's cache of compiled programs does not have,
 # opening and closing files. Python's start and imports come before them.
 START = {"sample": 60.0, "rank": 60.0, "pairs": 1.0, "dpo": 90.0, "kl": 60.0, "report": 5.0}
-START_ON_CPU = {"sample": 8.0, "rank": 1.0, "pairs": 1.0, "dpo": 12.0, "kl": 5.0, "report": 5.0}
+START_ON_CPU = {"sample": 8.0, "rank": 0.1, "pairs": 0.1, "dpo": 12.0, "compare": 1.5, "kl": 2.0,
+                "report": 5.0}  # fmt: skip
 DISK = 1e9  # bytes a second of a checkpoint, one host
 
 
@@ -95,7 +96,7 @@ class Plan:
 
         def rank(name, times, heldout):
             pieces = self.ranking(heldout).pieces() if self.pairrm else []
-            begin = start["rank"] if self.pairrm else START_ON_CPU["rank"]
+            begin = start["rank"] if self.pairrm else START_ON_CPU[name]
             return Stage(name, "rank", times, rank_dtype, pieces, begin, on.hosts)
 
         training = self.training()
