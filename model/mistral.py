@@ -323,12 +323,15 @@ def cache_bytes(config: MistralConfig, length: int, dtype=jnp.float32) -> int:
     return numbers * length * jnp.dtype(dtype).itemsize
 
 
+# Of a layer's keys and values: rows over the axes that cut a batch, key heads over tensor.
+CACHE_AXES = (
+    ("batch", "kv_heads", "head_dim", "length"),
+    ("batch", "kv_heads", "length", "head_dim"),
+)
+
+
 def constrain_cache(k_bkhs: jax.Array, v_bksh: jax.Array):
-    """Rows of a layer's cache over the axes that cut a batch, key heads over tensor."""
-    return (
-        constrain(k_bkhs, "batch", "kv_heads", "head_dim", "length"),
-        constrain(v_bksh, "batch", "kv_heads", "length", "head_dim"),
-    )
+    return tuple(constrain(x, *axes) for x, axes in zip((k_bkhs, v_bksh), CACHE_AXES))
 
 
 def decode(

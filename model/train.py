@@ -137,7 +137,7 @@ def _apply(params, state, gradients, norm, *, tx, max_norm):
         lambda a, b: jnp.sum(a.astype(jnp.bfloat16) != b.astype(jnp.bfloat16), dtype=jnp.float32),
         params, new,
     )  # fmt: skip
-    total = sum(x.size for x in jax.tree.leaves(params))
+    total = float(sum(x.size for x in jax.tree.leaves(params)))  # too many for an int32
     return new, state, sum(jax.tree.leaves(changed)) / total
 
 

@@ -14,8 +14,9 @@ import re
 import resource
 
 import jax
+import numpy as np
 import psutil
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding import chips
 
@@ -32,6 +33,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "act_embed": None,  # the width of an activation: its batch is cut already
 }
+
+# The compiler propagates; jax's default of Explicit rejects top_k on a sharded axis.
+AXIS_TYPES = (AxisType.Auto,) * 3
 
 # Of N simulated CPU devices, each holds a thread of XLA's pool while it waits in a collective, and
 # the pool has one a core: with more devices than cores a collective can wait for good. XLA reads
@@ -57,8 +61,32 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
             f"mesh {data},{fsdp},{tensor} does not cover the {len(devices)} devices: "
             "the product of the sizes must be their number"
         )
-    # Auto: the compiler propagates; jax's default of Explicit rejects top_k on a sharded axis.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=AXIS_TYPES, devices=devices)
+
+
+def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
+    """A mesh of (data, fsdp, tensor) without devices: enough to say where things would lie."""
+    return AbstractMesh(sizes, MESH_AXES, axis_types=AXIS_TYPES)
+
+
+def training_sizes(devices: int, config) -> tuple[int, int, int]:
+    """The mesh of a training for so many devices: everything cut into as many shards as the
+    model's width divides into; what is left over holds copies.
+
+    config: a model's, with transformers' names.
+    """
+    fsdp = math.gcd(devices, config.hidden_size)
+    return devices // fsdp, fsdp, 1
+
+
+def decoding_sizes(devices: int, config) -> tuple[int, int, int]:
+    """The mesh of a sampling for so many devices: heads and the MLP cut as far as they divide, the
+    rest holds copies. Along fsdp the weights would be collected anew for every token.
+
+    config: a model's, with transformers' names.
+    """
+    tensor = math.gcd(devices, config.num_key_value_heads, config.intermediate_size)
+    return devices // tensor, 1, tensor
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
@@ -93,6 +121,28 @@ def tree_shardings(mesh: Mesh, axes, arrays):
     return jax.tree.map(
         lambda array, names: NamedSharding(mesh, spec(names, array.shape, mesh)), arrays, axes
     )
+
+
+def abstract(arrays, shardings):
+    """The arrays' shapes and dtypes with these shardings (jax.ShapeDtypeStruct)."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        arrays, shardings,
+    )  # fmt: skip
+
+
+def batch_shardings(mesh: Mesh, batch: dict) -> dict:
+    """Of the arrays of a batch, whose rows are their first axis."""
+    axes = {name: ("batch", *(None,) * (x.ndim - 1)) for name, x in batch.items()}
+    return tree_shardings(mesh, axes, batch)
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The batch on the mesh, each device given its rows alone. Every process holds all of it."""
+    return {
+        name: jax.make_array_from_callback(batch[name].shape, sharding, batch[name].__getitem__)
+        for name, sharding in batch_shardings(mesh, batch).items()
+    }
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -79,7 +79,10 @@ class Args(Flags):
     # What a row of a batch holds: all pairs that one device gets of a micro-batch, one pair, or
     # one response behind its own prompt. The numbers are the same; the first is the fastest by far.
     rows: Literal["packed", "pairs", "responses"] = "packed"
-    mesh: tuple[int, int, int] = (1, -1, 1)  # devices along data, fsdp, tensor; -1: the rest
+    mesh: tuple[int, int, int] | None = None
+    """Devices along data, fsdp, tensor; -1: the rest. Default: all along fsdp, as far as the
+    model's width divides, the rest along data."""
+    shardings: bool = False  # print a table of what lies where: shapes, cuts, bytes a device
     save_every: int = 100  # steps between two saves of the training state; 0: only at a signal
     keep_states: int = 1  # so many of the saved states are kept until the training is done
     eval_every: int = 0  # steps between two evaluations on --test-pairs; 0: before and after alone
@@ -155,8 +158,8 @@ def main(args: Args) -> None:
 
 
 # Arguments that change where, how fast or whether, but not what comes out.
-NOT_CONTENT = {"checkpoint", "reference", "pairs", "test_pairs", "out", "mesh", "save_every",
-               "keep_states", "eval_every", "coordinator", "processes", "process_id",
+NOT_CONTENT = {"checkpoint", "reference", "pairs", "test_pairs", "out", "mesh", "shardings",
+               "save_every", "keep_states", "eval_every", "coordinator", "processes", "process_id",
                "allow_other_model"}  # fmt: skip
 
 
@@ -237,7 +240,13 @@ class Run:
 
         from model import checkpoint, mistral
         from model import train as training
-        from sharding.mesh import batch_shards, make_mesh, replicated, tree_shardings
+        from sharding.mesh import (
+            batch_shards,
+            make_mesh,
+            replicated,
+            training_sizes,
+            tree_shardings,
+        )
 
         self.args, self.config, self.manifest, self.work = args, config, manifest, work
         self.train, self.test = train, test
@@ -248,7 +257,7 @@ class Run:
         self.metrics = self.board = None
         self.begun = time.monotonic()
         try:
-            self.mesh = make_mesh(*args.mesh)
+            self.mesh = make_mesh(*args.mesh or training_sizes(jax.device_count(), config))
         except ValueError as error:
             raise UserError(str(error)) from error
         self.shards = batch_shards(self.mesh)
@@ -270,6 +279,16 @@ class Run:
                 config, recipe, self.total_steps, self.shardings, replicated(self.mesh),
                 jnp.dtype(args.dtype), args.remat,
             )  # fmt: skip
+        self._tell_shardings(recipe)
+
+    def _tell_shardings(self, recipe) -> None:
+        from model import placement
+        from sharding import table
+
+        longest = self._pack(self.train, self._micro_batches(self.train, range(len(self.train)))[0])
+        sections = placement.training(self.config, self.mesh, recipe, longest)
+        tell = table.table if self.args.shardings else table.summary
+        print(tell(self.mesh, sections))
 
     def run(self) -> None:
         import jax
@@ -449,6 +468,8 @@ class Run:
         finite."""
         import jax
 
+        from sharding.mesh import put_batch
+
         gradients = None
         values: dict[str, list] = {}  # metric → one value a pair, in the order of `done`
         done: list[str] = []  # prompt_ids
@@ -457,7 +478,7 @@ class Run:
         for batch in batches:
             indices, packed, sides = batch.indices, batch.packed, batch.sides
             gradients, micro = self.trainer.accumulate(
-                params, gradients, packed, sides, float(pairs)
+                params, gradients, put_batch(self.mesh, packed), sides, float(pairs)
             )
             work += self._work(packed)
             micro = dict(jax.device_get(micro))
@@ -563,6 +584,8 @@ class Run:
         """Summed log-probs of every pair's chosen and rejected response, fp32 [pairs, 2]."""
         import jax
 
+        from sharding.mesh import put_batch
+
         found = np.zeros((len(examples), 2), np.float32)
         batches = self._micro_batches(examples, range(len(examples)))
         silent = not examples or jax.process_index() > 0
@@ -570,7 +593,9 @@ class Run:
         for (indices, batch), _ in tqdm(made, desc=name, unit=" batches", total=len(batches),
                                         disable=silent):  # fmt: skip
             sides = jax.device_get(
-                self.trainer.logprobs(params, batch=batch, pairs=self.args.micro_batch_size)
+                self.trainer.logprobs(
+                    params, batch=put_batch(self.mesh, batch), pairs=self.args.micro_batch_size
+                )
             )
             for column, side in enumerate(sides):
                 found[indices, column] = side[: len(indices)]

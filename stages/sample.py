@@ -49,17 +49,21 @@ class Args(Flags):
     """Of the keys and values of all slots at their longest, over all devices, e.g. 8GiB. Default:
     a quarter of a machine's free memory, four fifths of what accelerators have free."""
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; bfloat16 on accelerators
-    mesh: tuple[int, int, int] = (1, -1, 1)  # devices along data, fsdp, tensor; -1: the rest
+    mesh: tuple[int, int, int] | None = None
+    """Devices along data, fsdp, tensor; -1: the rest. Default: along tensor as far as the key heads
+    and the MLP divide, the rest along data; along fsdp, every token would collect the weights."""
+    shardings: bool = False  # print a table of what lies where: shapes, cuts, bytes a device
     share: tuple[int, int] | None = None  # I N: only every Nth prompt, from the Ith (0, …) on
     overwrite: bool = False  # replace an --out that is there
 
 
 def main(args: Args) -> None:
+    import jax
 
     from model import checkpoint, generate
     from model.tokenizer import ChatTokenizer, TokenizerError
     from sharding import processes
-    from sharding.mesh import make_mesh
+    from sharding.mesh import decoding_sizes, make_mesh
 
     try:
         if args.share is not None and args.place() is not None:
@@ -73,7 +77,7 @@ def main(args: Args) -> None:
         config = checkpoint.load_config(args.checkpoint)
         identity = checkpoint.identity(args.checkpoint)
         tokenizer = ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
-        mesh = make_mesh(*args.mesh)
+        mesh = make_mesh(*args.mesh or decoding_sizes(jax.device_count(), config))
     except (ValueError, TokenizerError) as error:
         raise UserError(str(error)) from error
 
@@ -128,8 +132,8 @@ def _sample(
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, generate, mistral
-    from sharding import processes
+    from model import checkpoint, generate, mistral, placement
+    from sharding import processes, table
     from sharding.mesh import tree_shardings
 
     rows: dict[str, records.Row] = {}  # prompts whose answers are in the making
@@ -167,6 +171,9 @@ def _sample(
         a_slot = mistral.cache_bytes(config, longest + args.max_new_tokens, dtype)
         slots = min(processes.from_all(_slots(args, mesh, a_slot, args.n * len(mine))))
         progress.write(f"{slots} slots, a KV cache of at most {slots * a_slot / 1e9:.2f} GB")
+        tell = table.table if args.shardings else table.summary
+        length = longest + args.max_new_tokens
+        progress.write(tell(mesh, placement.sampling(config, mesh, slots, length, dtype)))
         sampler = generate.Sampler(
             config, params, tokenizer.decode, sampling, slots, longest, dtype
         )

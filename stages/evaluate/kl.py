@@ -39,8 +39,8 @@ class Kl:
     """Answers in memory at a time, at least a prompt's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of computation; bfloat16 on accelerators."""
-    mesh: tuple[int, int, int] = (1, -1, 1)
-    """Devices along data, fsdp, tensor; -1: the rest."""
+    mesh: tuple[int, int, int] | None = None
+    """Devices along data, fsdp, tensor; -1: the rest. Default: as stages.dpo."""
     overwrite: bool = False
     """Replace an --out that is there."""
 
@@ -174,10 +174,10 @@ def _compute(args: Kl, config, prompts: list[Answered], output: Output) -> None:
     import jax.numpy as jnp
 
     from model import checkpoint, logprobs, mistral
-    from sharding.mesh import batch_shards, make_mesh, tree_shardings
+    from sharding.mesh import batch_shards, make_mesh, put_batch, training_sizes, tree_shardings
 
     try:
-        mesh = make_mesh(*args.mesh)
+        mesh = make_mesh(*args.mesh or training_sizes(jax.device_count(), config))
     except ValueError as error:
         raise UserError(str(error)) from error
     most = max(args.batch_size, max(len(p.logprobs) for p in prompts))
@@ -195,7 +195,7 @@ def _compute(args: Kl, config, prompts: list[Answered], output: Output) -> None:
 
         for indices in tqdm(_batches(prompts, most), desc="kl", unit=" batches"):
             batch = pack([prompts[i].sequence for i in indices], batch_shards(mesh))
-            values = np.asarray(jax.device_get(compute(params, batch)))
+            values = np.asarray(jax.device_get(compute(params, put_batch(mesh, batch))))
             ends = np.cumsum([len(prompts[i].logprobs) for i in indices])
             for i, mine in zip(indices, np.split(values[: ends[-1]], ends[:-1])):
                 output.write({"prompt_id": prompts[i].prompt_id, "logprobs": mine.tolist()})

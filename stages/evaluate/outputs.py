@@ -57,8 +57,8 @@ class Outputs(Flags):
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of sampling; bfloat16 on accelerators."""
-    mesh: tuple[int, int, int] = (1, -1, 1)
-    """Devices along data, fsdp, tensor; -1: the rest."""
+    mesh: tuple[int, int, int] | None = None
+    """Devices along data, fsdp, tensor; -1: the rest. Default: as stages.sample."""
     slots: int | None = None
     """Answers in the making at a time; default: as stages.sample."""
     overwrite: bool = False
@@ -166,8 +166,8 @@ def sample_arguments(
     argv = ["--checkpoint", args.checkpoint, "--prompts", prompts, "--out", samples,
             "--n", str(args.best_of), "--temperature", str(args.temperature),
             "--top-p", str(args.top_p), "--max-new-tokens", str(args.max_new_tokens),
-            "--seed", str(args.seed), "--dtype", args.dtype,
-            "--mesh", *map(str, args.mesh)]  # fmt: skip
+            "--seed", str(args.seed), "--dtype", args.dtype]  # fmt: skip
+    argv += [] if args.mesh is None else ["--mesh", *map(str, args.mesh)]
     argv += [] if args.slots is None else ["--slots", str(args.slots)]
     if place is not None:
         names = ("--coordinator", "--processes", "--process-id")

@@ -63,7 +63,7 @@ def remedy(plan: Plan, stage: str) -> str:
             found = next(m for m in by_arithmetic(changed) if m.program.startswith(stage))
             if fits(found, changed.on):
                 return f"by arithmetic {changed.on} fits with {told}"
-        plan = dataclasses.replace(plan, on=larger(plan.on)).changed(stage, mesh=(1, -1, 1))
+        plan = dataclasses.replace(plan, on=larger(plan.on)).changed(stage, mesh=None)
     return "no more chips of this kind, up to 4096, would do"
 
 

@@ -68,7 +68,7 @@ class Plan:
     def sampling(self, heldout: bool = False) -> Sampling:
         args = self.recipe.heldout_sample if heldout else self.recipe.sample
         prompts = self.heldout if heldout else self.prompts
-        mesh = _mesh(args.mesh, self.on, "sample")
+        mesh = self._mesh("sample", args.mesh)
         return Sampling(self.decoder, args, self.lengths, prompts, mesh)
 
     def ranking(self, heldout: bool = False) -> Ranking:
@@ -79,8 +79,18 @@ class Plan:
     def training(self) -> Training:
         args, test = self.recipe.dpo, self.recipe.pairs
         aside = test.test_count or round(test.test_fraction * self.prompts)
-        mesh = _mesh(args.mesh, self.on, "dpo")
+        mesh = self._mesh("dpo", args.mesh)
         return Training(self.decoder, args, self.lengths, self.prompts - aside, aside, mesh)
+
+    def _mesh(self, stage: str, sizes: tuple[int, int, int] | None):
+        """What the stage makes of its --mesh."""
+        from sharding.mesh import decoding_sizes, training_sizes
+
+        chosen = {"sample": decoding_sizes, "dpo": training_sizes}[stage]
+        try:
+            return mesh_of(sizes or chosen(self.on.size, self.decoder.config), self.on.size)
+        except ValueError as error:
+            raise UserError(f"{stage}: {error}: change it in the recipe, or the topology") from None
 
     def stages(self) -> list[Stage]:
         rounds, on = self.recipe.iterations, self.on
@@ -132,23 +142,14 @@ class Plan:
 
     def others(self) -> Iterator[tuple[str, "Plan"]]:
         """Flags that may be quicker, and the plan with them."""
-        heads = math.gcd(self.on.size, self.decoder.config.num_key_value_heads)
-        mesh = (self.on.size // heads, 1, heads)
-        changed = self.changed("sample", mesh=mesh).changed("heldout_sample", mesh=mesh)
-        yield f"--mesh {' '.join(map(str, mesh))} in sampling", changed
+        changed = self.changed("sample", mesh=None).changed("heldout_sample", mesh=None)
+        yield "no --mesh in sampling", changed
         if self.pairrm and self.ranking().dtype == "fp32":
             yield "--dtype bf16 for PairRM", self.changed("rank", dtype="bf16")
 
     def hours(self) -> float:
         """Of the whole run."""
         return sum(stage.times * self.seconds(stage) for stage in self.stages()) / 3600
-
-
-def _mesh(sizes, on: Slice, stage: str):
-    try:
-        return mesh_of(sizes or (1, -1, 1), on.size)
-    except ValueError as error:
-        raise UserError(f"{stage}: {error}: change it in the recipe, or the topology") from None
 
 
 def efficiencies(given: tuple[str, ...], on: Slice) -> dict[str, float]:
