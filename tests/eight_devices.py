@@ -1,5 +1,6 @@
 """Train and sample a tiny model on meshes of eight simulated devices and check where everything
-lies. tests/test_sharding.py runs it, in a process of its own; it prints what lies wrong.
+lies. tests/test_sharding.py runs it, in a process of its own, with the meshes as arguments
+(`1,8,1 2,2,2`); it prints what lies wrong.
 
 What each array should be cut along is said here once more, by hand: not by sharding/mesh.py.
 """
@@ -19,7 +20,6 @@ from model.packing import Sequence, pack
 from sharding.mesh import batch_shards, make_mesh, put_batch, replicated
 from tests import tiny
 
-MESHES = [(1, 8, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1), (1, 1, 8)]
 BATCH = ("data", "fsdp")
 PARAMETERS = {
     "embed": ("tensor", "fsdp"), "unembed": ("fsdp", "tensor"), "final_norm": (None,),
@@ -136,10 +136,10 @@ def check_sampling(check: Check) -> None:
     check.layers("sampler at its end", sampler.params)
 
 
-def main() -> int:
+def main(meshes: list[str]) -> int:
     checked, failed = 0, []
-    for sizes in MESHES:
-        mesh = make_mesh(*sizes)
+    for sizes in meshes:
+        mesh = make_mesh(*map(int, sizes.split(",")))
         # An array that every device holds whole must not pass for one that is cut.
         whole = jax.device_put(np.zeros((8, 8, 8), np.float32), replicated(mesh))
         assert wrong("whole", whole, ("data", "fsdp", "tensor"), mesh)
@@ -154,4 +154,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

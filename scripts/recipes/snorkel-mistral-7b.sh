@@ -43,13 +43,13 @@ esac
 
 # n is the published one; temperature, top-p and length are ours (SPPO's, of the same pipeline).
 drawn="--temperature 0.7 --top-p 0.9 --max-new-tokens 2048"
-fast="--slots ${SLOTS:-64} --dtype bfloat16 --mesh ${SAMPLE_MESH:-1 -1 1}"
+fast="--slots ${SLOTS:-64} --dtype bfloat16${SAMPLE_MESH:+ --mesh $SAMPLE_MESH}"
 SAMPLE="--n 5 $drawn $fast"
 HELDOUT_SAMPLE="--n 1 $drawn $fast"
 PAIRS="--test-fraction 0.05" # the published splits hold 1,000 test rows to 20,000
 DPO="--learning-rate 5e-7 --warmup-ratio 0.1 --max-length 1024 --max-prompt-length 512
      --micro-batch-size ${MICRO_BATCH:-8} --dtype bfloat16 --remat ${REMAT:-full}
-     --mesh ${MESH:-1 -1 1}"
+     ${MESH:+--mesh $MESH}"
 case $ZEPHYR in
   2023) DPO+=" --beta 0.1 --schedule linear --optimizer rmsprop --epochs 3 --batch-size 64" ;;
   2024) DPO+=" --beta 0.01 --schedule cosine --optimizer adamw --epochs 1 --batch-size 128" ;;
