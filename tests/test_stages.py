@@ -57,7 +57,7 @@ def run_dpo(folder, out, *more, pairs="pairs.jsonl", model="model"):
 
 def metrics(out):
     """A training's metrics, but for those of time and memory."""
-    measured = {"tokens_per_second", "model_flops_per_second", "peak_memory_gb"}
+    measured = {"host_wait", "tokens_per_second", "model_flops_per_second", "peak_memory_gb"}
     rows = tiny.read_jsonl(f"{out}.log/metrics.jsonl")
     assert all(row.keys() >= measured for row in rows if "loss" in row)
     return [{name: x for name, x in row.items() if name not in measured} for row in rows]
