@@ -92,10 +92,11 @@ class Slice:
         return self.chip.name == "cpu"
 
 
-def parse(topology: str) -> Slice:
-    """v5p:2x2x1, h100:8 or cpu. Raises ValueError, in one line, for everything else."""
+def parse(topology: str, gemm: float | None = None) -> Slice:
+    """v5p:2x2x1, h100:8 or cpu, where `gemm` FLOP/s are taken as known. Raises ValueError, in one
+    line, for everything else."""
     if topology == "cpu":
-        return Slice(cpu(), (1,))
+        return Slice(cpu(gemm), (1,))
     name, _, shape = topology.partition(":")
     if name not in CHIPS:
         raise ValueError(f"no chip {name!r} in the table: cpu, {', '.join(CHIPS)}")
@@ -110,11 +111,11 @@ def parse(topology: str) -> Slice:
 # ------------------------------------------------------------------------- this machine
 
 
-def cpu() -> Chip:
-    """This machine, its rates measured now, in a second or two."""
+def cpu(gemm: float | None = None) -> Chip:
+    """This machine, its rates measured now, in a second or two; gemm: FLOP/s that are known."""
     import psutil
 
-    gemm = gemm_rate()
+    gemm = gemm or gemm_rate()
     return Chip("cpu", (), psutil.virtual_memory().total, gemm, gemm, read_rate(), math.inf, 0,
                 math.inf, 1)  # fmt: skip
 

@@ -161,7 +161,9 @@ def sampling(config, mesh, slots: int, length: int, prefill: int, dtype: str, fl
                for n in ("tokens", "positions", "prompts")}  # fmt: skip
         whole = jax.jit(partial(generate._prefill, config=config, dtype=dtype))
         whole = whole.lower(params, row=row).compile()
-        beside = parts(whole, parameters=sizes["parameters"]) | {"cache": sizes["cache"]}
+        # The program has no use for the vocabulary's matrix, so the compiler leaves it out.
+        used = {name: x for name, x in params.items() if name != "unembed"}
+        beside = parts(whole, parameters=held(used)) | sizes
         yield f"sample: {prefill} tokens of prompts", whole, beside
 
 
