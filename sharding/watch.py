@@ -167,7 +167,7 @@ class Watch:
         if self.last:
             code, line = self.last
             if line and code != self.ending:  # else this process has said why itself
-                os.write(2, f"{line}\n".encode())
+                os.write(2, f"\n{line}\n".encode())  # below a progress bar
             os._exit(code)
 
     def _end(self, code: int, line: str) -> None:

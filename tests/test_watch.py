@@ -73,8 +73,8 @@ def test_one_that_is_killed_is_named_by_all_others_at_once(begin, victim):
     others = [p for i, p in enumerate(processes) if i != victim]
     for code, said in ends(others, within=20):
         assert code == 75
-        assert said.startswith(f"process {victim} (") and "died" in said
-        assert said.count("\n") == 1
+        assert said.startswith(f"\nprocess {victim} (") and "died" in said
+        assert len(said.splitlines()) == 2
 
 
 def test_one_that_is_silent_is_named_after_the_timeout(begin, monkeypatch):
@@ -84,22 +84,22 @@ def test_one_that_is_silent_is_named_after_the_timeout(begin, monkeypatch):
     processes[1].send_signal(signal.SIGSTOP)
     for code, said in ends([processes[0], processes[2]], within=30):
         assert code == 75
-        assert said.startswith("process 1 (") and "silent for 4 s" in said
+        assert said.startswith("\nprocess 1 (") and "silent for 4 s" in said
 
 
 def test_one_that_fails_keeps_its_code_and_is_named(begin):
     (bug, said), *others = ends(begin("bug", "wait", "wait"), within=20)
     assert bug == 1 and "RuntimeError: a bug" in said
     for code, said in others:
-        assert code == 75 and said.startswith("process 0 (") and "exit code 1" in said
+        assert code == 75 and said.startswith("\nprocess 0 (") and "exit code 1" in said
     (waits, said), mistake = ends(begin("wait", "2")[-2:], within=20)
-    assert waits == 2 and said.startswith("process 1 (")
+    assert waits == 2 and said.startswith("\nprocess 1 (")
     assert mistake == (2, "")
 
 
 def test_one_that_is_stopped_stops_the_others_and_all_that_are_have_nothing_to_add(begin):
     (waits, said), stopped = ends(begin("wait", "75"), within=20)
-    assert waits == 75 and said.startswith("process 1 (") and "was stopped" in said
+    assert waits == 75 and said.startswith("\nprocess 1 (") and "was stopped" in said
     assert stopped == (75, "")
     assert ends(begin("75", "75", "75")[-3:], within=20) == [(75, "")] * 3
 
