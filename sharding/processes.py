@@ -30,6 +30,10 @@ def start(flags: Flags) -> None:
     if place is None:
         return
     explicit = place != "auto"
+    # On CPU two programs in flight may meet in their collectives, in another order in each process,
+    # and wait for good: with one device a process this runs them one after the other. (The queues
+    # of accelerators keep their order.)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     # JAX's own watch comes after ours: it aborts, and names nobody.
     patience = {
         "initialization_timeout": int(watch.ARRIVAL),
@@ -63,13 +67,21 @@ def from_first(values: np.ndarray) -> np.ndarray:
     """Process 0's `values` in all processes; they have one shape and dtype everywhere."""
     if jax.process_count() == 1:
         return values
+    _nothing_in_flight()
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+def _nothing_in_flight() -> None:
+    """With several devices a process programs still overlap on CPU, see `start`: not these."""
+    if jax.default_backend() == "cpu":
+        jax.block_until_ready(jax.live_arrays())
 
 
 def from_all(value: int) -> list[int]:
     """Each process's `value`, in order."""
     if jax.process_count() == 1:
         return [value]
+    _nothing_in_flight()
     return multihost_utils.process_allgather(np.int32(value)).tolist()
 
 

@@ -94,12 +94,12 @@ def test_with_pairrm_the_table_has_win_rates_and_no_rewards(place):
 def together(place, processes, name, recipe="mine.sh"):
     """The loop begun by so many processes; their output is kept in place/NAME.ID."""
     coordinator = f"localhost:{tiny.free_port()}"
-    devices = f"--xla_force_host_platform_device_count={4 // processes}"
+    device = "--xla_force_host_platform_device_count=1"
     return [
         subprocess.Popen(
             ["bash", "scripts/iterate.sh", recipe], cwd=place, start_new_session=True,
             stdout=open(place / f"{name}.{i}", "w"), stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHON": sys.executable, "NAME": name, "XLA_FLAGS": devices,
+            env={**os.environ, "PYTHON": sys.executable, "NAME": name, "XLA_FLAGS": device,
                  "COORDINATOR": coordinator, "PROCESSES": str(processes), "PROCESS_ID": str(i)},
         )
         for i in range(processes)
