@@ -89,25 +89,6 @@ def devices(topology: str):
     return found.devices[:1] if one else found.devices
 
 
-def shaped(tree, shardings):
-    """The shapes of a tree, placed."""
-    import jax
-
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )
-
-
-def held(tree) -> int:
-    """Bytes of placed shapes on one device."""
-    import jax
-
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
-
-
 def parts(program, **known: int) -> dict[str, int]:
     """What it takes on one device while it runs: the parts that are known, and what is left of
     its arguments, outputs and temporaries, as activations."""
@@ -123,48 +104,29 @@ def sampling(config, mesh, slots: int, length: int, prefill: int, dtype: str, fl
     import jax
     import jax.numpy as jnp
 
-    from model import generate, mistral
-    from sharding.mesh import replicated, spec, tree_shardings
+    from model import generate, placement
+    from sharding.mesh import abstract, replicated
+    from sharding.table import bytes_a_device
 
-    dtype, drawing = jnp.dtype(dtype), generate.Sampling(**flags)
-
-    def placed(x, axes=None):
-        axes = axes or (None,) * len(x.shape)
-        sharding = jax.sharding.NamedSharding(mesh, spec(axes, x.shape, mesh))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    stacked = mistral.abstract(config)
-    shardings = tree_shardings(mesh, mistral.logical_axes(config), stacked)
-    stacked = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), stacked, shardings
-    )
-
-    def one_layer(x):
-        sharding = jax.sharding.NamedSharding(mesh, jax.P(*x.sharding.spec[1:]))
-        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
-
-    layer = jax.tree.map(one_layer, stacked["layers"])
-    params = stacked | {"layers": [layer] * config.num_hidden_layers}
+    dtype, drawing, whole = jnp.dtype(dtype), generate.Sampling(**flags), replicated(mesh)
+    params = placement.unstacked(placement.parameters(config, mesh, dtype))
     state = jax.eval_shape(partial(generate._empty, config, slots, length, drawing, dtype))
-    cache_axes = (("batch", "kv_heads", "head_dim", "length"),
-                  ("batch", "kv_heads", "length", "head_dim"))  # fmt: skip
-    state = {k: jax.tree.map(placed, v) for k, v in state.items() if k != "cache"} | {
-        "cache": [tuple(map(placed, kv, cache_axes)) for kv in state["cache"]]
-    }
-    at = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))
-    sizes = {"parameters": held(params), "cache": held(state["cache"])}
+    state = abstract(state, jax.tree.map(lambda _: whole, state))
+    state |= {"cache": placement.cache(config, mesh, slots, length, dtype)}
+    sizes = {"parameters": bytes_a_device(params), "cache": bytes_a_device(state["cache"])}
+    at = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
     with jax.set_mesh(mesh):
         advance = partial(generate._advance, config=config, sampling=drawing, dtype=dtype)
         decode = jax.jit(advance, donate_argnums=1).lower(params, state, at).compile()
         yield f"sample: a step of {slots} slots", decode, parts(decode, **sizes)
-        row = {n: placed(jax.ShapeDtypeStruct((1, prefill), np.int32))
-               for n in ("tokens", "positions", "prompts")}  # fmt: skip
-        whole = jax.jit(partial(generate._prefill, config=config, dtype=dtype))
-        whole = whole.lower(params, row=row).compile()
+        names = ("tokens", "positions", "prompts")
+        row = {n: jax.ShapeDtypeStruct((1, prefill), np.int32, sharding=whole) for n in names}
+        prompts = jax.jit(partial(generate._prefill, config=config, dtype=dtype))
+        prompts = prompts.lower(params, row=row).compile()
         # The program has no use for the vocabulary's matrix, so the compiler leaves it out.
         used = {name: x for name, x in params.items() if name != "unembed"}
-        beside = parts(whole, parameters=held(used)) | sizes
-        yield f"sample: {prefill} tokens of prompts", whole, beside
+        beside = parts(prompts, parameters=bytes_a_device(used)) | sizes
+        yield f"sample: {prefill} tokens of prompts", prompts, beside
 
 
 def training(config, mesh, pairs: int, prompt: int, length: int, recipe: dict, dtype: str,
@@ -175,34 +137,31 @@ def training(config, mesh, pairs: int, prompt: int, length: int, recipe: dict, d
     import jax
     import jax.numpy as jnp
 
-    from model import losses, mistral, train
+    from model import losses, placement, train
     from model.packing import Sequence, pack
-    from sharding.mesh import batch_shards, replicated, tree_shardings
+    from sharding.mesh import batch_shards, replicated
+    from sharding.table import bytes_a_device
 
-    shapes = mistral.abstract(config)
-    shardings = tree_shardings(mesh, mistral.logical_axes(config), shapes)
+    recipe = train.Recipe(losses.Loss(), **recipe)
     pair = Sequence([3] * prompt, [[4] * (length - prompt), [5] * (length - prompt)])
-    packed = pack([pair] * pairs, batch_shards(mesh))
-    axes = {n: ("batch", *(None,) * (x.ndim - 1)) for n, x in packed.items()}
-    batch = shaped(packed, tree_shardings(mesh, axes, packed))
+    lies = placement.training(config, mesh, recipe, pack([pair] * pairs, batch_shards(mesh)))
+    params, state, batch = lies["parameters"], lies["optimizer state"], lies["batch"]
+    shardings, whole = jax.tree.map(lambda x: x.sharding, params), replicated(mesh)
     names = ("ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens", "win_probability",
              "weights")  # fmt: skip
-    whole = replicated(mesh)
     sides = {n: jax.ShapeDtypeStruct((pairs,), np.float32, sharding=whole) for n in names}
     scalar = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
-    # Before the mesh is set: optax makes a counter, which no device of the mesh could hold.
-    trainer = train.Trainer(config, train.Recipe(losses.Loss(), **recipe), 100, shardings, whole,
-                            jnp.dtype(dtype), remat)  # fmt: skip
+    # Not under the mesh: optax makes a counter, and these devices run nothing.
+    trainer = train.Trainer(config, recipe, 100, shardings, whole, jnp.dtype(dtype), remat)
+    known = {"parameters": bytes_a_device(params), "gradients": bytes_a_device(params)}
+    moments = bytes_a_device(state)
     with jax.set_mesh(mesh):
-        params = shaped(shapes, shardings)
-        state = shaped(trainer.optimizer_shapes, trainer.optimizer_shardings)
-        known = {"parameters": held(params), "gradients": held(params)}
         before = params if several else None
         accumulate = trainer.accumulate.lower(params, before, batch, sides, scalar).compile()
-        beside = parts(accumulate, **known) | {"moments": held(state)}
+        beside = parts(accumulate, **known) | {"moments": moments}
         yield f"dpo: gradients of {pairs} pairs", accumulate, beside
         apply = trainer.apply.lower(params, state, params, scalar).compile()
-        yield "dpo: update", apply, parts(apply, **known, moments=held(state))
+        yield "dpo: update", apply, parts(apply, **known, moments=moments)
 
 
 def pairrm_layer(config, device, dtype: str, rows: int, length: int):
@@ -212,6 +171,7 @@ def pairrm_layer(config, device, dtype: str, rows: int, length: int):
     import jax.numpy as jnp
 
     from model import deberta, hf
+    from sharding.table import bytes_a_device
 
     dtype, whole = jnp.dtype(dtype), jax.sharding.SingleDeviceSharding(device)
 
@@ -230,8 +190,8 @@ def pairrm_layer(config, device, dtype: str, rows: int, length: int):
     x_btd = placed((rows, length, config.hidden_size))
     real_bt = placed((rows, length), jnp.bool_)
     layer = deberta.layer.lower(ready["layers"][0], config, x_btd, real_bt).compile()
-    found = parts(layer, parameters=held(ready["layers"][0]))
-    found["parameters"] = held(ready)
+    found = parts(layer, parameters=bytes_a_device(ready["layers"][0]))
+    found["parameters"] = bytes_a_device(ready)
     yield f"rank: a layer over {rows} comparisons of {length} tokens", layer, found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sharding.chips import Slice
+from sharding.mesh import decoding_sizes, training_sizes
 from stages.plan.arithmetic import (
     Decoder,
     Lengths,
@@ -84,8 +85,6 @@ class Plan:
 
     def _mesh(self, stage: str, sizes: tuple[int, int, int] | None):
         """What the stage makes of its --mesh."""
-        from sharding.mesh import decoding_sizes, training_sizes
-
         chosen = {"sample": decoding_sizes, "dpo": training_sizes}[stage]
         try:
             return mesh_of(sizes or chosen(self.on.size, self.decoder.config), self.on.size)
