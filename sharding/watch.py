@@ -109,13 +109,13 @@ class Watch:
                         f"come within {ARRIVAL:.0f} s"
                     ) from None
                 name = _hello(link)
-                number = name.split()[1] if name.startswith("process ") else ""
+                number = name.removeprefix("process ").partition(" ")[0]
                 if number.isdigit() and int(number) in missing:
                     missing.remove(int(number))
                     self.links[link] = name
-                    link.send_bytes(self.me.encode())
                 else:  # somebody else's connection
                     link.close()
+        self._send(self.me)  # all are there: from here on everyone is heard
 
     def _connect(self, host: str, port: int, deadline: float) -> None:
         error: Exception | str = "nobody answers"
@@ -131,7 +131,8 @@ class Watch:
                 error = found
             time.sleep(0.1)
         raise ValueError(
-            f"process 0 did not come to {host}, port {port}, within {ARRIVAL:.0f} s ({error})"
+            f"process 0 did not say within {ARRIVAL:.0f} s, from {host}, port {port}, that all are "
+            f"there ({error})"
         )
 
     def _run(self) -> None:
@@ -202,6 +203,7 @@ class Watch:
         self.last = code, ""
         self._send(f"{code if code in (0, 2) else 75} {line}")
         self.thread.join()
+        os._exit(code)  # there were no others
 
 
 def _hello(link: Connection, seconds: float = 5) -> str:
