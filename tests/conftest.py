@@ -6,8 +6,10 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Many tests compile the same small programs.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".pytest_cache/compiled")
+# Many tests compile the same small programs, some in processes of their own in other folders.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache/compiled")
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

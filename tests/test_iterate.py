@@ -15,6 +15,7 @@ import transformers
 from tests import tiny, tiny_pairrm
 
 ROOT = Path(__file__).parents[1]
+ONE_DEVICE = "--xla_force_host_platform_device_count=1"
 RECIPE = """
 start_model()     {{ mkdir -p "$(dirname "$1")"; cp -r {model} "$1"; }}
 train_prompts()   {{ cp {prompts} "$2"; }}
@@ -46,7 +47,7 @@ def iterate(place, recipe="mine.sh", **environment):
     return subprocess.run(
         ["bash", "scripts/iterate.sh", recipe],
         cwd=place,
-        env={**os.environ, "PYTHON": sys.executable, **environment},
+        env={**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": ONE_DEVICE, **environment},
         capture_output=True,
         text=True,
     )
@@ -94,12 +95,11 @@ def test_with_pairrm_the_table_has_win_rates_and_no_rewards(place):
 def together(place, processes, name, recipe="mine.sh"):
     """The loop begun by so many processes; their output is kept in place/NAME.ID."""
     coordinator = f"localhost:{tiny.free_port()}"
-    device = "--xla_force_host_platform_device_count=1"
     return [
         subprocess.Popen(
             ["bash", "scripts/iterate.sh", recipe], cwd=place, start_new_session=True,
             stdout=open(place / f"{name}.{i}", "w"), stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHON": sys.executable, "NAME": name, "XLA_FLAGS": device,
+            env={**os.environ, "PYTHON": sys.executable, "NAME": name, "XLA_FLAGS": ONE_DEVICE,
                  "COORDINATOR": coordinator, "PROCESSES": str(processes), "PROCESS_ID": str(i)},
         )
         for i in range(processes)
