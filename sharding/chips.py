@@ -92,11 +92,10 @@ class Slice:
         return self.chip.name == "cpu"
 
 
-def parse(topology: str, gemm: float | None = None) -> Slice:
-    """v5p:2x2x1, h100:8 or cpu, where `gemm` FLOP/s are taken as known. Raises ValueError, in one
-    line, for everything else."""
+def parse(topology: str, cpu_rates: tuple[float, float] | None = None) -> Slice:
+    """v5p:2x2x1, h100:8 or cpu (see there). Raises ValueError, in one line, for everything else."""
     if topology == "cpu":
-        return Slice(cpu(gemm), (1,))
+        return Slice(cpu(cpu_rates), (1,))
     name, _, shape = topology.partition(":")
     if name not in CHIPS:
         raise ValueError(f"no chip {name!r} in the table: cpu, {', '.join(CHIPS)}")
@@ -111,12 +110,13 @@ def parse(topology: str, gemm: float | None = None) -> Slice:
 # ------------------------------------------------------------------------- this machine
 
 
-def cpu(gemm: float | None = None) -> Chip:
-    """This machine, its rates measured now, in a second or two; gemm: FLOP/s that are known."""
+def cpu(rates: tuple[float, float] | None = None) -> Chip:
+    """This machine. rates: FLOP/s of fp32 products and bytes read a second; None: measured now, in
+    a second or two."""
     import psutil
 
-    gemm = gemm or gemm_rate()
-    return Chip("cpu", (), psutil.virtual_memory().total, gemm, gemm, read_rate(), math.inf, 0,
+    gemm, read = rates or (gemm_rate(), read_rate())
+    return Chip("cpu", (), psutil.virtual_memory().total, gemm, gemm, read, math.inf, 0,
                 math.inf, 1)  # fmt: skip
 
 

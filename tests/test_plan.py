@@ -104,6 +104,19 @@ def test_a_step_multiplies_six_times_weights_times_tokens_and_once_more_with_rem
     assert four.gathered == pytest.approx(2 * 2 * layers * 3 / 4)
 
 
+@pytest.mark.parametrize(
+    "chips,pairs,temporary",  # GiB a chip that the compilers of v5p:2x2x1 and v5e:4x4 ask for
+    [(4, 16, 17.0), (16, 16, 4.91)],
+)
+def test_memory_is_counted_about_as_the_tpus_compiler_has_it(chips, pairs, temporary):
+    """tests/test_tpu.py -k dpo: beside parameters, moments and the sum of gradients."""
+    one = training((1, chips, 1), batch_size=64, micro_batch_size=pairs, remat="full")
+    counted = one.memory()
+    assert counted["parameters"] == 4 * 7_241_732_096 / chips
+    found = counted["activations"] + counted["next gradients"]
+    assert found == pytest.approx(temporary * 2**30, rel=0.1)
+
+
 def test_useful_operations_are_those_of_the_metric_mfu():
     one = training(lengths=arithmetic.Lengths(200, 300, prompts=(200,)))
     sequences = one.sequences(256)

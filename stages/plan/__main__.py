@@ -32,9 +32,9 @@ class Args:
     topology: str | None = None
     """v5e:2x4, v5p:2x2x1, v6e:4x4, a100-40:8, a100-80:8, h100:8, h200:1 or cpu, this machine.
     Default: the recipe's PLAN, else cpu."""
-    gemm: float | None = None
-    """This CPU's fp32 matrix products in GFLOP/s (scripts.bench gemm), where others work on it now.
-    Default: measured."""
+    cpu_rates: tuple[float, float] | None = None
+    """This CPU's fp32 products in GFLOP/s (scripts.bench gemm) and memory in GB/s, for one that is
+    busy now. Default: measured."""
     price: float | None = None
     """Dollars a chip and hour."""
     efficiency: tuple[str, ...] = ()
@@ -67,8 +67,11 @@ class Args:
 
 def main(args: Args) -> None:
     recipe = read(args.recipe)
+    if args.cpu_rates and min(args.cpu_rates) <= 0:
+        raise UserError("--cpu-rates: both must be above 0")
     try:
-        on = parse(args.topology or recipe.topology or "cpu", args.gemm and args.gemm * 1e9)
+        rates = args.cpu_rates and (args.cpu_rates[0] * 1e9, args.cpu_rates[1] * 1e9)
+        on = parse(args.topology or recipe.topology or "cpu", rates)
     except ValueError as error:
         raise UserError(f"--topology: {error}") from None
     source = recipe.start if args.model is None else ["", args.model, ""]
@@ -92,8 +95,7 @@ def main(args: Args) -> None:
 
 
 def make(args: Args, recipe: Recipe, decoder: Decoder, on: Slice) -> Plan:
-    for name in ("prompts", "heldout", "prompt_tokens", "answer_tokens", "price", "gemm",
-                 "longest_prompt"):  # fmt: skip
+    for name in ("prompts", "heldout", "prompt_tokens", "answer_tokens", "price", "longest_prompt"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be above 0")

@@ -506,9 +506,10 @@ class Training:
         c = d.config
         s = coarse_bucket(a.max_length)
         layer = d.layer_weights / c.num_hidden_layers / mesh.tensor
-        # Of one layer: its products, their gradients, and the block of attention's scores.
-        working = 2 * d.kept(a.dtype, "none") / c.num_hidden_layers * tokens / mesh.tensor
-        working += 3 * 4 * 2 * pairs * c.num_attention_heads / mesh.tensor * s * max(128, s // 8)
+        # Of one layer, as TPU compilers hold it: its products and their gradients, partly in fp32,
+        # and attention's scores, weights and their gradients of both responses.
+        working = 4 * d.kept(a.dtype, "none") / c.num_hidden_layers * tokens / mesh.tensor
+        working += 5 * 4 * 2 * pairs * c.num_attention_heads / mesh.tensor * s * s
         vocabulary = d.vocabulary / mesh.tensor
         chunk = 3 * 512 * c.vocab_size * 4 / mesh.tensor
         gathered = 2 * layer * size if mesh.fsdp > 1 else 0
