@@ -18,7 +18,7 @@ import os, sys
 from stages import records
 manifest = records.Manifest("sample", {}, {}, {})
 output = records.Output.open(sys.argv[1], manifest)
-print(len(output), "there")
+print(len(output), "there", flush=True)
 for i in range(len(output), 4):
     output.write({"prompt_id": str(i)})
     if len(output) == int(sys.argv[2]):
