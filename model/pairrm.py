@@ -23,6 +23,7 @@ import functools
 import hashlib
 import json
 import os
+import queue
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -128,25 +129,32 @@ def compare(params: dict, config: PairrmConfig, tokens_bt, lengths_b, markers_br
 
 
 class PairRM:
-    """A PairRM on one device. Its weights are loaded when the first logits are asked for."""
+    """A PairRM on each of its devices. Its weights are loaded when the first logits are asked
+    for."""
 
-    def __init__(self, folder: str, dtype=jnp.float32, tokens_a_batch: int | None = None):
+    def __init__(self, folder: str, dtype=jnp.float32, tokens_a_batch: int | None = None,
+                 devices: list[jax.Device] | None = None):  # fmt: skip
         """folder: as the hub holds it, or its hub id; dtype: of the encoder, fp32 or bf16;
         tokens_a_batch: about how many tokens one call computes (a longer comparison goes alone);
-        default: what keeps a CPU's cache, or an accelerator, busy."""
+        default: what keeps a CPU's cache, or an accelerator, busy. devices: default all that this
+        process has; of a CPU one, since others would be the same cores."""
         self._files, self._dtype = open_folder(folder), dtype
         self.config, self.identity = self._files.config, self._files.identity
         self.layout = Layout(self._files.tokenizer, self.config)
-        self.device = jax.local_devices()[0]
-        on_cpu = self.device.platform == "cpu"
-        self.tokens_a_batch = tokens_a_batch or (1024 if on_cpu else 16384)
-        # Batches computed at a time: on two cores two of them take a seventh less than one after
-        # the other, since what XLA leaves to one core is done on both.
-        self.at_a_time = min(8, os.cpu_count() or 1) if on_cpu else 1
+        here = jax.local_devices()
+        self._on_cpu = here[0].platform == "cpu"
+        self.devices = devices or (here[:1] if self._on_cpu else here)
+        self.tokens_a_batch = tokens_a_batch or (1024 if self._on_cpu else 16384)
+        # Batches computed at a time, each on one device: on two cores two of them take a seventh
+        # less than one after the other, since what XLA leaves to one core is done on both.
+        cores = min(8, os.cpu_count() or 1) if self._on_cpu else 1
+        self.at_a_time = max(cores, len(self.devices))
 
     @functools.cached_property
-    def params(self) -> dict:
-        return load(self._files, self.device, self._dtype)
+    def copies(self) -> list[dict]:
+        """The parameters on each device."""
+        first = load(self._files, self.devices[0], self._dtype)
+        return [first, *(jax.device_put(first, device) for device in self.devices[1:])]
 
     def encode(self, source: str, candidates: list[str]) -> Encoded:
         return self.layout.encode(source, candidates)
@@ -157,12 +165,20 @@ class PairRM:
         """The logit of each comparison; `done(n)` is called as batches of n are finished. Raises
         PairrmError where one is not finite."""
         found = [0.0] * len(comparisons)
-        params = self.params  # loaded once, before the threads ask for them
+        copies = self.copies  # loaded once, before the threads ask for them
+        free = queue.SimpleQueue()  # the devices that wait for a batch, by their numbers
+        for thread in range(self.at_a_time):
+            free.put(thread % len(self.devices))
 
         def compute(batch_and_arrays):
             batch, arrays = batch_and_arrays
-            arrays = jax.device_put(arrays, self.device)
-            return batch, np.asarray(compare(params, self.config, *arrays))
+            number = free.get()
+            try:
+                with jax.default_device(self.devices[number]):  # the others' queues are long
+                    arrays = map(jnp.asarray, arrays)
+                    return batch, np.asarray(compare(copies[number], self.config, *arrays))
+            finally:
+                free.put(number)
 
         with ThreadPoolExecutor(self.at_a_time) as pool:
             try:
@@ -181,13 +197,14 @@ class PairRM:
         return found
 
     def enough(self, comparisons: list[Comparison]) -> bool:
-        """Whether there are several batches of them, so that those of a like length go together;
-        not so many that much is lost when a run is stopped."""
-        return sum(e.length(i, j) for e, i, j in comparisons) >= 8 * self.tokens_a_batch
+        """Whether there are several batches a device of them, so that those of a like length go
+        together; not so many that much is lost when a run is stopped."""
+        tokens = sum(e.length(i, j) for e, i, j in comparisons)
+        return tokens >= 8 * self.tokens_a_batch * len(self.devices)
 
     def _padded(self, length: int) -> int:
         """The length that is compiled. On CPU compiling one costs less than a comparison."""
-        return -(-length // 32) * 32 if self.device.platform == "cpu" else bucket(length)
+        return -(-length // 32) * 32 if self._on_cpu else bucket(length)
 
     def batches(self, comparisons: list[Comparison]):
         """(indices, (tokens_bt, lengths_b, markers_br)) of batches of one padded length each.

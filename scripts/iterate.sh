@@ -58,7 +58,7 @@ keep_memory=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:gl
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:$keep_memory}
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
-HELDOUT_SAMPLE= EXPORT_DTYPE= PAIRS= KL= SETTINGS=
+HELDOUT_SAMPLE= EXPORT_DTYPE= RANK= PAIRS= KL= SETTINGS=
 source "$file"
 
 # One run, one set of settings: what is there must have been made by these.
@@ -129,7 +129,7 @@ evaluate() { # CHECKPOINT FOLDER: answers to the held-out prompts, scored
   python -m stages.sample --checkpoint "$1" --prompts "$run/heldout.jsonl" \
     --out "$2/heldout.samples.jsonl" --seed "$SEED" ${HELDOUT_SAMPLE:-$SAMPLE}
   python -m stages.rank --ranker "$RANKER" --samples "$2/heldout.samples.jsonl" \
-    --out "$2/heldout.ranked.jsonl"
+    --out "$2/heldout.ranked.jsonl" $RANK
 }
 compare() { # FOLDER OTHER NAME: its held-out answers against OTHER's, and how far it is from OTHER
   python -m stages.evaluate compare --outputs "$1/heldout.samples.jsonl" --ranker "$RANKER" \
@@ -137,9 +137,7 @@ compare() { # FOLDER OTHER NAME: its held-out answers against OTHER's, and how f
   python -m stages.evaluate kl --checkpoint "$2/checkpoint" --samples "$1/heldout.samples.jsonl" \
     --out "$1/kl_to_$3.json" $KL
 }
-judge() { # iteration k against the start and the one before; what the run is worth so far
-  compare "$it" "$run/start" start
-  [[ $k == 1 ]] || compare "$it" "$run/iteration_$((k - 1))" previous
+show() { # what the run is worth so far
   python -m scripts.table show "$run"
   python -m stages.report "$run"
 }
@@ -170,7 +168,8 @@ for ((k = 1; k <= ITERATIONS; k++)); do
   python -m stages.sample --checkpoint "$model" --prompts "$it/prompts.jsonl" \
     --out "$it/samples.jsonl" --seed "$SEED" $SAMPLE
   say "iteration $k of $ITERATIONS: rank, pairs"
-  python -m stages.rank --ranker "$RANKER" --samples "$it/samples.jsonl" --out "$it/ranked.jsonl"
+  python -m stages.rank --ranker "$RANKER" --samples "$it/samples.jsonl" \
+    --out "$it/ranked.jsonl" $RANK
   once python -m stages.pairs --ranked "$it/ranked.jsonl" --out "$it/pairs.jsonl" $PAIRS
   say "iteration $k of $ITERATIONS: dpo"
   test_pairs=()
@@ -181,7 +180,9 @@ for ((k = 1; k <= ITERATIONS; k++)); do
   say "iteration $k of $ITERATIONS: answers to the held-out prompts"
   evaluate "$model" "$it"
   say "iteration $k of $ITERATIONS: against the start and the iteration before"
-  once judge
+  compare "$it" "$run/start" start
+  [[ $k == 1 ]] || compare "$it" "$run/iteration_$((k - 1))" previous
+  once show
 done
 
 say "export"

@@ -13,7 +13,7 @@ stage at that prompt; what was ranked before is kept.
 
 Several processes share the work with --coordinator HOST:PORT --processes 4 and --process-id 0 to 3,
 the rest of the command the same, on a file system that all of them see: each ranks every fourth row
-on a device of its own, and process 0 puts the parts together.
+on devices of its own, and process 0 puts the parts together.
 
 The manifest's results, also printed: of all pairs of answers compared, how many are decided alike
 in both orders (swap_consistency), tie (tie_rate), or had a text cut (truncation_rate), and how
@@ -21,7 +21,6 @@ scores go with length (score_length_correlation).
 """
 
 import dataclasses
-import json
 import sys
 from collections import Counter
 from functools import partial
@@ -35,6 +34,7 @@ from model.rankers import RankerError, Request, as_comparison, open_ranker
 from sharding.watch import Flags
 from stages import records
 from stages.records import Manifest, Output, UserError
+from stages.shares import check_same, join, merge
 
 
 @dataclasses.dataclass
@@ -54,7 +54,7 @@ class Args(Flags):
     backend: Literal["jax", "llm-blender"] | None = None
     """PairRM: our implementation (jax, the default) or llm-blender's own, on the host."""
     device: Literal["accelerator", "host"] | None = None
-    """PairRM: computed on the accelerator where there is one (the default), or on the host."""
+    """PairRM: computed on all accelerators that this process has (the default), or on the host."""
     dtype: Literal["fp32", "bf16"] | None = None
     """PairRM: of the computation; default fp32."""
     overwrite: bool = False
@@ -85,7 +85,7 @@ def main(args: Args) -> None:
                 )
     counts: Counter = Counter()
     order = [row["prompt_id"] for _, row in _read(args.samples, counts)]
-    share, shares = _join(args, options)
+    share, shares = join(args, options.get("device") == "host")
     try:
         ranker = open_ranker(args.ranker, **options)
     except RankerError as error:
@@ -98,10 +98,7 @@ def main(args: Args) -> None:
         identities={**(lineage.identities if lineage else {}), "ranker": ranker.identity},
     )
     if shares > 1:
-        from sharding import processes
-
-        if not processes.agree(json.dumps([manifest.key(), args.out])):
-            raise UserError("the processes were given different samples, rankers or arguments")
+        check_same(manifest, args.out)
     results = partial(_results, args.ranker)
     output = Output.open(args.out, manifest, args.overwrite, (share, shares))
     if not output.finished:
@@ -110,31 +107,16 @@ def main(args: Args) -> None:
         counts_here = counts if shares == 1 else Counter({"in": len(mine)})
         output.finish(mine, counts_here, results(output))
     if shares > 1:
+        from sharding import processes
+
         processes.wait()
         if share == 0:
-            records.merge_shares(args.out, manifest, shares, order, counts, results)
+            merge(args.out, manifest, shares, order, counts, results)
         processes.wait()
     found = records.read_manifest(args.out).results
     shown = [f"{name} {x:.4g}" for name, x in found.items() if not isinstance(x, str)]
     if shown:
         print(", ".join(shown))
-
-
-def _join(args: Args, options: dict) -> tuple[int, int]:
-    """(which, of how many) processes this one is."""
-    try:
-        if args.place() is None:
-            return 0, 1
-        import jax
-
-        from sharding import processes
-
-        if options.get("device") == "host":
-            jax.config.update("jax_platforms", "cpu")  # before the first device is asked for
-        processes.start(args)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return jax.process_index(), jax.process_count()
 
 
 def _rank(args: Args, ranker, output: Output, mine: list[str], pairwise: bool) -> None:

@@ -376,7 +376,7 @@ class Output:
     def open(
         cls, path: str, manifest: Manifest, overwrite: bool = False, share: tuple[int, int] = (0, 1)
     ) -> "Output":
-        """share (i, n): write only this process's share; `merge_shares` makes `path` of all."""
+        """share (i, n): write only this process's share; stages/shares.py makes `path` of all."""
         output = cls(path, manifest)
         if epath.Path(path).is_dir():
             raise UserError(f"{path} is a folder: give the path of the file to write")
@@ -540,43 +540,6 @@ class Output:
 
 def share_path(path: str, share: int, shares: int) -> str:
     return f"{path}.share-{share}-of-{shares}"
-
-
-def merge_shares(
-    path: str, manifest: Manifest, shares: int, order: list[str], counts: Counter,
-    results: Callable[[Output], dict] = lambda output: {},
-):  # fmt: skip
-    """Make `path` of the processes' shares, rows in `order`, once all of them are there. Where some
-    are not, or another process is at it, say so. `counts`, and `results` of all rows: as for
-    `Output.finish`."""
-    if epath.Path(path).exists():
-        return
-    files = [share_path(path, i, shares) for i in range(shares)]
-    missing = [str(i) for i, file in enumerate(files) if not epath.Path(file).exists()]
-    if missing:
-        print(f"{path}: waits for share {', '.join(missing)} of {shares}")
-        return
-    try:
-        output = Output.open(path, manifest)
-    except Busy:
-        print(f"{path}: another process is putting the shares together")
-        return
-    for file in files:
-        refuse_other(manifest, read_manifest(file) or manifest, file, f"remove {file}")
-        aside = f"{file}.set_aside.jsonl"
-        for _, row in read_rows(file):
-            if not output.has(row["prompt_id"]):
-                output.write(row)
-        for _, entry in read_rows(aside) if epath.Path(aside).exists() else ():
-            if not output.has(entry["row"]["prompt_id"]):
-                output.set_aside(entry["row"], entry["reason"])
-    output.finish(order, counts, results(output))
-    # What was computed, not what putting it together took.
-    manifest.seconds = sum(there.seconds or 0 for f in files if (there := read_manifest(f)))
-    manifest.write(manifest_path(path))
-    for file in files:
-        for leftover in (file, manifest_path(file), f"{file}.set_aside.jsonl"):
-            epath.Path(leftover).unlink(missing_ok=True)
 
 
 def _json_line(row: Row) -> bytes:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from sharding.watch import Flags
 from stages import records
 from stages.records import Manifest, Output, UserError
+from stages.shares import merge
 
 
 @dataclasses.dataclass
@@ -121,7 +122,7 @@ def main(args: Args) -> None:
         if output is not None:
             output.finish(mine, counts if shares == 1 else Counter({"in": len(mine)}), results)
     if shares > 1:
-        records.merge_shares(args.out, manifest, shares, order, counts)
+        merge(args.out, manifest, shares, order, counts)
 
 
 def _sample(

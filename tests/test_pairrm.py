@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_hidden_states_equal_transformers_at_any_length_padded_or_not(tmp_path, 
             expected = theirs(torch.tensor(ids), torch.tensor(mask.astype(np.int64)))[0].numpy()
         read = np.stack([np.zeros(2), lengths // 2, lengths - 1], 1).astype(np.int32)
         found = deberta.encode(
-            model.params["encoder"], model.config.encoder, jnp.asarray(ids, jnp.int32),
+            model.copies[0]["encoder"], model.config.encoder, jnp.asarray(ids, jnp.int32),
             jnp.asarray(lengths, jnp.int32), jnp.asarray(read),
         )  # fmt: skip
         for row in range(2):
@@ -177,6 +178,26 @@ def test_a_logit_depends_on_its_own_texts_alone(both):
     backwards = ours.logits(asked[::-1])[::-1]
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(together, backwards, atol=1e-5)
+
+
+def test_all_devices_compute_and_the_logits_are_those_of_one(both, tiny, monkeypatch):
+    ours, devices = both[0], jax.local_devices()
+    model = PairRM(str(tiny), devices=devices)
+    assert (len(ours.devices), len(devices)) == (1, 4)
+    whole, used = pairrm.compare, []
+
+    def compare(params, config, *arrays):
+        places = {x.device for x in (*jax.tree.leaves(params), *arrays)}
+        used.append(*places)  # of one call all in one place
+        return whole(params, config, *arrays)
+
+    monkeypatch.setattr(pairrm, "compare", compare)
+    encoded = [model.encode(source, answers) for source, answers in ODD]
+    asked = [(e, i, j) for e in encoded for i in range(len(e.candidates))
+             for j in range(len(e.candidates)) if i != j]  # fmt: skip
+    found = model.logits(asked * 4)
+    assert set(used) == set(devices)
+    np.testing.assert_allclose(found, ours.logits(asked) * 4, atol=1e-5)
 
 
 def test_a_stop_between_batches_does_not_wait_for_all_of_them(tiny, monkeypatch):

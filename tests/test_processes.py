@@ -1,5 +1,6 @@
 """Several real processes on this machine as one run, over CPU collectives."""
 
+import json
 import os
 import shutil
 import signal
@@ -224,6 +225,48 @@ def test_each_process_ranks_a_part_and_together_it_is_what_one_ranks(ranked, pro
     assert ours.counts == theirs.counts and ours.counts["set aside: no responses"] == 1
     assert ours.results.keys() == theirs.results.keys()
     assert not list(ranked.glob(f"{name}.share*"))
+
+
+def evaluated(folder, command, out, *more, processes=1):
+    """The JSON that `stages.evaluate` makes by so many processes, and its manifest."""
+    argv = [command, "--out", f"{folder}/{out}", *more]
+    if processes == 1:
+        assert subprocess.run([sys.executable, "-m", "stages.evaluate", *argv]).returncode == 0
+    else:
+        ended(together("evaluate", argv, processes))
+    assert not list(folder.glob(f"{out}.*share*")) and not list(folder.glob(f"{out}*partial*"))
+    return json.loads((folder / out).read_text()), records.read_manifest(f"{folder}/{out}")
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=heavy)])
+def test_each_process_judges_a_part_of_the_answers(ranked, processes):
+    rows = tiny.read_jsonl(ranked / "alone.jsonl")[:9]
+    tiny.write_jsonl(ranked / "ours.jsonl", rows)
+    for row in rows:
+        row["responses"] = row["responses"][1:]
+    tiny.write_jsonl(ranked / "theirs.jsonl", rows)
+    given = ["--outputs", f"{ranked}/ours.jsonl", "--baseline", f"{ranked}/theirs.jsonl",
+             "--ranker", f"{ranked}/pairrm"]  # fmt: skip
+    alone, one = evaluated(ranked, "compare", "judged.1.json", *given)
+    found, several = evaluated(ranked, "compare", f"judged.{processes}.json", *given,
+                               processes=processes)  # fmt: skip
+    margins = [[x.pop("margin") for x in content["per_instruction"]] for content in (found, alone)]
+    np.testing.assert_allclose(*margins, rtol=0, atol=1e-5)
+    assert len(margins[0]) == 9 and np.abs(margins[0]).max() > 1e-3
+    correlation = "score_length_correlation"
+    assert found.pop(correlation) == pytest.approx(alone.pop(correlation), abs=1e-5)
+    assert found == alone and several.counts == one.counts
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=heavy)])
+def test_the_divergence_is_computed_by_all(folder, processes):
+    tiny.write_checkpoint(folder / "other", seed=1)
+    given = ["--checkpoint", f"{folder}/other", "--samples", f"{folder}/alone.jsonl"]
+    alone, one = evaluated(folder, "kl", "kl.1.json", *given)
+    found, several = evaluated(folder, "kl", f"kl.{processes}.json", *given, processes=processes)
+    assert found["n"] == alone["n"] > 100 and several.counts == one.counts
+    assert found["kl_per_token"] == pytest.approx(alone["kl_per_token"], abs=1e-5)
+    assert found["standard_error"] == pytest.approx(alone["standard_error"], abs=1e-5)
 
 
 @pytest.mark.heavy

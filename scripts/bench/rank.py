@@ -150,7 +150,7 @@ def _our_worker(pipe, folder: str):
     from model.rankers import PairwiseRanker, Request
 
     model = pairrm.PairRM(folder)
-    config, params = model.config.encoder, model.params["encoder"]
+    config, params = model.config.encoder, model.copies["encoder"]
     ranker = PairwiseRanker(model, "full", "max_logits")
     facts = {"flops": 0.0, "padded": 0, "tokens": 0}
 

@@ -9,6 +9,7 @@
 #             The alternative is UltraFeedback itself in three slices of 20,000: set
 #             DATASET=HuggingFaceH4/ultrafeedback_binarized
 #   RANKER    PairRM's hub id or folder
+#   PAIRRM_DTYPE  what PairRM ranks the samples in: fp32, or bf16, which is quicker
 #   ZEPHYR    2023: β 0.1, linear, RMSprop, 3 epochs, batch 64 (fits Snorkel's published metrics)
 #             2024: β 0.01, cosine, AdamW, 1 epoch, batch 128
 # mistral-v5e-16, -v5p-8, -v6e-8, -gpu-141gb and -gpu-8x80gb set, for such a machine,
@@ -22,9 +23,10 @@
 MODEL=${MODEL:-mistralai/Mistral-7B-Instruct-v0.2}
 DATASET=${DATASET:-snorkelai/Snorkel-Mistral-PairRM-DPO-Dataset}
 RANKER=${RANKER:-llm-blender/PairRM}
+PAIRRM_DTYPE=${PAIRRM_DTYPE:-}
 ZEPHYR=${ZEPHYR:-2023}
 # What must not change when a run goes on. This file too, where another recipe takes it in.
-SETTINGS="$MODEL $DATASET $RANKER $ZEPHYR $(sha256sum <"${BASH_SOURCE[0]}" | cut -c1-16)"
+SETTINGS="$MODEL $DATASET $RANKER $PAIRRM_DTYPE $ZEPHYR $(sha256sum <"${BASH_SOURCE[0]}" | cut -c1-16)"
 ITERATIONS=3
 
 start_model() { python -m scripts.convert from-hf "$MODEL" "$1"; }
@@ -46,6 +48,7 @@ drawn="--temperature 0.7 --top-p 0.9 --max-new-tokens 2048"
 fast="--slots ${SLOTS:-64} --dtype bfloat16${SAMPLE_MESH:+ --mesh $SAMPLE_MESH}"
 SAMPLE="--n 5 $drawn $fast"
 HELDOUT_SAMPLE="--n 1 $drawn $fast"
+RANK="${PAIRRM_DTYPE:+--dtype $PAIRRM_DTYPE}"
 PAIRS="--test-fraction 0.05" # the published splits hold 1,000 test rows to 20,000
 DPO="--learning-rate 5e-7 --warmup-ratio 0.1 --max-length 1024 --max-prompt-length 512
      --micro-batch-size ${MICRO_BATCH:-8} --dtype bfloat16 --remat ${REMAT:-full}

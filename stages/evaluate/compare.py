@@ -8,20 +8,26 @@ from tqdm import tqdm
 
 from model.comparisons import Ranking, Report
 from model.rankers import RankerError, Request, open_ranker
+from sharding.watch import Flags
 from stages import records
 from stages.evaluate import difficulty, winrates
 from stages.evaluate.answers import Answer, align, generator_of, read_answers
 from stages.records import Manifest, Output, UserError
+from stages.shares import check_same, join, merge_as
+
+# What of --out the manifest's results leave out.
+LONG = ("outputs", "baseline", "ranker", "generators", "per_instruction")
 
 
 @dataclasses.dataclass
-class Compare:
+class Compare(Flags):
     """How often a model's answers beat a baseline's, as a ranker sees it.
 
     PairRM compares each pair in both orders; a reward function scores both. The JSON has wins,
     ties, losses, the win rate (ties half) with its standard error and 95% bootstrap interval, mean
     lengths in characters, the length-controlled win rate, and each instruction's preference (1: the
-    model won, 0.5: a tie), margin and lengths.
+    model won, 0.5: a tie), margin and lengths. Of several processes each judges a part, and process
+    0 puts them together.
     """
 
     outputs: str
@@ -51,6 +57,7 @@ def main(args: Compare) -> None:
     counts: Counter = Counter()
     pairs = align(ours, baseline, files, args.common_only, counts)
     difficulties = difficulty.read(args.difficulty, len(pairs)) if args.difficulty else None
+    share, shares = join(args)
     try:
         ranker = open_ranker(args.ranker)
     except RankerError as error:
@@ -66,10 +73,35 @@ def main(args: Compare) -> None:
             "ranker": ranker.identity,
         },
     )
-    output = Output.open(args.out, manifest, args.overwrite)
-    if output.finished:
-        return
-    rows = rank(ranker, pairs, output)
+    if shares > 1:
+        check_same(manifest, args.out)
+
+    def finish(output: Output) -> None:
+        rows = {row["prompt_id"]: row for row, _ in output.rows()}
+        generators = [generator_of(ours, files[0]), generator_of(baseline, files[1])]
+        content = _summary(args, [rows[a.key] for a, _ in pairs], generators, difficulties)
+        output.finish_as(content, counts, {k: x for k, x in content.items() if k not in LONG})
+        show(content)
+
+    output = Output.open(args.out, manifest, args.overwrite, (share, shares))
+    if not output.finished:
+        mine = pairs[share::shares]
+        rank(ranker, mine, output)
+        if shares == 1:
+            finish(output)
+        else:
+            output.finish([a.key for a, _ in mine], Counter({"in": len(mine)}))
+    if shares > 1:
+        from sharding import processes
+
+        processes.wait()
+        if share == 0:
+            merge_as(args.out, manifest, shares, finish)
+        processes.wait()
+
+
+def _summary(args: Compare, rows: list[records.Row], generators: list[str], difficulties) -> dict:
+    """What --out holds, of the judged rows."""
     preferences = np.array([row["preference"] for row in rows])
     lengths = np.array([row["lengths"] for row in rows])
     found = winrates.summary(preferences, args.seed)
@@ -78,9 +110,9 @@ def main(args: Compare) -> None:
     for row in rows:
         report.add(row["texts"], Ranking(row["scores"], row.get("comparisons")))
     measured = {name: value for name, value in report.results().items() if name != "pairs"}
-    content = {
+    return {
         "outputs": args.outputs, "baseline": args.baseline, "ranker": args.ranker,
-        "generators": [generator_of(ours, files[0]), generator_of(baseline, files[1])],
+        "generators": generators,
         **dataclasses.asdict(found),
         "length_controlled_win_rate": controlled.win_rate, "why": controlled.why,
         "length_control": "minimal" if difficulties is None else "with difficulty",
@@ -91,13 +123,10 @@ def main(args: Compare) -> None:
             for row in rows
         ],
     }  # fmt: skip
-    kept = ("win_rate", "standard_error", "interval", "length_controlled_win_rate", "mean_length")
-    output.finish_as(content, counts, {name: content[name] for name in kept} | measured)
-    show(found, controlled, content["mean_length"])
 
 
-def rank(ranker, pairs: list[tuple[Answer, Answer]], output: Output) -> list[records.Row]:
-    """A row for each pair: {prompt_id, texts, lengths, scores, comparisons, preference}."""
+def rank(ranker, pairs: list[tuple[Answer, Answer]], output: Output) -> None:
+    """Write a row for each pair: {prompt_id, texts, lengths, scores, comparisons, preference}."""
     requests = (_request(a, b) for a, b in pairs if not output.has(a.key))
     bar = tqdm(total=len(pairs), initial=len(output), unit=" pairs", desc="compare")
     with bar, records.stop_signal() as check_stop:
@@ -107,8 +136,6 @@ def rank(ranker, pairs: list[tuple[Answer, Answer]], output: Output) -> list[rec
                 bar.update(len(output) - bar.n)
         except RankerError as error:
             raise UserError(str(error)) from error
-    rows = {row["prompt_id"]: row for row, _ in output.rows()}
-    return [rows[a.key] for a, _ in pairs]
 
 
 def _request(ours: Answer, baseline: Answer) -> Request:
@@ -130,13 +157,14 @@ def _judged(ranking: Ranking) -> dict:
     return judged | ({"comparisons": ranking.comparisons} if ranking.comparisons else {})
 
 
-def show(found: winrates.Summary, controlled, mean_length: list[float]) -> None:
-    low, high = found.interval
-    error = "" if found.standard_error is None else f" ± {found.standard_error:.2%}"
-    print(f"{found.wins} wins, {found.ties} ties, {found.losses} losses: win rate "
-          f"{found.win_rate:.2%}{error} [{low:.1%}, {high:.1%}]; characters {mean_length[0]:.0f} "
-          f"against {mean_length[1]:.0f}")  # fmt: skip
-    if controlled.win_rate is None:
-        print(f"no length-controlled win rate: {controlled.why}")
+def show(content: dict) -> None:
+    low, high = content["interval"]
+    error, length = content["standard_error"], content["mean_length"]
+    error = "" if error is None else f" ± {error:.2%}"
+    print(f"{content['wins']} wins, {content['ties']} ties, {content['losses']} losses: win rate "
+          f"{content['win_rate']:.2%}{error} [{low:.1%}, {high:.1%}]; characters {length[0]:.0f} "
+          f"against {length[1]:.0f}")  # fmt: skip
+    if content["length_controlled_win_rate"] is None:
+        print(f"no length-controlled win rate: {content['why']}")
     else:
-        print(f"length-controlled win rate {controlled.win_rate:.2%}")
+        print(f"length-controlled win rate {content['length_controlled_win_rate']:.2%}")

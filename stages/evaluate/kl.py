@@ -1,9 +1,11 @@
 """How far a model is from the one that sampled: samples.jsonl and a checkpoint to an estimate."""
 
 import dataclasses
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Literal
 
@@ -11,13 +13,14 @@ import numpy as np
 from tqdm import tqdm
 
 from model.packing import Sequence, pack
+from sharding.watch import Flags
 from stages import records
 from stages.evaluate.winrates import standard_error
 from stages.records import Manifest, Output, UserError
 
 
 @dataclasses.dataclass
-class Kl:
+class Kl(Flags):
     """KL(the model that sampled ‖ --checkpoint), a token and an answer, from samples alone.
 
     The mean over the samples of log-prob under the model that drew them, which they record, less
@@ -60,12 +63,14 @@ class Answered:
 def main(args: Kl) -> None:
     from model import checkpoint
     from model.tokenizer import ChatTokenizer, TokenizerError
+    from sharding import processes
 
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}: it must be at least 1")
     if args.prompts is not None and args.prompts < 1:
         raise UserError(f"--prompts is {args.prompts}: it must be at least 1")
     try:
+        processes.start(args)
         config = checkpoint.load_config(args.checkpoint)
         identity = checkpoint.identity(args.checkpoint)
         tokenizer = ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
@@ -84,15 +89,24 @@ def main(args: Kl) -> None:
         inputs={args.samples: records.file_sha256(args.samples)},
         identities={"sampler": sampler.get("model", "unknown"), "model": identity},
     )
-    output = Output.open(args.out, manifest, args.overwrite)
-    if output.finished:
+    if not processes.agree(json.dumps(manifest.key())):
+        raise UserError("the processes were given different samples, checkpoints or arguments")
+    # Of several processes on one mesh, only the first has an output.
+    output = None
+    if processes.is_first():
+        output = Output.open(args.out, manifest, args.overwrite)
+    if processes.from_first(np.array(output is not None and output.finished)):
         return
     counts: Counter = Counter()
     prompts = list(_read(args, tokenizer, config, counts))
     counts["out"] = len(prompts)
     if not prompts:
         raise UserError(f"{args.samples}: no answers can be used")
-    _compute(args, config, [p for p in prompts if not output.has(p.prompt_id)], output)
+    done = processes.from_first(np.array([output is not None and output.has(p.prompt_id)
+                                          for p in prompts]))  # fmt: skip
+    _compute(args, config, [p for p, is_done in zip(prompts, done) if not is_done], output)
+    if output is None:
+        return
     known = {row["prompt_id"]: row["logprobs"] for row, _ in output.rows()}
     logprobs = [np.array(known[p.prompt_id]) for p in prompts]
     drawn = {name: value for name, value in (lineage.arguments if lineage else {}).items()
@@ -165,16 +179,24 @@ def _token_ids(row: records.Row, name: str, config, where: str) -> list[int]:
     return ids
 
 
-def _compute(args: Kl, config, prompts: list[Answered], output: Output) -> None:
+def _compute(args: Kl, config, prompts: list[Answered], output: Output | None) -> None:
     """Write a row {prompt_id, logprobs} for each prompt: log π(response | prompt) of its answers
-    under --checkpoint."""
+    under --checkpoint. output None: another process writes."""
     if not prompts:
         return
     import jax
     import jax.numpy as jnp
 
     from model import checkpoint, logprobs, mistral
-    from sharding.mesh import batch_shards, make_mesh, put_batch, training_sizes, tree_shardings
+    from sharding import processes
+    from sharding.mesh import (
+        batch_shards,
+        make_mesh,
+        put_batch,
+        replicated,
+        training_sizes,
+        tree_shardings,
+    )
 
     try:
         mesh = make_mesh(*args.mesh or training_sizes(jax.device_count(), config))
@@ -189,17 +211,19 @@ def _compute(args: Kl, config, prompts: list[Answered], output: Output) -> None:
             raise UserError(str(error)) from error
         dtype = jnp.dtype(args.dtype)
 
-        @jax.jit
+        @partial(jax.jit, out_shardings=replicated(mesh))
         def compute(params, batch):
             return logprobs.response_logprobs(params, config, batch, most, dtype)
 
-        for indices in tqdm(_batches(prompts, most), desc="kl", unit=" batches"):
+        batches = _batches(prompts, most)
+        for indices in tqdm(batches, desc="kl", unit=" batches", disable=output is None):
             batch = pack([prompts[i].sequence for i in indices], batch_shards(mesh))
             values = np.asarray(jax.device_get(compute(params, put_batch(mesh, batch))))
             ends = np.cumsum([len(prompts[i].logprobs) for i in indices])
             for i, mine in zip(indices, np.split(values[: ends[-1]], ends[:-1])):
-                output.write({"prompt_id": prompts[i].prompt_id, "logprobs": mine.tolist()})
-            check_stop()
+                if output is not None:
+                    output.write({"prompt_id": prompts[i].prompt_id, "logprobs": mine.tolist()})
+            processes.all_check(check_stop, records.STOPPED_TOGETHER)
 
 
 def _batches(prompts: list[Answered], most: int) -> list[list[int]]:

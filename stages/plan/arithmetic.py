@@ -321,13 +321,13 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """One run of stages.rank with PairRM, on one chip of each host."""
+    """One run of stages.rank with PairRM, a copy on each chip."""
 
     args: rank.Args
     lengths: Lengths
     prompts: int
     n: int
-    hosts: int
+    chips: int
 
     @property
     def dtype(self) -> str:
@@ -355,7 +355,7 @@ class Ranking:
         # product read and write them.
         scores = 12 * layers * c.num_attention_heads * length * length * 4
         calls = max(1, PAIRRM_TOKENS // length)
-        times = (self.comparisons if count is None else count) / self.hosts
+        times = (self.comparisons if count is None else count) / self.chips
         size = itemsize(self.dtype)
         return [
             Piece("weights", 2 * weights * length, weights * size / calls, times=times),

@@ -21,9 +21,9 @@ SCRIPT = """
 set -euo pipefail
 file=$1 out=$2
 SEED=${SEED:-0} LIMIT=${LIMIT:-0} PYTHON=python
-HELDOUT_SAMPLE= EXPORT_DTYPE= PAIRS= KL= SETTINGS= PLAN=
+HELDOUT_SAMPLE= EXPORT_DTYPE= RANK= PAIRS= KL= SETTINGS= PLAN=
 source "$file"
-for name in ITERATIONS RANKER SAMPLE HELDOUT_SAMPLE PAIRS DPO KL PLAN; do
+for name in ITERATIONS RANKER SAMPLE HELDOUT_SAMPLE RANK PAIRS DPO KL PLAN; do
   printf '%s' "${!name-}" >"$out/$name"
 done
 python() { return 1; }
@@ -79,6 +79,7 @@ def read(recipe: str) -> Recipe:
             raise UserError(f"{file}: ITERATIONS={text('ITERATIONS')} is no whole number")
 
         sampled = {"checkpoint": "C", "prompts": "P", "out": "S"}
+        ranked = {"ranker": text("RANKER"), "samples": "S", "out": "K"}
         return Recipe(
             name=file.stem,
             topology=text("PLAN"),
@@ -87,7 +88,7 @@ def read(recipe: str) -> Recipe:
             ranker=text("RANKER"),
             sample=_flags(sample.Args, sampled, text("SAMPLE")),
             heldout_sample=_flags(sample.Args, sampled, text("HELDOUT_SAMPLE") or text("SAMPLE")),
-            rank=rank.Args(text("RANKER"), "S", "K"),
+            rank=_flags(rank.Args, ranked, text("RANK")),
             pairs=_flags(pairs.Args, {"ranked": "K", "out": "D"}, text("PAIRS")),
             dpo=_flags(dpo.Args, {"checkpoint": "C", "pairs": "D", "out": "C2"}, text("DPO")),
             kl=_flags(Kl, {"checkpoint": "C", "samples": "S", "out": "O"}, text("KL")),

@@ -73,9 +73,11 @@ class Plan:
         return Sampling(self.decoder, args, self.lengths, prompts, mesh)
 
     def ranking(self, heldout: bool = False) -> Ranking:
-        """Of the samples; of held-out answers, a model's against another's."""
-        prompts, n = (self.heldout, 2) if heldout else (self.prompts, self.recipe.sample.n)
-        return Ranking(self.recipe.rank, self.lengths, prompts, n, self.on.hosts)
+        """Of the samples; of held-out answers, a model's against another's, always in fp32."""
+        args, prompts, n = self.recipe.rank, self.prompts, self.recipe.sample.n
+        if heldout:
+            args, prompts, n = dataclasses.replace(args, dtype="fp32"), self.heldout, 2
+        return Ranking(args, self.lengths, prompts, n, self.on.size)
 
     def training(self) -> Training:
         args, test = self.recipe.dpo, self.recipe.pairs
@@ -96,7 +98,6 @@ class Plan:
         start = START_ON_CPU if on.is_cpu else START
         weights = 4 * self.decoder.parameters / DISK / on.hosts
         saves = 1 if not self.recipe.dpo.save_every else 2  # the last state's is not hidden
-        rank_dtype = self.ranking().dtype if self.pairrm else "fp32"
 
         def sample(name, times, heldout):
             work = self.sampling(heldout)
@@ -104,9 +105,10 @@ class Plan:
                          start["sample"] + weights, on.size)  # fmt: skip
 
         def rank(name, times, heldout):
-            pieces = self.ranking(heldout).pieces() if self.pairrm else []
-            begin = start["rank"] if self.pairrm else START_ON_CPU[name]
-            return Stage(name, "rank", times, rank_dtype, pieces, begin, on.hosts)
+            if not self.pairrm:
+                return Stage(name, "rank", times, "fp32", [], START_ON_CPU[name], on.hosts)
+            work = self.ranking(heldout)
+            return Stage(name, "rank", times, work.dtype, work.pieces(), start["rank"], on.size)
 
         training = self.training()
         return [
