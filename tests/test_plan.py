@@ -22,6 +22,8 @@ from stages.records import UserError
 MISTRAL = ["", "mistralai/Mistral-7B-Instruct-v0.2", ""]
 DECODER = arithmetic.Decoder(model_config(MISTRAL))
 LENGTHS = arithmetic.Lengths(prompt=200, answer=400, longest_prompt=512)
+SMALL = MISTRAL_7B | {"num_hidden_layers": 2, "hidden_size": 512, "intermediate_size": 1024,
+                      "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
 
 
 def plan_of(recipe="snorkel-mistral-7b", topology="v5p:2x2x1", **flags):
@@ -296,15 +298,37 @@ def test_a_runs_own_times_stand_beside_the_plans(tmp_path, capsys):
 # --------------------------------------------------------------------- the TPU's compiler
 
 
+def test_every_stages_programs_compile_for_a_device_that_is_there():
+    """The CPU: that they are built as the stages build them, which no TPU's compiler is needed for."""
+    from model.config import from_hf
+
+    plan = plan_of(topology="v5e:1x1")
+    plan = dataclasses.replace(plan, decoder=arithmetic.Decoder(from_hf(SMALL)))
+    work = fit.compiler_work(plan)
+    work["sample"] |= {"slots": 4, "length": 64, "prefill": 32, "mesh": (1, 1, 1)}
+    work["dpo"] |= {"pairs": 2, "prompt": 16, "length": 32, "mesh": (1, 1, 1)}
+    work["rank"] |= {"rows": 1, "length": 32}
+    work["rank"]["config"] |= {"num_hidden_layers": 2, "vocab_size": 512}
+    held = 4 * plan.decoder.parameters
+    found = {}
+    for stage, given in work.items():
+        for name, _, parts in programs._stage(stage, given, jax.devices()[:1]):
+            assert min(parts.values()) >= 0, name
+            found[name.partition(":")[0]] = parts
+    assert found["dpo"]["parameters"] == pytest.approx(held, rel=1e-3)
+    assert found["dpo"]["moments"] == pytest.approx(held, rel=1e-3)  # RMSprop: one
+    assert found["sample"]["cache"] == 2 * 2 * 4 * 64 * 4 * 64 * 2  # k, v; layers, heads; bf16
+    layer = 4 * 1024**2 + 2 * 1024 * 4096 + 2 * 512 * 1024
+    assert found["rank"]["parameters"] == pytest.approx(4 * (2 * layer + 512 * 1024), rel=1e-2)
+
+
 @pytest.mark.heavy
 def test_a_small_models_programs_are_compiled_for_a_tpu():
     pytest.importorskip("libtpu", reason="pip install libtpu: it compiles without a TPU")
-    small = MISTRAL_7B | {"num_hidden_layers": 2, "hidden_size": 512, "intermediate_size": 1024,
-                          "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
     from model.config import from_hf
 
     plan = plan_of(topology="v5e:2x2")
-    plan = dataclasses.replace(plan, decoder=arithmetic.Decoder(from_hf(small)))
+    plan = dataclasses.replace(plan, decoder=arithmetic.Decoder(from_hf(SMALL)))
     work = fit.compiler_work(plan)
     del work["rank"]
     found = programs.compiled(plan.on, work)

@@ -171,9 +171,10 @@ def pairrm_layer(config, device, dtype: str, rows: int, length: int):
     import jax.numpy as jnp
 
     from model import deberta, hf
+    from sharding.mesh import make_mesh, replicated
     from sharding.table import bytes_a_device
 
-    dtype, whole = jnp.dtype(dtype), jax.sharding.SingleDeviceSharding(device)
+    dtype, whole = jnp.dtype(dtype), replicated(make_mesh(1, 1, 1, devices=[device]))
 
     def placed(shape, kind=dtype):
         return jax.ShapeDtypeStruct(shape, kind, sharding=whole)
