@@ -299,7 +299,7 @@ def test_a_runs_own_times_stand_beside_the_plans(tmp_path, capsys):
 
 
 def test_every_stages_programs_compile_for_a_device_that_is_there():
-    """The CPU: that they are built as the stages build them, which no TPU's compiler is needed for."""
+    """This CPU: that they are built as the stages build them needs no TPU's compiler."""
     from model.config import from_hf
 
     plan = plan_of(topology="v5e:1x1")

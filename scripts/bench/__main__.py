@@ -3,6 +3,7 @@
     python -m scripts.bench rank      PairRM: ours and llm-blender
     python -m scripts.bench sample    the sampling engine: ours and transformers' generate
     python -m scripts.bench dpo       training: ours and TRL's DPOTrainer (pip install trl)
+    python -m scripts.bench shares    what `stages.plan demo --efficiency` divides by
     python -m scripts.bench gemm      the rate of fp32 matrix products
 
 Everything is timed in one run, side by side in turns, since machines are noisy: trust the ratios.
@@ -11,7 +12,7 @@ Everything is timed in one run, side by side in turns, since machines are noisy:
 import dataclasses
 import sys
 
-from scripts.bench import dpo, rank, sample
+from scripts.bench import dpo, rank, sample, shares
 from sharding import chips
 from stages import records
 
@@ -21,11 +22,12 @@ class Gemm:
     """The rate of fp32 matrix products: what the other figures are shares of."""
 
 
-Command = rank.Rank | sample.Sample | dpo.Dpo | Gemm
+Command = rank.Rank | sample.Sample | dpo.Dpo | shares.Shares | Gemm
 
 
 def main(args: Command) -> None:
-    benches = {rank.Rank: rank.bench, sample.Sample: sample.bench, dpo.Dpo: dpo.bench}
+    benches = {rank.Rank: rank.bench, sample.Sample: sample.bench, dpo.Dpo: dpo.bench,
+               shares.Shares: shares.bench}  # fmt: skip
     if isinstance(args, Gemm):
         print(f"fp32 GEMM: {chips.gemm_rate() / 1e9:.0f} GFLOP/s")
     else:

@@ -136,26 +136,30 @@ def _our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
     vocabulary = config.vocab_size * config.hidden_size
     ones = np.ones(args.pairs, np.float32)
 
+    def reference(batch, params):
+        """The log-probs of both sides."""
+        return jax.device_get(trainer.logprobs(params, batch=batch, pairs=args.pairs))
+
     def step(batch, params, state):
         """(the reference's log-probs, the new parameters and optimizer state), all computed."""
-        reference = jax.device_get(trainer.logprobs(params, batch=batch, pairs=args.pairs))
+        logps = reference(batch, params)
         sides = {
-            "ref_chosen": reference[0], "ref_rejected": reference[1], "chosen_tokens": ones,
+            "ref_chosen": logps[0], "ref_rejected": logps[1], "chosen_tokens": ones,
             "rejected_tokens": ones, "win_probability": ones, "weights": ones,
         }  # fmt: skip
         gradients, _ = trainer.accumulate(params, None, batch, sides, float(args.pairs))
         norm = trainer.norm(gradients)
         params, state, _ = trainer.apply(params, state, gradients, norm)
-        return reference, *jax.block_until_ready((params, state))
+        return logps, *jax.block_until_ready((params, state))
 
     with jax.set_mesh(mesh):
         trainer = train.Trainer(config, recipe, 100, shardings, replicated(mesh), remat="none")
         params = checkpoint.load(folder, shardings)[1]
         state = trainer.init_optimizer(params)
         for batch in batches:  # each shape is compiled before anything is timed
-            reference, params, state = step(batch, params, state)
+            found, params, state = step(batch, params, state)
             if batch is batches[0]:
-                logps = [float(np.mean(x)) for x in reference]
+                logps = [float(np.mean(x)) for x in found]
         pipe.send({
             # Forward for the reference, and forward and backward for the step.
             "flops": 8.0 * (tokens * float(layers) + responses * vocabulary), "logps": logps,
@@ -165,6 +169,9 @@ def _our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
             what, number = pipe.recv()
             if what == "memory":
                 pipe.send(peak_memory())
+                continue
+            if what == "reference":
+                pipe.send(timed(partial(reference, batches[number], params))[0])
                 continue
             gemm = gemm_rate()
             seconds, (_, params, state) = timed(partial(step, batches[number], params, state))

@@ -150,7 +150,7 @@ def _our_worker(pipe, folder: str):
     from model.rankers import PairwiseRanker, Request
 
     model = pairrm.PairRM(folder)
-    config, params = model.config.encoder, model.copies["encoder"]
+    config, params = model.config.encoder, model.copies[0]["encoder"]
     ranker = PairwiseRanker(model, "full", "max_logits")
     facts = {"flops": 0.0, "padded": 0, "tokens": 0}
 

@@ -38,8 +38,9 @@ class Args:
     price: float | None = None
     """Dollars a chip and hour."""
     efficiency: tuple[str, ...] = ()
-    """The share of the roofline that a stage reaches: sample=0.5 rank=0.3 dpo=0.4, or a JSON file
-    of these. Default: assumed on accelerators, measured by scripts.bench on CPU."""
+    """The share of the roofline that a stage reaches: sample=0.5 rank=0.3 dpo=0.4 kl=0.4, or a JSON
+    file of these, as `scripts.bench shares` writes on a CPU. Default: assumed on accelerators,
+    measured on one CPU."""
     prompts: int | None = None
     """Prompts an iteration. Default: counted where the recipe has them in local files, else the
     published 20,000."""
@@ -50,7 +51,7 @@ class Args:
     it is known, else 195 (1,000 UltraFeedback prompts with Mistral's tokenizer)."""
     answer_tokens: float | None = None
     """Mean length of an answer. Default: 420 (Mistral-7B-Instruct-v0.2's answers to AlpacaEval), at
-    most 0.65 of --max-new-tokens (the demo's)."""
+    most 0.58 of --max-new-tokens (the demo's, over all its iterations)."""
     longest_prompt: int = 4096
     """Tokens of the longest prompt, where the prompts are not known: the cache must hold it."""
     model: str | None = None
@@ -106,7 +107,7 @@ def make(args: Args, recipe: Recipe, decoder: Decoder, on: Slice) -> Plan:
     limit = recipe.sample.max_new_tokens
     lengths = Lengths(
         prompt=args.prompt_tokens or known,
-        answer=args.answer_tokens or min(420.0, 0.65 * limit),
+        answer=args.answer_tokens or min(420.0, 0.58 * limit),
         prompts=tokens,
         longest_prompt=args.longest_prompt,
     )

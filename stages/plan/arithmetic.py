@@ -407,13 +407,17 @@ class Training:
         said = np.minimum(said, (a.max_length - asked)[:, None])
         return [Sequence([3] * p, [[4] * c, [5] * r]) for p, (c, r) in zip(asked, said)]
 
-    def shape(self) -> dict[str, float]:
-        """Means over micro-batches: rows, tokens of a row (padded), unfolded rows and their length,
-        response tokens of the longest row, and tokens that are no padding."""
+    def batches(self) -> list[list[Sequence]]:
+        """Micro-batches, each of about as many tokens, as stages/dpo.py makes them."""
         count = min(self.pairs, 256)
         batches = max(1, round(count / self.args.micro_batch_size))
         by_length = sorted(self.sequences(count), key=len, reverse=True)
-        made = [pack(by_length[i::batches], self.mesh.batch) for i in range(batches)]
+        return [by_length[i::batches] for i in range(batches)]
+
+    def shape(self) -> dict[str, float]:
+        """Means over micro-batches: rows, tokens of a row (padded), unfolded rows and their length,
+        response tokens of the longest row, and tokens that are no padding."""
+        made = [pack(batch, self.mesh.batch) for batch in self.batches()]
 
         def mean(of):
             return float(np.mean([of(batch) for batch in made]))

@@ -23,14 +23,14 @@ from stages.records import UserError
 
 # The share of the roofline that a stage reaches. On accelerators assumed, nothing was measured
 # there: what good programs reach in training, less where many small operations follow each other.
-# On CPU from scripts.bench (bench sample, rank and dpo; the roofline here over what they took).
-ASSUMED = {"sample": 0.5, "rank": 0.3, "dpo": 0.4}
-MEASURED_ON_CPU = {"sample": 0.6, "rank": 0.8, "dpo": 0.75}
+# On CPU as `scripts.bench shares` found them on one (rank: bench rank): measure yours with it.
+ASSUMED = {"sample": 0.5, "rank": 0.3, "dpo": 0.4, "kl": 0.4}
+MEASURED_ON_CPU = {"sample": 0.75, "rank": 0.8, "dpo": 0.6, "kl": 0.7}
 
 # Seconds beside a stage's work: compiling what the loop's cache of compiled programs does not have,
 # opening and closing files. Python's start and imports come before them.
 START = {"sample": 60.0, "rank": 60.0, "pairs": 1.0, "dpo": 90.0, "kl": 60.0, "report": 5.0}
-START_ON_CPU = {"sample": 8.0, "rank": 0.1, "pairs": 0.1, "dpo": 12.0, "compare": 1.5, "kl": 2.0,
+START_ON_CPU = {"sample": 8.0, "rank": 0.1, "pairs": 0.1, "dpo": 12.0, "compare": 1.2, "kl": 0.5,
                 "report": 5.0}  # fmt: skip
 DISK = 1e9  # bytes a second of a checkpoint, one host
 
@@ -40,7 +40,7 @@ class Stage:
     """One of the loop's steps."""
 
     name: str
-    kind: str  # sample, rank or dpo: the efficiency that goes with it
+    kind: str  # sample, rank, dpo or kl: the efficiency that goes with it
     times: int  # in a whole run
     dtype: str
     pieces: list[Piece]
@@ -120,7 +120,7 @@ class Plan:
                   start["dpo"] + (1 + saves) * weights, on.size),
             # Each model against the start, and from the second on against the one before.
             rank("compare", 2 * rounds - 1, True),
-            Stage("kl", "dpo", 2 * rounds - 1, self.recipe.kl.dtype, self.divergence(),
+            Stage("kl", "kl", 2 * rounds - 1, self.recipe.kl.dtype, self.divergence(),
                   start["kl"] + weights, on.size),
             Stage("report", "report", rounds, "fp32", [], start["report"], 1),
         ]  # fmt: skip

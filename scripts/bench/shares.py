@@ -1,0 +1,91 @@
+"""What share of the plan's roofline the demo's stages reach on this machine."""
+
+import dataclasses
+import json
+import statistics
+import tempfile
+
+from scripts.bench import dpo, sample
+from scripts.bench.machine import Side, two_formats
+from sharding.chips import gemm_rate, parse, read_rate
+from stages import records
+from stages.plan.arithmetic import Decoder, Lengths, seconds
+from stages.plan.recipe import RECIPES, read
+from stages.plan.schedule import Plan
+from stages.records import UserError
+
+
+@dataclasses.dataclass
+class Shares:
+    """The shares of the roofline that `stages.plan demo --efficiency` divides by.
+
+    The demo's model answers its first prompts and trains on pairs of such lengths, each once to
+    compile and then timed in turns, the rates of products and memory measured before each turn.
+    """
+
+    out: str = "shares.json"
+    """Where the shares go, for --efficiency."""
+    rounds: int = 3
+    """Turns; their median counts."""
+
+
+def bench(args: Shares) -> None:
+    if args.rounds < 1:
+        raise UserError(f"--rounds is {args.rounds}: it must be at least 1")
+    from model import checkpoint
+    from model.tokenizer import ChatTokenizer
+
+    recipe = read("demo")
+    drawn, pairs = recipe.sample, recipe.dpo.micro_batch_size
+    rows = records.read_rows(str(RECIPES / "demo" / "train_1.jsonl"))
+    texts = [records.prompt_text(row, where) for where, row in rows][: len(recipe.prompts)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = two_formats(None, temporary)[0]
+        config = checkpoint.load_config(folder)
+        tokenizer = ChatTokenizer.from_folder(folder, config.eos_token_ids)
+        prompts = [tokenizer.prompt_ids([{"role": "user", "content": text}]) for text in texts]
+        sampler = Side(sample._our_worker, folder, sample.Sample(
+            n=drawn.n, max_new_tokens=drawn.max_new_tokens, slots=drawn.slots,
+            temperature=drawn.temperature, top_p=drawn.top_p,
+        ))  # fmt: skip
+        first, tokens, _ = sampler.ask("sample", texts)
+        lengths = Lengths(
+            prompt=statistics.mean(map(len, prompts)), prompts=tuple(map(len, prompts)),
+            answer=tokens / len(texts) / drawn.n,
+        )  # fmt: skip
+        print(f"{len(texts) * drawn.n} answers of {lengths.answer:.0f} tokens; the first time "
+              f"{first:.1f} s, compiling included", flush=True)  # fmt: skip
+        plan = Plan(recipe, Decoder(config), parse("cpu", (1.0, 1.0)), lengths, len(texts), 1, {})
+        training = plan.training()
+        rows = [
+            {"prompt_ids": s.prompt, "chosen_ids": s.responses[0], "rejected_ids": s.responses[1]}
+            for batch in training.batches()[: args.rounds]
+            for s in batch
+        ]
+        trainer = Side(dpo._our_worker, folder, rows, dpo.Dpo(pairs=pairs))
+        trainer.ask("begin")
+        work = {"sample": plan.sampling().pieces(), "kl": training.reference(pairs),
+                "dpo": training.step() + training.reference(pairs)}  # fmt: skip
+        found, all_rates = {name: [] for name in work}, []
+        for number in range(args.rounds):
+            told, rates = [], (gemm_rate(), read_rate())
+            turn = {
+                "sample": sampler.ask("sample", texts)[0],
+                "kl": trainer.ask("reference", number),
+                "dpo": trainer.ask("step", number)[0],
+            }
+            for name, took in turn.items():
+                share = seconds(work[name], parse("cpu", rates), "fp32").total / took
+                found[name].append(share)
+                told.append(f"{name} {took:.1f} s, {share:.0%}")
+            print(f"round {number + 1} of {args.rounds}: {rates[0] / 1e9:.0f} GFLOP/s, "
+                  f"{rates[1] / 1e9:.0f} GB/s; {', '.join(told)}", flush=True)  # fmt: skip
+            all_rates.append(rates)
+        sampler.close()
+        trainer.close()
+    shares = {name: round(min(1.0, statistics.median(each)), 2) for name, each in found.items()}
+    with open(args.out, "w") as file:
+        json.dump(shares, file)
+    gemm, memory = (statistics.median(each) / 1e9 for each in zip(*all_rates))
+    print(f"{args.out}: {json.dumps(shares)}\npython -m stages.plan demo --efficiency {args.out} "
+          f"--cpu-rates {gemm:.0f} {memory:.0f}")  # fmt: skip
