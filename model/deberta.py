@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model import deberta_tpu
 from model.attention import matmul_precision
 from model.config import DebertaConfig
 
@@ -132,7 +133,7 @@ def attention(q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows_bts, 
     and key (b may be 1); real_bs: which keys are text and not padding.
 
     On CPU one head of one sequence after the other, so that what is as large as all queries times
-    all keys stays small enough for the cache; elsewhere all at once.
+    all keys stays small enough for the cache; elsewhere all at once. (TPUs: deberta_tpu.py.)
     """
     dot = partial(
         jnp.dot, precision=matmul_precision(q_nbth.dtype), preferred_element_type=jnp.float32
@@ -175,12 +176,15 @@ def embed(params: Params, config: DebertaConfig, tokens_bt: jax.Array) -> jax.Ar
     return layer_norm(x_btd, params["embed_norm"], params["embed_shift"], config)
 
 
-@partial(jax.jit, static_argnames="config")
-def layer(w: Params, config: DebertaConfig, x_btd, real_bt, read_br=None) -> jax.Array:
-    """One layer over all tokens; with `read_br` its output at those tokens alone, [b, r, d]."""
+@partial(jax.jit, static_argnames=("config", "kernel"))
+def layer(
+    w: Params, config: DebertaConfig, x_btd, real_bt, read_br=None, kernel: bool = False
+) -> jax.Array:
+    """One layer over all tokens; with `read_br` its output at those tokens alone, [b, r, d].
+    kernel: attention by that of deberta_tpu.py, where every token is asked for."""
     t = x_btd.shape[1]
-    rows = jnp.asarray(relative_rows(config, t))
-    keys = jnp.arange(t)
+    by_distance = relative_rows(config, t)
+    rows, keys = jnp.asarray(by_distance), jnp.arange(t)
     if read_br is None:
         y_btd, rows_bts = x_btd, rows[t - 1 + keys[:, None] - keys][None]
     else:
@@ -190,11 +194,14 @@ def layer(w: Params, config: DebertaConfig, x_btd, real_bt, read_br=None) -> jax
         q_btnh = matmul("btd,dnh->btnh", y_btd, w["q"]) + w["q_bias"]
         k_bsnh = matmul("btd,dnh->btnh", x_btd, w["k"]) + w["k_bias"]
         v_bsnh = matmul("btd,dnh->btnh", x_btd, w["v"]) + w["v_bias"]
-        out_nbth = attention(
+        arrays = (
             jnp.transpose(q_btnh, (2, 0, 1, 3)), jnp.transpose(k_bsnh, (2, 0, 3, 1)),
-            jnp.transpose(v_bsnh, (2, 0, 1, 3)), w["position_k"], w["position_q"], rows_bts,
-            real_bt,
+            jnp.transpose(v_bsnh, (2, 0, 1, 3)), w["position_k"], w["position_q"],
         )  # fmt: skip
+        if kernel and read_br is None and deberta_tpu.takes(t):
+            out_nbth = deberta_tpu.attention(*arrays, by_distance, real_bt)
+        else:
+            out_nbth = attention(*arrays, rows_bts, real_bt)
         out_btnh = jnp.transpose(out_nbth, (1, 2, 0, 3))
         out_bte = out_btnh.reshape(*out_btnh.shape[:2], -1)
         out_btd = matmul("bte,ed->btd", out_bte, w["o"].reshape(-1, w["o"].shape[-1]))
@@ -207,17 +214,17 @@ def layer(w: Params, config: DebertaConfig, x_btd, real_bt, read_br=None) -> jax
 
 def encode(
     params: Params, config: DebertaConfig, tokens_bt: jax.Array, lengths_b: jax.Array,
-    read_br: jax.Array,
+    read_br: jax.Array, kernel: bool = False,
 ) -> jax.Array:  # fmt: skip
     """The last layer's hidden states at the tokens `read_br`: [b, r, d] in the parameters' dtype.
 
     params: from `prepare`. tokens_bt: int ids, text first, padding behind; lengths_b: how many are
-    text. The last layer computes what is read and no more. Runs inside jit, or op by op: then each
-    layer is one call of one compiled program, which neither copies its weights nor compiles the
-    layers one by one.
+    text; kernel: see `layer`. The last layer computes what is read and no more. Runs inside jit, or
+    op by op: then each layer is one call of one compiled program, which neither copies its weights
+    nor compiles the layers one by one.
     """
     real_bt = jnp.arange(tokens_bt.shape[1]) < lengths_b[:, None]
     x_btd = embed({k: v for k, v in params.items() if k != "layers"}, config, tokens_bt)
     for w in params["layers"][:-1]:
-        x_btd = layer(w, config, x_btd, real_bt)
+        x_btd = layer(w, config, x_btd, real_bt, kernel=kernel)
     return layer(params["layers"][-1], config, x_btd, real_bt, read_br)

@@ -43,7 +43,7 @@ from tokenizers import (
 )
 
 from model import config as model_config
-from model import deberta, hf
+from model import deberta, deberta_tpu, hf
 from model.config import ConfigError, DebertaConfig
 from model.packing import bucket
 
@@ -121,10 +121,14 @@ def head(params: dict, markers_brd: jax.Array) -> jax.Array:
     return (score(1) - score(2)).mean(axis=-1)
 
 
-def compare(params: dict, config: PairrmConfig, tokens_bt, lengths_b, markers_br) -> jax.Array:
+def compare(
+    params: dict, config: PairrmConfig, tokens_bt, lengths_b, markers_br, kernel: bool = False
+) -> jax.Array:
     """fp32 logits [b] of whole comparisons: ids, text first and padding behind; how many are text;
-    where the three markers stand. params: from `load`."""
-    h_brd = deberta.encode(params["encoder"], config.encoder, tokens_bt, lengths_b, markers_br)
+    where the three markers stand. params: from `load`; kernel: as in deberta.py."""
+    h_brd = deberta.encode(
+        params["encoder"], config.encoder, tokens_bt, lengths_b, markers_br, kernel
+    )
     return head({k: v for k, v in params.items() if k != "encoder"}, h_brd)
 
 
@@ -144,6 +148,7 @@ class PairRM:
         here = jax.local_devices()
         self._on_cpu = here[0].platform == "cpu"
         self.devices = devices or (here[:1] if self._on_cpu else here)
+        self._kernel = deberta_tpu.runs_on(self.devices[0].device_kind)
         self.tokens_a_batch = tokens_a_batch or (1024 if self._on_cpu else 16384)
         # Batches computed at a time, each on one device: on two cores two of them take a seventh
         # less than one after the other, since what XLA leaves to one core is done on both.
@@ -175,8 +180,10 @@ class PairRM:
             number = free.get()
             try:
                 with jax.default_device(self.devices[number]):  # the others' queues are long
-                    arrays = map(jnp.asarray, arrays)
-                    return batch, np.asarray(compare(copies[number], self.config, *arrays))
+                    found_b = compare(
+                        copies[number], self.config, *map(jnp.asarray, arrays), kernel=self._kernel
+                    )
+                    return batch, np.asarray(found_b)
             finally:
                 free.put(number)
 
@@ -203,8 +210,9 @@ class PairRM:
         return tokens >= 8 * self.tokens_a_batch * len(self.devices)
 
     def _padded(self, length: int) -> int:
-        """The length that is compiled. On CPU compiling one costs less than a comparison."""
-        return -(-length // 32) * 32 if self._on_cpu else bucket(length)
+        """The length that is compiled. On CPU compiling one costs less than a comparison; elsewhere
+        a multiple of what deberta_tpu.py takes."""
+        return -(-length // 32) * 32 if self._on_cpu else bucket(length, deberta_tpu.BLOCK)
 
     def batches(self, comparisons: list[Comparison]):
         """(indices, (tokens_bt, lengths_b, markers_br)) of batches of one padded length each.

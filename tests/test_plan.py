@@ -152,7 +152,7 @@ def test_decoding_draws_every_answer_and_reads_weights_and_cache_once_a_step():
 
 
 def test_pairrm_counts_comparisons_and_the_weights_of_deberta_large():
-    one = arithmetic.Ranking(rank.Args("R", "S", "K"), LENGTHS, 10, 5, 1)
+    one = arithmetic.Ranking(rank.Args("R", "S", "K"), LENGTHS, 10, 5, chips.parse("v5e:1x1"))
     assert one.comparisons == 200
     products = one.pieces()[0]
     assert products.flops == 2 * 24 * 12 * 1024**2 * one.length

@@ -9,6 +9,6 @@ PLAN=v5p:2x2x1
 MESH="1 -1 1"
 SAMPLE_MESH="1 1 4"
 SLOTS=256
-MICRO_BATCH=16 # 4 pairs a chip
+MICRO_BATCH=32 # 8 pairs a chip
 REMAT=full
 source "$(dirname "${BASH_SOURCE[0]}")/snorkel-mistral-7b.sh"

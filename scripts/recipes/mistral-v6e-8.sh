@@ -9,6 +9,6 @@ PLAN=v6e:2x4
 MESH="1 -1 1"
 SAMPLE_MESH="1 1 8"
 SLOTS=128
-MICRO_BATCH=16 # 2 pairs a chip
+MICRO_BATCH=32 # 4 pairs a chip
 REMAT=full
 source "$(dirname "${BASH_SOURCE[0]}")/snorkel-mistral-7b.sh"

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from model import deberta_tpu
 from model.config import DebertaConfig, MistralConfig
 from model.packing import Sequence, bucket, coarse_bucket, pack
 from sharding.chips import Slice
@@ -327,7 +328,7 @@ class Ranking:
     lengths: Lengths
     prompts: int
     n: int
-    chips: int
+    on: Slice
 
     @property
     def dtype(self) -> str:
@@ -343,23 +344,38 @@ class Ranking:
     @property
     def length(self) -> int:
         """Tokens of a mean comparison, padded."""
-        return bucket(round(min(self.lengths.prompt, 1224) + 2 * self.lengths.answer + 9))
+        length = round(min(self.lengths.prompt, 1224) + 2 * self.lengths.answer + 9)
+        return bucket(length, deberta_tpu.BLOCK)
+
+    @property
+    def kernel(self) -> bool:
+        """Whether attention is one, of model/deberta_tpu.py."""
+        return any(map(deberta_tpu.runs_on, self.on.chip.kinds))
+
+    def attention(self, length: int) -> tuple[float, float]:
+        """(operations, bytes) of a layer over one comparison."""
+        c, d = PAIRRM, PAIRRM.hidden_size
+        if self.kernel:
+            # Content to content, weights to values, and both terms of relative positions for all
+            # distances of a block; the kernel reads and writes no more than queries, keys, values.
+            keys = length + length + (length + deberta_tpu.BLOCK) + 2 * length
+            return 2 * d * length * keys, 4 * 2 * d * length * itemsize(self.dtype)
+        # Both terms look up what is computed for each row of the tables. Scores in fp32: three
+        # products write them, two look-ups, mask, softmax and the last product read and write them.
+        flops = 2 * d * (2 * length * length + 2 * length * 2 * c.position_buckets)
+        return flops, 12 * c.num_attention_heads * length * length * 4
 
     def pieces(self, count: float | None = None) -> list[Piece]:
         c, length = PAIRRM, self.length
         d, layers = c.hidden_size, c.num_hidden_layers
         weights = layers * (4 * d * d + 2 * d * c.intermediate_size)
-        # Content to content, weights to values, and both terms of relative positions.
-        attention = layers * 2 * d * (2 * length * length + 2 * length * 2 * c.position_buckets)
-        # Scores in fp32: three products write them, two look-ups, mask, softmax and the last
-        # product read and write them.
-        scores = 12 * layers * c.num_attention_heads * length * length * 4
+        flops, traffic = self.attention(length)
         calls = max(1, PAIRRM_TOKENS // length)
-        times = (self.comparisons if count is None else count) / self.chips
+        times = (self.comparisons if count is None else count) / self.on.size
         size = itemsize(self.dtype)
         return [
             Piece("weights", 2 * weights * length, weights * size / calls, times=times),
-            Piece("attention", attention, scores, times=times),
+            Piece("attention", layers * flops, layers * traffic, times=times),
         ]
 
     def memory(self) -> dict[str, float]:
@@ -369,10 +385,13 @@ class Ranking:
         table = c.vocab_size * d
         positions = c.num_hidden_layers * 2 * 2 * c.position_buckets * d
         longest = 2048  # PairRM's own limit on three texts
-        scores = PAIRRM_TOKENS // longest * c.num_attention_heads * longest**2 * 4
+        if self.kernel:  # the MLP's hidden states, the tokens' in and out, queries, keys, values
+            activations = PAIRRM_TOKENS * (c.intermediate_size + 7 * d) * size
+        else:  # what compilers hold of a layer's scores at a time
+            activations = 3.7 * 4 * PAIRRM_TOKENS // longest * c.num_attention_heads * longest**2
         return {
             "parameters": (layers + table + positions) * size,
-            "activations": 3.7 * scores,  # what TPU compilers hold of a layer at a time
+            "activations": activations,
         }
 
 

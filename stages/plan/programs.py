@@ -170,7 +170,7 @@ def pairrm_layer(config, device, dtype: str, rows: int, length: int):
     import jax
     import jax.numpy as jnp
 
-    from model import deberta, hf
+    from model import deberta, deberta_tpu, hf
     from sharding.mesh import make_mesh, replicated
     from sharding.table import bytes_a_device
 
@@ -190,7 +190,8 @@ def pairrm_layer(config, device, dtype: str, rows: int, length: int):
     ready = jax.tree.map(lambda x: placed(x.shape), ready)
     x_btd = placed((rows, length, config.hidden_size))
     real_bt = placed((rows, length), jnp.bool_)
-    layer = deberta.layer.lower(ready["layers"][0], config, x_btd, real_bt).compile()
+    kernel = deberta_tpu.runs_on(device.device_kind)
+    layer = deberta.layer.lower(ready["layers"][0], config, x_btd, real_bt, kernel=kernel).compile()
     found = parts(layer, parameters=bytes_a_device(ready["layers"][0]))
     found["parameters"] = bytes_a_device(ready)
     yield f"rank: a layer over {rows} comparisons of {length} tokens", layer, found

@@ -77,7 +77,7 @@ class Plan:
         args, prompts, n = self.recipe.rank, self.prompts, self.recipe.sample.n
         if heldout:
             args, prompts, n = dataclasses.replace(args, dtype="fp32"), self.heldout, 2
-        return Ranking(args, self.lengths, prompts, n, self.on.size)
+        return Ranking(args, self.lengths, prompts, n, self.on)
 
     def training(self) -> Training:
         args, test = self.recipe.dpo, self.recipe.pairs
