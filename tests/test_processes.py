@@ -69,6 +69,7 @@ MESHES = [
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     tiny.write_checkpoint(folder / "model")
+    tiny.write_checkpoint(folder / "other", seed=1)
     rows = [{"prompt": f"{row['prompt']} {i}"} for i in range(8) for row in tiny.PROMPTS]
     tiny.write_jsonl(folder / "prompts.jsonl", [*rows, {"prompt": "x" * 400}])
     assert records.run(sample.main, sample.Args, sample_argv(folder, "alone.jsonl")) == 0
@@ -260,7 +261,6 @@ def test_each_process_judges_a_part_of_the_answers(ranked, processes):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=heavy)])
 def test_the_divergence_is_computed_by_all(folder, processes):
-    tiny.write_checkpoint(folder / "other", seed=1)
     given = ["--checkpoint", f"{folder}/other", "--samples", f"{folder}/alone.jsonl"]
     alone, one = evaluated(folder, "kl", "kl.1.json", *given)
     found, several = evaluated(folder, "kl", f"kl.{processes}.json", *given, processes=processes)
