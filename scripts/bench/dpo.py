@@ -50,7 +50,7 @@ def bench(args: Dpo) -> None:
         config = checkpoint.load_config(folder)
         tokenizer = ChatTokenizer.from_folder(folder, config.eos_token_ids)
         rows = _rows(data, tokenizer, args)
-        ours = Side(_our_worker, folder, rows, args)
+        ours = Side(our_worker, folder, rows, args)
         facts = ours.ask("begin")
         tokens = sum(map(_tokens, rows[args.pairs :])) / args.steps
         shared = sum(len(row["prompt_ids"]) for row in rows[args.pairs :]) / args.steps
@@ -110,7 +110,7 @@ def _rows(data: Path, tokenizer, args: Dpo) -> list[dict]:
 # ------------------------------------------------------------------------------ the sides
 
 
-def _our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
+def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
     import jax
 
     from model import checkpoint, losses, mistral, train

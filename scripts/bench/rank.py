@@ -40,7 +40,7 @@ def bench(args: Rank) -> None:
         folder = args.ranker
         if folder is None:
             folder = _write_random(Path(temporary) / "pairrm", rows)
-        sides = {"llm-blender": Side(_blender_worker, folder), "ours": Side(_our_worker, folder)}
+        sides = {"llm-blender": Side(_blender_worker, folder), "ours": Side(our_worker, folder)}
         groups = [prompts[i : i + args.group] for i in range(0, len(prompts), args.group)]
         sides["ours"].ask("warm", groups)
         tallies, rates = {name: Tally() for name in sides}, []
@@ -143,7 +143,7 @@ class Tally:
         self.matrices += matrices
 
 
-def _our_worker(pipe, folder: str):
+def our_worker(pipe, folder: str):
     import jax.numpy as jnp
 
     from model import deberta, pairrm

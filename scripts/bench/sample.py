@@ -49,7 +49,7 @@ def bench(args: Sample) -> None:
     prompts = _prompts(args)
     with tempfile.TemporaryDirectory() as temporary:
         folder, hf_folder = two_formats(args.checkpoint, temporary)
-        ours, theirs = Side(_our_worker, folder, args), Side(_their_worker, hf_folder, args)
+        ours, theirs = Side(our_worker, folder, args), Side(_their_worker, hf_folder, args)
         first = ours.ask("sample", prompts)[0]
         batches = dict.fromkeys(args.batches, (float("inf"), 1))
         best = float("inf"), 1, {}
@@ -124,7 +124,7 @@ def _account(pieces: dict) -> None:
 # ------------------------------------------------------------------------------ the sides
 
 
-def _our_worker(pipe, folder: str, args: Sample):
+def our_worker(pipe, folder: str, args: Sample):
     import jax
 
     from model import checkpoint, generate

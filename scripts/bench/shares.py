@@ -4,6 +4,7 @@ import dataclasses
 import json
 import statistics
 import tempfile
+from pathlib import Path
 
 from scripts.bench import dpo, sample
 from scripts.bench.machine import Side, two_formats
@@ -32,6 +33,8 @@ class Shares:
 def bench(args: Shares) -> None:
     if args.rounds < 1:
         raise UserError(f"--rounds is {args.rounds}: it must be at least 1")
+    if not Path(args.out).absolute().parent.is_dir():
+        raise UserError(f"--out {args.out}: its folder does not exist: make it first")
     from model import checkpoint
     from model.tokenizer import ChatTokenizer
 
@@ -44,7 +47,7 @@ def bench(args: Shares) -> None:
         config = checkpoint.load_config(folder)
         tokenizer = ChatTokenizer.from_folder(folder, config.eos_token_ids)
         prompts = [tokenizer.prompt_ids([{"role": "user", "content": text}]) for text in texts]
-        sampler = Side(sample._our_worker, folder, sample.Sample(
+        sampler = Side(sample.our_worker, folder, sample.Sample(
             n=drawn.n, max_new_tokens=drawn.max_new_tokens, slots=drawn.slots,
             temperature=drawn.temperature, top_p=drawn.top_p,
         ))  # fmt: skip
@@ -57,22 +60,23 @@ def bench(args: Shares) -> None:
               f"{first:.1f} s, compiling included", flush=True)  # fmt: skip
         plan = Plan(recipe, Decoder(config), parse("cpu", (1.0, 1.0)), lengths, len(texts), 1, {})
         training = plan.training()
+        batches = training.batches()[: args.rounds]
         rows = [
             {"prompt_ids": s.prompt, "chosen_ids": s.responses[0], "rejected_ids": s.responses[1]}
-            for batch in training.batches()[: args.rounds]
+            for batch in batches
             for s in batch
         ]
-        trainer = Side(dpo._our_worker, folder, rows, dpo.Dpo(pairs=pairs))
+        trainer = Side(dpo.our_worker, folder, rows, dpo.Dpo(pairs=pairs))
         trainer.ask("begin")
         work = {"sample": plan.sampling().pieces(), "kl": training.reference(pairs),
                 "dpo": training.step() + training.reference(pairs)}  # fmt: skip
         found, all_rates = {name: [] for name in work}, []
         for number in range(args.rounds):
-            told, rates = [], (gemm_rate(), read_rate())
+            told, rates, batch = [], (gemm_rate(), read_rate()), number % len(batches)
             turn = {
                 "sample": sampler.ask("sample", texts)[0],
-                "kl": trainer.ask("reference", number),
-                "dpo": trainer.ask("step", number)[0],
+                "kl": trainer.ask("reference", batch),
+                "dpo": trainer.ask("step", batch)[0],
             }
             for name, took in turn.items():
                 share = seconds(work[name], parse("cpu", rates), "fp32").total / took
