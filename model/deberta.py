@@ -181,8 +181,10 @@ def layer(
     w: Params, config: DebertaConfig, x_btd, real_bt, read_br=None, kernel: bool = False
 ) -> jax.Array:
     """One layer over all tokens; with `read_br` its output at those tokens alone, [b, r, d].
-    kernel: attention by that of deberta_tpu.py, where every token is asked for."""
+    kernel: attention of all tokens by that of deberta_tpu.py, if it takes so many: that is quicker
+    on a TPU than to look up positions even for the few that are read."""
     t = x_btd.shape[1]
+    kernel = kernel and deberta_tpu.takes(t)
     by_distance = relative_rows(config, t)
     rows, keys = jnp.asarray(by_distance), jnp.arange(t)
     if read_br is None:
@@ -191,15 +193,17 @@ def layer(
         y_btd = jnp.take_along_axis(x_btd, read_br[:, :, None], axis=1)
         rows_bts = rows[t - 1 + read_br[:, :, None] - keys]
     with jax.named_scope("attention"):
-        q_btnh = matmul("btd,dnh->btnh", y_btd, w["q"]) + w["q_bias"]
+        q_btnh = matmul("btd,dnh->btnh", x_btd if kernel else y_btd, w["q"]) + w["q_bias"]
         k_bsnh = matmul("btd,dnh->btnh", x_btd, w["k"]) + w["k_bias"]
         v_bsnh = matmul("btd,dnh->btnh", x_btd, w["v"]) + w["v_bias"]
         arrays = (
             jnp.transpose(q_btnh, (2, 0, 1, 3)), jnp.transpose(k_bsnh, (2, 0, 3, 1)),
             jnp.transpose(v_bsnh, (2, 0, 1, 3)), w["position_k"], w["position_q"],
         )  # fmt: skip
-        if kernel and read_br is None and deberta_tpu.takes(t):
+        if kernel:
             out_nbth = deberta_tpu.attention(*arrays, by_distance, real_bt)
+            if read_br is not None:
+                out_nbth = jnp.take_along_axis(out_nbth, read_br[None, :, :, None], axis=2)
         else:
             out_nbth = attention(*arrays, rows_bts, real_bt)
         out_btnh = jnp.transpose(out_nbth, (1, 2, 0, 3))
@@ -227,4 +231,4 @@ def encode(
     x_btd = embed({k: v for k, v in params.items() if k != "layers"}, config, tokens_bt)
     for w in params["layers"][:-1]:
         x_btd = layer(w, config, x_btd, real_bt, kernel=kernel)
-    return layer(params["layers"][-1], config, x_btd, real_bt, read_br)
+    return layer(params["layers"][-1], config, x_btd, real_bt, read_br, kernel)

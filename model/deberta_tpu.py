@@ -28,7 +28,7 @@ LONGEST = 2048  # tokens; VMEM holds a head's keys, values and tables of such a 
 
 def runs_on(device_kind: str) -> bool:
     """Whether such a device (jax.Device.device_kind) can: a TPU from v5 on, which has that roll."""
-    found = re.match(r"TPU v(\d+)", device_kind)
+    found = re.match(r"TPU ?v?(\d+)", device_kind)
     return found is not None and int(found[1]) >= 5
 
 

@@ -210,15 +210,17 @@ class PairRM:
         return tokens >= 8 * self.tokens_a_batch * len(self.devices)
 
     def _padded(self, length: int) -> int:
-        """The length that is compiled. On CPU compiling one costs less than a comparison; elsewhere
-        a multiple of what deberta_tpu.py takes."""
-        return -(-length // 32) * 32 if self._on_cpu else bucket(length, deberta_tpu.BLOCK)
+        """The length that is compiled. On CPU compiling one costs less than a comparison."""
+        if self._on_cpu:
+            return -(-length // 32) * 32
+        return bucket(length, deberta_tpu.BLOCK if self._kernel else 32)
 
     def batches(self, comparisons: list[Comparison]):
         """(indices, (tokens_bt, lengths_b, markers_br)) of batches of one padded length each.
 
         As many comparisons as `tokens_a_batch` allows, in powers of two: few shapes to compile, and
-        no row is padding.
+        no row is padding. An accelerator's programs take longer to compile than to run, so there
+        every batch of a length has as many rows, the last one's filled with its first comparison.
         """
         by_length: dict[int, list[int]] = {}
         for index, (encoded, i, j) in enumerate(comparisons):
@@ -226,10 +228,13 @@ class PairRM:
         for length in sorted(by_length, reverse=True):
             waiting = by_length[length]
             while waiting:
-                most = min(len(waiting), max(1, self.tokens_a_batch // length))
+                most = max(1, self.tokens_a_batch // length)
+                if self._on_cpu:
+                    most = min(len(waiting), most)
                 rows = 1 << (most.bit_length() - 1)
                 batch, waiting = waiting[:rows], waiting[rows:]
-                yield batch, self.layout.join([comparisons[i] for i in batch], length)
+                filled = batch + [batch[0]] * (rows - len(batch))
+                yield batch, self.layout.join([comparisons[i] for i in filled], length)
 
 
 # ---------------------------------------------------------------------------- the layout

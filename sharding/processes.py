@@ -6,7 +6,9 @@ the others waiting for ever. So whatever decides what runs next must be the same
 from a replicated array, from a file whose content `agree` compared, or asked for here.
 """
 
+import dataclasses
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -24,7 +26,8 @@ def start(flags: Flags) -> None:
     """Join the other processes, before anything asks for devices; nothing where this one is alone.
 
     From here on process 0 alone prints to stdout, and sharding/watch.py names one that dies. Raises
-    ValueError where the flags do not fit together or the processes do not find each other.
+    ValueError where the flags do not fit together, the processes do not find each other, or were
+    given different flags: also one that changes no result may change what programs they run.
     """
     place = flags.place()
     if place is None:
@@ -49,6 +52,10 @@ def start(flags: Flags) -> None:
     except (RuntimeError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise ValueError(f"--coordinator {place[0] if explicit else place}: {line}") from None
+    places = {field.name for field in dataclasses.fields(Flags)}
+    same = {name: x for name, x in dataclasses.asdict(flags).items() if name not in places}
+    if not agree(json.dumps(same, default=str)):
+        raise ValueError("the processes were given different flags: give all the same command")
     if not is_first():
         sys.stdout = open(os.devnull, "w")
 

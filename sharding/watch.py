@@ -67,8 +67,9 @@ class Flags:
         processes, me = numbers
         if not 0 <= me < processes:
             raise ValueError(f"--process-id is {me}: a number from 0 to {processes - 1}")
-        if not coordinator.rpartition(":")[2].isdigit():
-            raise ValueError(f"--coordinator {coordinator}: give HOST:PORT")
+        port = coordinator.rpartition(":")[2]
+        if not port.isdigit() or not 0 < int(port) < 65535:
+            raise ValueError(f"--coordinator {coordinator}: give HOST:PORT, a port below 65535")
         return coordinator, processes, me
 
 

@@ -83,9 +83,9 @@ def main(args: Args) -> None:
                 raise UserError(
                     f"--{name} is for --backend jax: llm-blender computes in fp32 on CPU"
                 )
+    share, shares = join(args, options.get("device") == "host")
     counts: Counter = Counter()
     order = [row["prompt_id"] for _, row in _read(args.samples, counts)]
-    share, shares = join(args, options.get("device") == "host")
     try:
         ranker = open_ranker(args.ranker, **options)
     except RankerError as error:

@@ -111,7 +111,7 @@ def main(args: Args) -> None:
     if not 0 <= share < shares:
         raise UserError(f"--share {share} {shares}: the first is a number from 0 to {shares - 1}")
     if not processes.agree(json.dumps(manifest.key())):
-        raise UserError("the processes were given different prompts, checkpoints or arguments")
+        raise UserError("the processes were given different prompts or checkpoints")
     # Of several processes on one mesh, only the first has an output.
     output = None
     if processes.is_first():

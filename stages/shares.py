@@ -34,7 +34,7 @@ def check_same(manifest: Manifest, path: str) -> None:
     from sharding import processes
 
     if not processes.agree(json.dumps([manifest.key(), path])):
-        raise UserError("the processes were given different inputs, models or arguments")
+        raise UserError("the processes were given different inputs or models")
 
 
 def merge(

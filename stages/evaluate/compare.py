@@ -52,12 +52,12 @@ class Compare(Flags):
 
 
 def main(args: Compare) -> None:
+    share, shares = join(args)
     files = (args.outputs, args.baseline)
     ours, baseline = (read_answers(path, args.response) for path in files)
     counts: Counter = Counter()
     pairs = align(ours, baseline, files, args.common_only, counts)
     difficulties = difficulty.read(args.difficulty, len(pairs)) if args.difficulty else None
-    share, shares = join(args)
     try:
         ranker = open_ranker(args.ranker)
     except RankerError as error:

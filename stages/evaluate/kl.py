@@ -90,7 +90,7 @@ def main(args: Kl) -> None:
         identities={"sampler": sampler.get("model", "unknown"), "model": identity},
     )
     if not processes.agree(json.dumps(manifest.key())):
-        raise UserError("the processes were given different samples, checkpoints or arguments")
+        raise UserError("the processes were given different samples or checkpoints")
     # Of several processes on one mesh, only the first has an output.
     output = None
     if processes.is_first():
@@ -105,8 +105,13 @@ def main(args: Kl) -> None:
     done = processes.from_first(np.array([output is not None and output.has(p.prompt_id)
                                           for p in prompts]))  # fmt: skip
     _compute(args, config, [p for p, is_done in zip(prompts, done) if not is_done], output)
-    if output is None:
-        return
+    if output is not None:
+        _finish(args, output, prompts, counts, lineage)
+    processes.wait()
+
+
+def _finish(args: Kl, output: Output, prompts: list[Answered], counts: Counter, lineage) -> None:
+    """Write and tell the estimate; of all prompts' log-probs, which `output` holds."""
     known = {row["prompt_id"]: row["logprobs"] for row, _ in output.rows()}
     logprobs = [np.array(known[p.prompt_id]) for p in prompts]
     drawn = {name: value for name, value in (lineage.arguments if lineage else {}).items()

@@ -11,6 +11,7 @@ efficiency. Exit code 2, with the reason and a way out, where a program does not
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 
@@ -68,7 +69,7 @@ class Args:
 
 def main(args: Args) -> None:
     recipe = read(args.recipe)
-    if args.cpu_rates and min(args.cpu_rates) <= 0:
+    if args.cpu_rates and not all(0 < rate < math.inf for rate in args.cpu_rates):
         raise UserError("--cpu-rates: both must be above 0")
     try:
         rates = args.cpu_rates and (args.cpu_rates[0] * 1e9, args.cpu_rates[1] * 1e9)
@@ -98,7 +99,7 @@ def main(args: Args) -> None:
 def make(args: Args, recipe: Recipe, decoder: Decoder, on: Slice) -> Plan:
     for name in ("prompts", "heldout", "prompt_tokens", "answer_tokens", "price", "longest_prompt"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     tokens = tuple(round(characters / 4) + 30 for characters in recipe.prompts or ())
     if args.prompt_tokens:

@@ -345,7 +345,7 @@ class Ranking:
     def length(self) -> int:
         """Tokens of a mean comparison, padded."""
         length = round(min(self.lengths.prompt, 1224) + 2 * self.lengths.answer + 9)
-        return bucket(length, deberta_tpu.BLOCK)
+        return bucket(length, deberta_tpu.BLOCK if self.kernel else 32)
 
     @property
     def kernel(self) -> bool:

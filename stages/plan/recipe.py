@@ -108,7 +108,10 @@ def _flags(kind, given: dict[str, str], flags: str):
 def _characters(path: Path) -> list[int] | None:
     if not path.exists():
         return None
-    limit = int(os.environ.get("LIMIT") or 0)
+    limit = os.environ.get("LIMIT") or "0"
+    if not limit.isdigit():
+        raise UserError(f"LIMIT={limit} is no whole number")
+    limit = int(limit)
     rows = records.read_rows(str(path))
     lengths = [len(records.prompt_text(row, where)) for where, row in rows]
     return lengths[:limit] if limit else lengths

@@ -29,7 +29,7 @@ MEASURED_ON_CPU = {"sample": 0.75, "rank": 0.8, "dpo": 0.6, "kl": 0.7}
 
 # Seconds beside a stage's work: compiling what the loop's cache of compiled programs does not have,
 # opening and closing files. Python's start and imports come before them.
-START = {"sample": 60.0, "rank": 60.0, "pairs": 1.0, "dpo": 90.0, "kl": 60.0, "report": 5.0}
+START = {"sample": 60.0, "rank": 120.0, "pairs": 1.0, "dpo": 90.0, "kl": 60.0, "report": 5.0}
 START_ON_CPU = {"sample": 8.0, "rank": 0.1, "pairs": 0.1, "dpo": 12.0, "compare": 1.2, "kl": 0.5,
                 "report": 5.0}  # fmt: skip
 DISK = 1e9  # bytes a second of a checkpoint, one host
