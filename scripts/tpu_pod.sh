@@ -21,7 +21,7 @@
 #   VERSION=            the software of the VM; default: the one for TYPE
 #   SHARE=IP:/NAME      an NFS share (Filestore) for the runs, mounted on every worker
 #   RECIPE=             default: the one for TYPE (scripts/recipes/mistral-…)
-#   NAME SEED LIMIT MODEL DATASET RANKER ZEPHYR    as iterate.sh and the recipe take them
+#   NAME SEED LIMIT MODEL DATASET RANKER PAIRRM_DTYPE ZEPHYR as iterate.sh and the recipe take them
 #
 # The workers of a slice share no disk, theirs has 100 GB (a 7B run needs 300), and a preempted one
 # loses it: hence SHARE, which a slice of several hosts must have. NFS, and no bucket: stages append to
@@ -116,7 +116,7 @@ setup() { on all setup ${SHARE:+"$SHARE"}; }
 run() {
   local variable settings=("RUNS=$runs" "NAME=$NAME")
   [[ $hosts == 1 ]] || settings+=(COORDINATOR=auto)
-  for variable in SEED LIMIT MODEL DATASET RANKER ZEPHYR; do
+  for variable in SEED LIMIT MODEL DATASET RANKER PAIRRM_DTYPE ZEPHYR; do
     [[ -z ${!variable:-} ]] || settings+=("$variable=${!variable}")
   done
   on all run "$RECIPE" "${settings[@]}"
