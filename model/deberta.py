@@ -223,9 +223,9 @@ def encode(
     """The last layer's hidden states at the tokens `read_br`: [b, r, d] in the parameters' dtype.
 
     params: from `prepare`. tokens_bt: int ids, text first, padding behind; lengths_b: how many are
-    text; kernel: see `layer`. The last layer computes what is read and no more. Runs inside jit, or
-    op by op: then each layer is one call of one compiled program, which neither copies its weights
-    nor compiles the layers one by one.
+    text; kernel: see `layer`. The last layer computes what is read and no more (with the kernel,
+    but for attention). Runs inside jit, or op by op: then each layer is one call of one compiled
+    program, which neither copies its weights nor compiles the layers one by one.
     """
     real_bt = jnp.arange(tokens_bt.shape[1]) < lengths_b[:, None]
     x_btd = embed({k: v for k, v in params.items() if k != "layers"}, config, tokens_bt)

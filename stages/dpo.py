@@ -124,8 +124,8 @@ def main(args: Args) -> None:
         inputs={file: records.file_sha256(file) for file in files},
         identities=identities,
     )
-    if not processes.agree(json.dumps([manifest.key(), args.out])):
-        raise UserError("the processes were given different pairs, checkpoints or arguments")
+    if not processes.agree(json.dumps(manifest.key())):
+        raise UserError("the processes were given different pairs or checkpoints")
     work = Work(args.out, manifest, args.keep_states)
     if work.finished:
         print(f"{args.out} is finished already")

@@ -98,7 +98,7 @@ def main(args: Args) -> None:
         identities={**(lineage.identities if lineage else {}), "ranker": ranker.identity},
     )
     if shares > 1:
-        check_same(manifest, args.out)
+        check_same(manifest)
     results = partial(_results, args.ranker)
     output = Output.open(args.out, manifest, args.overwrite, (share, shares))
     if not output.finished:

@@ -29,11 +29,12 @@ def join(flags: Flags, on_host: bool = False) -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def check_same(manifest: Manifest, path: str) -> None:
-    """UserError in all processes of `join`, unless each of them makes the same of the same."""
+def check_same(manifest: Manifest) -> None:
+    """UserError in all processes of `join`, unless each of them found the same inputs and models;
+    that their flags are the same, `join` has seen to."""
     from sharding import processes
 
-    if not processes.agree(json.dumps([manifest.key(), path])):
+    if not processes.agree(json.dumps(manifest.key())):
         raise UserError("the processes were given different inputs or models")
 
 

@@ -1,5 +1,5 @@
 # The demo: SmolLM2-135M-Instruct, the project's own prompts and a reward that anyone can verify.
-# Runs on two CPU cores in about fifteen minutes; nothing is downloaded beyond Python packages.
+# Runs on two CPU cores in about ten minutes; nothing is downloaded beyond Python packages.
 #   TRAIN=32   prompts an iteration, of the 64 in each slice
 
 TRAIN=${TRAIN:-32}

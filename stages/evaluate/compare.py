@@ -74,7 +74,7 @@ def main(args: Compare) -> None:
         },
     )
     if shares > 1:
-        check_same(manifest, args.out)
+        check_same(manifest)
 
     def finish(output: Output) -> None:
         rows = {row["prompt_id"]: row for row, _ in output.rows()}

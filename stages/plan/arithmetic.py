@@ -349,7 +349,7 @@ class Ranking:
 
     @property
     def kernel(self) -> bool:
-        """Whether attention is one, of model/deberta_tpu.py."""
+        """Whether attention is the one kernel of model/deberta_tpu.py."""
         return any(map(deberta_tpu.runs_on, self.on.chip.kinds))
 
     def attention(self, length: int) -> tuple[float, float]:
@@ -388,7 +388,8 @@ class Ranking:
         if self.kernel:  # the MLP's hidden states, the tokens' in and out, queries, keys, values
             activations = PAIRRM_TOKENS * (c.intermediate_size + 7 * d) * size
         else:  # what compilers hold of a layer's scores at a time
-            activations = 3.7 * 4 * PAIRRM_TOKENS // longest * c.num_attention_heads * longest**2
+            scores = PAIRRM_TOKENS // longest * c.num_attention_heads * longest**2
+            activations = 3.7 * 4 * scores
         return {
             "parameters": (layers + table + positions) * size,
             "activations": activations,
