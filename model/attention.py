@@ -90,10 +90,15 @@ def _blockwise(q_bkgth, k_bkhs, v_bksh, seen_bts):
 
 def _blockwise_fwd(q_bkgth, k_bkhs, v_bksh, seen_bts):
     found = [
-        _attend(q_bkgth[..., now, :], k_bkhs[..., : now.stop], v_bksh[:, :, : now.stop],
-                seen_bts[:, now, : now.stop], _product)
+        _attend(
+            q_bkgth[..., now, :],
+            k_bkhs[..., : now.stop],
+            v_bksh[:, :, : now.stop],
+            seen_bts[:, now, : now.stop],
+            _product,
+        )
         for now in _blocks(q_bkgth.shape[3])
-    ]  # fmt: skip
+    ]
     # Named as the products are: kept where those are kept.
     out_bkgth = checkpoint_name(jnp.concatenate([out for out, _ in found], axis=3), "product")
     logsum_bkgt = checkpoint_name(jnp.concatenate([x for _, x in found], axis=3), "product")
@@ -208,9 +213,12 @@ def _behind(mask_bx: jax.Array, x) -> jax.Array:
 def _product(a_bkrx: jax.Array, b_bkxy: jax.Array) -> jax.Array:
     """The matrix product of each row and head, in fp32: [b, k, r, y]."""
     return jnp.einsum(
-        "bkrx,bkxy->bkry", a_bkrx, b_bkxy, precision=matmul_precision(a_bkrx.dtype),
+        "bkrx,bkxy->bkry",
+        a_bkrx,
+        b_bkxy,
+        precision=matmul_precision(a_bkrx.dtype),
         preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
 
 
 def _product_of_few_rows(a_bkrx: jax.Array, b_bkxy: jax.Array) -> jax.Array:

@@ -76,9 +76,13 @@ class BlenderRanker:
                 _one_line("llm-blender fails on this text; --backend jax does not"),
             ):
                 logits = self.blender.ranker._forward(
-                    encoded["source_ids"], encoded["source_attention_mask"],
-                    ids[i : i + 1], masks[i : i + 1], ids[j : j + 1], masks[j : j + 1],
-                )["logits"]  # fmt: skip
+                    encoded["source_ids"],
+                    encoded["source_attention_mask"],
+                    ids[i : i + 1],
+                    masks[i : i + 1],
+                    ids[j : j + 1],
+                    masks[j : j + 1],
+                )["logits"]
             found.append(logits.item())
             done(1)
         return found

@@ -30,9 +30,16 @@ from sharding.mesh import constrain
 
 # What a tokenizer may consist of; copied into every checkpoint as it is.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 MANIFEST = "manifest.json"
 
 
@@ -40,8 +47,14 @@ class CheckpointError(ValueError):
     """A folder that is no complete checkpoint: the message names the folder and what is wrong."""
 
 
-def save(folder: str, config: MistralConfig, params: mistral.Params, tokenizer_from: str,
-         origin: dict, **known) -> str:  # fmt: skip
+def save(
+    folder: str,
+    config: MistralConfig,
+    params: mistral.Params,
+    tokenizer_from: str,
+    origin: dict,
+    **known,
+) -> str:
     """Write a checkpoint and return its identity. Of several processes each writes its shards, to
     a file system that all of them see.
 
@@ -87,8 +100,15 @@ def _in_object_store(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
-def _complete(temporary, config: MistralConfig, params, identity: str, tokenizer_from: str,
-              origin: dict, known: dict) -> None:  # fmt: skip
+def _complete(
+    temporary,
+    config: MistralConfig,
+    params,
+    identity: str,
+    tokenizer_from: str,
+    origin: dict,
+    known: dict,
+) -> None:
     """Write all of a checkpoint but its parameters."""
     source = epath.Path(tokenizer_from)
     for name in (*TOKENIZER_FILES, "generation_config.json"):

@@ -147,8 +147,12 @@ class Report:
         self._sums += (score @ score, length @ length, score @ length)
         if ranking.comparisons is None:
             return
-        compared = [(i, j) for i in range(n) for j in range(i)
-                    if ranking.comparisons[i][j] is not None and texts[i] != texts[j]]  # fmt: skip
+        compared = [
+            (i, j)
+            for i in range(n)
+            for j in range(i)
+            if ranking.comparisons[i][j] is not None and texts[i] != texts[j]
+        ]
         for i, j in compared:
             there, back = ranking.comparisons[i][j], ranking.comparisons[j][i]
             self._consistent += there * back < 0

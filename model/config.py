@@ -14,11 +14,25 @@ class ConfigError(ValueError):
 
 # Keys of a config.json that do not change the forward pass of inference and DPO training.
 HARMLESS = {
-    "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
-    "eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id",
-    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "return_dict",
-    "torch_dtype", "transformers_version", "use_cache",
-}  # fmt: skip
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "is_llama_config",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 ARCHITECTURES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -47,8 +61,15 @@ class MistralConfig:
     torch_dtype: str = "float32"  # of the weights as they were published; ours are always fp32
 
     def __post_init__(self):
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                      "num_attention_heads", "num_key_value_heads", "head_dim"):  # fmt: skip
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        ):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{field} is {value!r}: it must be a positive whole number")
@@ -67,9 +88,14 @@ class MistralConfig:
     @property
     def axis_sizes(self) -> dict[str, int]:
         """Axis letter → size, as model/mistral.py uses the letters."""
-        return {"v": self.vocab_size, "d": self.hidden_size, "n": self.num_attention_heads,
-                "k": self.num_key_value_heads, "h": self.head_dim,
-                "f": self.intermediate_size}  # fmt: skip
+        return {
+            "v": self.vocab_size,
+            "d": self.hidden_size,
+            "n": self.num_attention_heads,
+            "k": self.num_key_value_heads,
+            "h": self.head_dim,
+            "f": self.intermediate_size,
+        }
 
 
 def from_hf(hf: dict, generation: dict | None = None) -> MistralConfig:
@@ -93,8 +119,13 @@ def from_hf(hf: dict, generation: dict | None = None) -> MistralConfig:
             raise ConfigError(f"{name} {scaling} is not built: only plain RoPE is")
     theta = rope.get("rope_theta", hf.pop("rope_theta", 10000.0))
     hf.pop("rope_theta", None)
-    for key, built in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
-                       ("rope_interleaved", False), ("partial_rotary_factor", 1.0)):  # fmt: skip
+    for key, built in (
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("rope_interleaved", False),
+        ("partial_rotary_factor", 1.0),
+    ):
         value = hf.pop(key, built)
         if value != built:
             raise ConfigError(f"{key} {value!r} is not built: {built!r} is")
@@ -141,13 +172,14 @@ def from_hf(hf: dict, generation: dict | None = None) -> MistralConfig:
         sliding_window=window,
         tie_word_embeddings=bool(take("tie_word_embeddings", False)),
         bos_token_id=hf.get("bos_token_id", 1),
-        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else
-        (() if eos is None else (eos,)),
+        eos_token_ids=tuple(eos)
+        if isinstance(eos, (list, tuple))
+        else (() if eos is None else (eos,)),
         pad_token_id=hf.get("pad_token_id"),
         initializer_range=hf.get("initializer_range", 0.02),
         model_type=model_type,
         torch_dtype=dtype,
-    )  # fmt: skip
+    )
     for key, value in hf.items():
         if key in HARMLESS or key.startswith(("_", "transformers.", "unsloth")):
             continue
@@ -189,7 +221,7 @@ def to_hf(config: MistralConfig, dtype: str) -> dict:
         "torch_dtype": dtype,
         "use_cache": True,
         "vocab_size": c.vocab_size,
-    }  # fmt: skip
+    }
     if c.model_type == "mistral":
         hf["sliding_window"] = c.sliding_window
     else:
@@ -202,15 +234,24 @@ def to_hf(config: MistralConfig, dtype: str) -> dict:
 
 # What a DeBERTa config may say, and nothing else, for the encoder of model/deberta.py.
 DEBERTA_BUILT = {
-    "model_type": "deberta-v2", "hidden_act": "gelu", "relative_attention": True,
-    "share_att_key": True, "norm_rel_ebd": "layer_norm", "pos_att_type": "p2c|c2p",
-    "position_biased_input": False, "type_vocab_size": 0, "conv_kernel_size": 0,
-}  # fmt: skip
+    "model_type": "deberta-v2",
+    "hidden_act": "gelu",
+    "relative_attention": True,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "pos_att_type": "p2c|c2p",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "conv_kernel_size": 0,
+}
 # transformers' defaults (DebertaV2Config), where they are not what is built.
 DEBERTA_DEFAULTS = {
-    "relative_attention": False, "share_att_key": False, "norm_rel_ebd": "none",
-    "pos_att_type": "", "position_biased_input": True,
-}  # fmt: skip
+    "relative_attention": False,
+    "share_att_key": False,
+    "norm_rel_ebd": "none",
+    "pos_att_type": "",
+    "position_biased_input": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,9 +285,14 @@ class DebertaConfig:
     @property
     def axis_sizes(self) -> dict[str, int]:
         """Axis letter → size, as model/deberta.py uses the letters."""
-        return {"v": self.vocab_size, "d": self.hidden_size, "n": self.num_attention_heads,
-                "h": self.head_dim, "f": self.intermediate_size,
-                "p": 2 * self.position_buckets}  # fmt: skip
+        return {
+            "v": self.vocab_size,
+            "d": self.hidden_size,
+            "n": self.num_attention_heads,
+            "h": self.head_dim,
+            "f": self.intermediate_size,
+            "p": 2 * self.position_buckets,
+        }
 
 
 def deberta_from_hf(hf: dict) -> DebertaConfig:
@@ -261,8 +307,13 @@ def deberta_from_hf(hf: dict) -> DebertaConfig:
             same = value == built
         if not same:
             raise ConfigError(f"{key} {value!r} is not built: {built!r} is")
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                "intermediate_size"):  # fmt: skip
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+    ):
         if key not in hf:
             raise ConfigError(f"{key} is missing")
     head_dim = hf["hidden_size"] // hf["num_attention_heads"]

@@ -197,9 +197,12 @@ def layer(
         k_bsnh = matmul("btd,dnh->btnh", x_btd, w["k"]) + w["k_bias"]
         v_bsnh = matmul("btd,dnh->btnh", x_btd, w["v"]) + w["v_bias"]
         arrays = (
-            jnp.transpose(q_btnh, (2, 0, 1, 3)), jnp.transpose(k_bsnh, (2, 0, 3, 1)),
-            jnp.transpose(v_bsnh, (2, 0, 1, 3)), w["position_k"], w["position_q"],
-        )  # fmt: skip
+            jnp.transpose(q_btnh, (2, 0, 1, 3)),
+            jnp.transpose(k_bsnh, (2, 0, 3, 1)),
+            jnp.transpose(v_bsnh, (2, 0, 1, 3)),
+            w["position_k"],
+            w["position_q"],
+        )
         if kernel:
             out_nbth = deberta_tpu.attention(*arrays, by_distance, real_bt)
             if read_br is not None:
@@ -217,9 +220,13 @@ def layer(
 
 
 def encode(
-    params: Params, config: DebertaConfig, tokens_bt: jax.Array, lengths_b: jax.Array,
-    read_br: jax.Array, kernel: bool = False,
-) -> jax.Array:  # fmt: skip
+    params: Params,
+    config: DebertaConfig,
+    tokens_bt: jax.Array,
+    lengths_b: jax.Array,
+    read_br: jax.Array,
+    kernel: bool = False,
+) -> jax.Array:
     """The last layer's hidden states at the tokens `read_br`: [b, r, d] in the parameters' dtype.
 
     params: from `prepare`. tokens_bt: int ids, text first, padding behind; lengths_b: how many are

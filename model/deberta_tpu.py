@@ -36,8 +36,9 @@ def takes(length: int) -> bool:
     return length % BLOCK == 0 and length <= LONGEST
 
 
-def attention(q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows, real_bs,
-              interpret: bool = False):  # fmt: skip
+def attention(
+    q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows, real_bs, interpret: bool = False
+):
     """deberta.attention of every token for every token, [n, b, t, h], of `takes(t)` tokens. rows:
     B(δ) for δ = −(t−1) … t−1, a numpy array. interpret: compute it as the kernel says, anywhere."""
     n, b, t, h = q_nbth.shape
@@ -53,22 +54,41 @@ def attention(q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows, real
     return pl.pallas_call(
         partial(_kernel, scale=scale, precision=matmul_precision(q_nbth.dtype)),
         grid=(n, b, t // BLOCK),
-        in_specs=[block, whole, whole, table, table,
-                  pl.BlockSpec((None, 1, t), lambda n, b, i: (b, 0, 0))],
+        in_specs=[
+            block,
+            whole,
+            whole,
+            table,
+            table,
+            pl.BlockSpec((None, 1, t), lambda n, b, i: (b, 0, 0)),
+        ],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct(q_nbth.shape, q_nbth.dtype),
         scratch_shapes=[pltpu.VMEM((BLOCK, t), jnp.float32)],
         interpret=interpret,
     )(
-        q_nbth, jnp.swapaxes(k_nbhs, 2, 3), v_nbsh,
+        q_nbth,
+        jnp.swapaxes(k_nbhs, 2, 3),
+        v_nbsh,
         jnp.swapaxes(position_k_nhp, 1, 2)[:, rows_of(t - 1 - x)],
         position_q_nph[:, rows_of(x - t + 1)],
         real_bs.astype(jnp.int32)[:, None],
-    )  # fmt: skip
+    )
 
 
-def _kernel(q_ref, k_ref, v_ref, position_k_ref, position_q_ref, real_ref, out_ref, scores_ref, *,
-            scale: float, precision):  # fmt: skip
+def _kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    position_k_ref,
+    position_q_ref,
+    real_ref,
+    out_ref,
+    scores_ref,
+    *,
+    scale: float,
+    precision,
+):
     """A block of queries of one head of one sequence. Row x of position_k is for the distance
     q − k = t − 1 − x, of position_q for x − t + 1."""
     blocks, i = k_ref.shape[0] // BLOCK, pl.program_id(2)

@@ -169,9 +169,13 @@ def _config(path: str, reader: GGUFReader, tensors: dict) -> MistralConfig:
     if "token_embd.weight" not in tensors:
         raise GgufError(f"{path}: tensor token_embd.weight is missing: download the file again")
     vocab_size = int(tensors["token_embd.weight"].shape[1])
-    for key, value in (("vocab_size", vocab_size), ("attention.key_length", head_dim),
-                       ("attention.value_length", head_dim), ("expert_count", 0),
-                       ("expert_used_count", 0)):  # fmt: skip
+    for key, value in (
+        ("vocab_size", vocab_size),
+        ("attention.key_length", head_dim),
+        ("attention.value_length", head_dim),
+        ("expert_count", 0),
+        ("expert_used_count", 0),
+    ):
         if take(key, value) != value:
             raise GgufError(f"{path}: key llama.{key} is not {value}: nothing else is built")
     ids = _token_ids(reader)

@@ -123,5 +123,6 @@ def _logits(w_dv, hidden_bsd) -> jax.Array:
 
 
 def _product(equation: str, a, b) -> jax.Array:
-    return jnp.einsum(equation, a, b, precision=matmul_precision(a.dtype),
-                      preferred_element_type=jnp.float32)  # fmt: skip
+    return jnp.einsum(
+        equation, a, b, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32
+    )

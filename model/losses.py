@@ -45,12 +45,15 @@ class Loss:
             ("loss", self.name in get_args(Name), f"one of {', '.join(get_args(Name))}"),
             ("beta", self.beta > 0, "above 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "at least 0 and below 0.5"),
-            ("label_smoothing", not self.label_smoothing or self.name in ("sigmoid", "robust"),
-             f"0 with {self.name}: only sigmoid and robust know it"),
+            (
+                "label_smoothing",
+                not self.label_smoothing or self.name in ("sigmoid", "robust"),
+                f"0 with {self.name}: only sigmoid and robust know it",
+            ),
             ("gamma", self.gamma >= 0, "at least 0"),
             ("gamma", not self.gamma or self.name == "simpo", f"0 with {self.name}: it is SimPO's"),
             ("nll_weight", self.nll_weight >= 0, "at least 0"),
-        ):  # fmt: skip
+        ):
             if not ok:
                 value = self.name if name == "loss" else getattr(self, name)
                 raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be {rule}")

@@ -204,9 +204,12 @@ def logits(params: Params, config: MistralConfig, hidden: jax.Array) -> jax.Arra
     else:
         equation, w = "...d,dv->...v", params["unembed"]
     return jnp.einsum(
-        equation, hidden, w.astype(hidden.dtype), precision=matmul_precision(hidden.dtype),
+        equation,
+        hidden,
+        w.astype(hidden.dtype),
+        precision=matmul_precision(hidden.dtype),
         preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------- ways through the model

@@ -64,8 +64,10 @@ def pack(sequences: list[Sequence], shards: int = 1, alone: bool = False) -> dic
     count = -(-len(sequences) // shards) if alone else 1
     rows = _fill(list(map(len, sequences)), shards * count)
     b, t = len(rows), bucket(max(sum(len(sequences[i]) for i in row) for row in rows))
-    arrays = {name: np.zeros((b, t), np.int32)
-              for name in ("tokens", "positions", "predictors", "targets")}  # fmt: skip
+    arrays = {
+        name: np.zeros((b, t), np.int32)
+        for name in ("tokens", "positions", "predictors", "targets")
+    }
     arrays["owners"] = np.full((b, t), -1, np.int32)
     first_response = np.cumsum([0] + [len(s.responses) for s in sequences])
     texts = []  # of each row: the indices of every response with its prompt

@@ -114,8 +114,9 @@ def head(params: dict, markers_brd: jax.Array) -> jax.Array:
 
     def score(candidate):
         x_bw = jnp.concatenate([h_brd[:, 0], h_brd[:, candidate]], axis=-1)
-        x_bd = jnp.tanh(jnp.dot(x_bw, params["head_in"], precision=precision)
-                        + params["head_in_bias"])  # fmt: skip
+        x_bd = jnp.tanh(
+            jnp.dot(x_bw, params["head_in"], precision=precision) + params["head_in_bias"]
+        )
         return jnp.dot(x_bd, params["head_out"], precision=precision) + params["head_out_bias"]
 
     return (score(1) - score(2)).mean(axis=-1)
@@ -136,8 +137,13 @@ class PairRM:
     """A PairRM on each of its devices. Its weights are loaded when the first logits are asked
     for."""
 
-    def __init__(self, folder: str, dtype=jnp.float32, tokens_a_batch: int | None = None,
-                 devices: list[jax.Device] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        folder: str,
+        dtype=jnp.float32,
+        tokens_a_batch: int | None = None,
+        devices: list[jax.Device] | None = None,
+    ):
         """folder: as the hub holds it, or its hub id; dtype: of the encoder, fp32 or bf16;
         tokens_a_batch: about how many tokens one call computes (a longer comparison goes alone);
         default: what keeps a CPU's cache, or an accelerator, busy. devices: default all that this

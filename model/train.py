@@ -63,8 +63,9 @@ def optimizer(recipe: Recipe, total_steps: int) -> optax.GradientTransformation:
     decay only on matrices, never on norms."""
     schedule = learning_rate(recipe, total_steps)
     if recipe.optimizer == "adamw":
-        return optax.adamw(schedule, 0.9, 0.999, 1e-8, weight_decay=recipe.weight_decay,
-                           mask=_is_matrix)  # fmt: skip
+        return optax.adamw(
+            schedule, 0.9, 0.999, 1e-8, weight_decay=recipe.weight_decay, mask=_is_matrix
+        )
     return optax.chain(
         optax.add_decayed_weights(recipe.weight_decay, mask=_is_matrix),
         optax.rmsprop(schedule, decay=0.99, eps=1e-8, eps_in_sqrt=False),
@@ -135,8 +136,9 @@ def _apply(params, state, gradients, norm, *, tx, max_norm):
     new = optax.apply_updates(params, updates)
     changed = jax.tree.map(
         lambda a, b: jnp.sum(a.astype(jnp.bfloat16) != b.astype(jnp.bfloat16), dtype=jnp.float32),
-        params, new,
-    )  # fmt: skip
+        params,
+        new,
+    )
     total = float(sum(x.size for x in jax.tree.leaves(params)))  # too many for an int32
     return new, state, sum(jax.tree.leaves(changed)) / total
 
@@ -149,8 +151,16 @@ class Trainer:
     A batch has a multiple of `batch_shards(mesh)` rows.
     """
 
-    def __init__(self, config, recipe: Recipe, total_steps: int, shardings, replicated,
-                 dtype=jnp.float32, remat: mistral.Remat = "none"):  # fmt: skip
+    def __init__(
+        self,
+        config,
+        recipe: Recipe,
+        total_steps: int,
+        shardings,
+        replicated,
+        dtype=jnp.float32,
+        remat: mistral.Remat = "none",
+    ):
         tx = optimizer(recipe, total_steps)
         self.schedule = learning_rate(recipe, total_steps)
         self.optimizer_shardings = optimizer_shardings(
@@ -159,12 +169,14 @@ class Trainer:
         self.optimizer_shapes = jax.eval_shape(tx.init, mistral.abstract(config))
         self.logprobs = jax.jit(
             partial(pair_logprobs, config=config, dtype=dtype, remat="none"),
-            static_argnames="pairs", out_shardings=replicated,
-        )  # fmt: skip
+            static_argnames="pairs",
+            out_shardings=replicated,
+        )
         self.accumulate = jax.jit(
             partial(_accumulate, config=config, recipe=recipe, dtype=dtype, remat=remat),
-            donate_argnames="gradients", out_shardings=(shardings, replicated),
-        )  # fmt: skip
+            donate_argnames="gradients",
+            out_shardings=(shardings, replicated),
+        )
         self.norm = jax.jit(optax.tree.norm, out_shardings=replicated)
         self.apply = jax.jit(
             partial(_apply, tx=tx, max_norm=recipe.max_grad_norm),

@@ -21,8 +21,14 @@ from etils import epath
 from stages import cards
 from stages.records import UserError, file_sha256, run
 
-HUB_FILES = ["README.md", "model*.safetensors", "model.safetensors.index.json", "*.json", "*.jinja",
-             "tokenizer*"]  # fmt: skip
+HUB_FILES = [
+    "README.md",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "tokenizer*",
+]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -131,8 +137,12 @@ def from_hf(args: FromHf):
     hf.read_config(folder)  # refuse before the weights are hashed
     if not (path / "tokenizer_config.json").exists():
         raise UserError(f"{folder}: tokenizer_config.json is missing: download it too")
-    read = [*hf.weight_files(folder), path / "config.json", path / "generation_config.json",
-            *(path / name for name in checkpoint.TOKENIZER_FILES)]  # fmt: skip
+    read = [
+        *hf.weight_files(folder),
+        path / "config.json",
+        path / "generation_config.json",
+        *(path / name for name in checkpoint.TOKENIZER_FILES),
+    ]
     origin = _origin(args, {file.name: file_sha256(str(file)) for file in read if file.exists()})
     origin["arguments"]["commit"] = commit
     if _is_finished(args.checkpoint, origin):
@@ -168,8 +178,11 @@ def to_hf(args: ToHf):
     made = checkpoint.read_manifest(args.checkpoint)
     dtype = DTYPES.get(args.dtype, config.torch_dtype)
     arguments = {"to": "hf", "dtype": dtype, "max_shard_gb": args.max_shard_gb}
-    manifest = {"stage": "convert", "arguments": arguments,
-                "identities": {"model": made["identity"]}}  # fmt: skip
+    manifest = {
+        "stage": "convert",
+        "arguments": arguments,
+        "identities": {"model": made["identity"]},
+    }
     if epath.Path(args.dst).exists():
         there = epath.Path(args.dst) / checkpoint.MANIFEST
         known = json.loads(there.read_text()) if there.exists() else {}
@@ -184,9 +197,13 @@ def to_hf(args: ToHf):
     rounding = None if dtype == "float32" else _rounding(args, dtype)
     card = cards.model_card(made, dtype, rounding, args.results)
     hf.write_hf(
-        args.checkpoint, args.dst, dtype, int(args.max_shard_gb * 10**9),
-        manifest | {"rounding": rounding}, card,
-    )  # fmt: skip
+        args.checkpoint,
+        args.dst,
+        dtype,
+        int(args.max_shard_gb * 10**9),
+        manifest | {"rounding": rounding},
+        card,
+    )
     _report(args.checkpoint, dtype, made["identity"], args.dst)
 
 

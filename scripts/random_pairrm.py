@@ -22,8 +22,14 @@ from stages.records import UserError
 
 PROMPTS = Path(__file__).parent / "recipes" / "demo"
 # microsoft/deberta-v3-large's config.json, PairRM's encoder.
-LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
-             intermediate_size=4096, position_buckets=256, max_position_embeddings=512)  # fmt: skip
+LARGE = dict(
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    position_buckets=256,
+    max_position_embeddings=512,
+)
 LARGE_VOCABULARY = 128000  # pieces; [MASK] and the four markers come behind them
 
 
@@ -43,11 +49,22 @@ def sentencepiece_model(
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=pieces,
-        model_type="unigram", character_coverage=0.9999, normalization_rule_name="nmt_nfkc",
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]",
-        eos_piece="[SEP]", unk_piece="[UNK]", minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=pieces,
+        model_type="unigram",
+        character_coverage=0.9999,
+        normalization_rule_name="nmt_nfkc",
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece="[PAD]",
+        bos_piece="[CLS]",
+        eos_piece="[SEP]",
+        unk_piece="[UNK]",
+        minloglevel=2,
+    )
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
     for number in range(len(proto.pieces), vocabulary or 0):
         proto.pieces.add(piece=f"\ue000{number}", score=-100.0)
@@ -57,11 +74,20 @@ def sentencepiece_model(
 def encoder_config(sizes: dict, vocab_size: int) -> dict:
     """A config.json as DeBERTa-v3's are."""
     return {
-        "model_type": "deberta-v2", "hidden_act": "gelu", "layer_norm_eps": 1e-7,
-        "max_relative_positions": -1, "norm_rel_ebd": "layer_norm", "pad_token_id": 0,
-        "pos_att_type": "p2c|c2p", "position_biased_input": False, "relative_attention": True,
-        "share_att_key": True, "type_vocab_size": 0, "vocab_size": vocab_size, **sizes,
-    }  # fmt: skip
+        "model_type": "deberta-v2",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-7,
+        "max_relative_positions": -1,
+        "norm_rel_ebd": "layer_norm",
+        "pad_token_id": 0,
+        "pos_att_type": "p2c|c2p",
+        "position_biased_input": False,
+        "relative_attention": True,
+        "share_att_key": True,
+        "type_vocab_size": 0,
+        "vocab_size": vocab_size,
+        **sizes,
+    }
 
 
 def write_pairrm(folder: Path, sizes: dict, model: bytes, seed: int = 0) -> Path:
@@ -89,12 +115,24 @@ def write_pairrm(folder: Path, sizes: dict, model: bytes, seed: int = 0) -> Path
     del network
 
     settings = {
-        "ranker_type": "pairranker", "model_type": "deberta", "model_name": str(encoder),
-        "source_maxlength": 1224, "candidate_maxlength": 412, "n_tasks": 1, "num_pos": 5,
-        "num_neg": 5, "sub_sampling_mode": "all_pair", "sub_sampling_ratio": 0.4,
-        "loss_type": "instructgpt", "reduce_type": "linear", "inference_mode": "bubble",
-        "drop_out": 0.05, "fp16": True, "cache_dir": "", "load_checkpoint": "",
-    }  # fmt: skip
+        "ranker_type": "pairranker",
+        "model_type": "deberta",
+        "model_name": str(encoder),
+        "source_maxlength": 1224,
+        "candidate_maxlength": 412,
+        "n_tasks": 1,
+        "num_pos": 5,
+        "num_neg": 5,
+        "sub_sampling_mode": "all_pair",
+        "sub_sampling_ratio": 0.4,
+        "loss_type": "instructgpt",
+        "reduce_type": "linear",
+        "inference_mode": "bubble",
+        "drop_out": 0.05,
+        "fp16": True,
+        "cache_dir": "",
+        "load_checkpoint": "",
+    }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings))
     build_collator("pairranker", tokenizer, 1224, 412)  # adds the markers

@@ -35,16 +35,27 @@ class Chip:
 # 32, 16, 95, 32, 40, 80, 80 and 141 GB.
 _CHIPS = [
     Chip("v4", ("TPU v4",), 31.25 * GIB, 275e12, 275e12 / 6, 1228e9, 270e9, 6, 270e9, 4),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 15.75 * GIB, 197e12, 197e12 / 6,
-         819e9, 200e9, 4, 200e9, 8),
+    Chip(
+        "v5e",
+        ("TPU v5 lite", "TPU v5e"),
+        15.75 * GIB,
+        197e12,
+        197e12 / 6,
+        819e9,
+        200e9,
+        4,
+        200e9,
+        8,
+    ),
     Chip("v5p", ("TPU v5",), 95 * GIB, 459e12, 459e12 / 6, 2765e9, 600e9, 6, 600e9, 4),
     Chip("v6e", ("TPU v6",), 31.25 * GIB, 918e12, 918e12 / 6, 1638e9, 400e9, 4, 400e9, 8),
-    Chip("a100-40", ("NVIDIA A100-SXM4-40GB",), 39 * GIB, 312e12, 19.5e12,
-         1555e9, 300e9, 0, 25e9, 8),
+    Chip(
+        "a100-40", ("NVIDIA A100-SXM4-40GB",), 39 * GIB, 312e12, 19.5e12, 1555e9, 300e9, 0, 25e9, 8
+    ),
     Chip("a100-80", ("NVIDIA A100",), 78 * GIB, 312e12, 19.5e12, 2039e9, 300e9, 0, 25e9, 8),
     Chip("h100", ("NVIDIA H100",), 78 * GIB, 989e12, 67e12, 3350e9, 450e9, 0, 50e9, 8),
     Chip("h200", ("NVIDIA H200",), 139 * GIB, 989e12, 67e12, 4800e9, 450e9, 0, 50e9, 8),
-]  # fmt: skip
+]
 CHIPS = {chip.name: chip for chip in _CHIPS}
 TORUS = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}  # dimensions; GPUs are counted in one
 
@@ -116,8 +127,9 @@ def cpu(rates: tuple[float, float] | None = None) -> Chip:
     import psutil
 
     gemm, read = rates or (gemm_rate(), read_rate())
-    return Chip("cpu", (), psutil.virtual_memory().total, gemm, gemm, read, math.inf, 0,
-                math.inf, 1)  # fmt: skip
+    return Chip(
+        "cpu", (), psutil.virtual_memory().total, gemm, gemm, read, math.inf, 0, math.inf, 1
+    )
 
 
 def gemm_rate() -> float:

@@ -127,8 +127,9 @@ def abstract(arrays, shardings):
     """The arrays' shapes and dtypes with these shardings (jax.ShapeDtypeStruct)."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        arrays, shardings,
-    )  # fmt: skip
+        arrays,
+        shardings,
+    )
 
 
 def batch_shardings(mesh: Mesh, batch: dict) -> dict:

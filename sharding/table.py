@@ -70,8 +70,16 @@ def table(mesh, sections: dict) -> str:
         for row in rows(tree):
             name = row.name if row.count == 1 else f"{row.count} × {row.name}"
             shape = "×".join(map(str, row.shape)) or "–"
-            lines.append((f"  {name}", shape, row.dtype, _text(row.spec), str(row.copies),
-                          size(row.bytes_a_device)))  # fmt: skip
+            lines.append(
+                (
+                    f"  {name}",
+                    shape,
+                    row.dtype,
+                    _text(row.spec),
+                    str(row.copies),
+                    size(row.bytes_a_device),
+                )
+            )
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = [
         "  ".join(

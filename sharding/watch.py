@@ -164,8 +164,11 @@ class Watch:
                 for link, name in self.links.items():
                     silent[link] += 1
                     if silent[link] > self.silence / BEAT:
-                        self._end(75, f"{name} has been silent for {self.silence:.0f} s: run the "
-                                      "same command again, on all, to go on")  # fmt: skip
+                        self._end(
+                            75,
+                            f"{name} has been silent for {self.silence:.0f} s: run the "
+                            "same command again, on all, to go on",
+                        )
         if self.last:
             code, line = self.last
             if line and code != self.ending:  # else this process has said why itself

@@ -36,12 +36,16 @@ def _provenance(path: str, sha256: str) -> Iterable[Entry]:
     if manifest is None:
         return
     yield {
-        "file": _name(path), "sha256": sha256,
+        "file": _name(path),
+        "sha256": sha256,
         "edited": manifest.results.get("sha256", sha256) != sha256,
-        "stage": manifest.stage, "arguments": manifest.arguments,
+        "stage": manifest.stage,
+        "arguments": manifest.arguments,
         "inputs": {_name(file): content for file, content in manifest.inputs.items()},
-        "identities": manifest.identities, "counts": manifest.counts, "results": manifest.results,
-    }  # fmt: skip
+        "identities": manifest.identities,
+        "counts": manifest.counts,
+        "results": manifest.results,
+    }
     for file, content in manifest.inputs.items():
         if _is_remote(file) or not epath.Path(file).exists():
             continue
@@ -108,18 +112,21 @@ def model_card(checkpoint: dict, dtype: str, rounding: str | None, results: list
         f"# {title}",
         f"{checkpoint['parameters']:,} parameters, stored as {dtype}."
         + (f" {iterations.capitalize()}: {aligned}." if count else ""),
-        _table(["what", "which"], [
-            ("base model", base or UNKNOWN),
-            ("its revision", source.get("revision") or UNKNOWN),
-            ("its files", f"{files or UNKNOWN}"),
-            ("identity of its weights", f"`{chain[0]['identity']}`"),
-            ("identity of these weights", f"`{checkpoint['identity']}` (before rounding)"),
-        ]),
+        _table(
+            ["what", "which"],
+            [
+                ("base model", base or UNKNOWN),
+                ("its revision", source.get("revision") or UNKNOWN),
+                ("its files", f"{files or UNKNOWN}"),
+                ("identity of its weights", f"`{chain[0]['identity']}`"),
+                ("identity of these weights", f"`{checkpoint['identity']}` (before rounding)"),
+            ],
+        ),
         "## Use",
         "```python\nfrom transformers import pipeline\n\n"
         'generate = pipeline("text-generation", model="FOLDER OR HUB ID")\n'
         'print(generate([{"role": "user", "content": "…"}]))\n```',
-    ]  # fmt: skip
+    ]
     if trainings:
         header = ["", *(f"iteration {k}" for k in range(1, count + 1))]
         rows = [[name, *(step[name] for step in steps)] for name in steps[0]]
@@ -144,23 +151,27 @@ def _training(made: dict) -> dict[str, str]:
     held = origin.get("results", {}).get("eval_rewards/accuracies")
     return {
         "prompts": _prompts(data),
-        "answers to each": _say(drawn, "{n}, temperature {temperature}, top-p {top_p}, up to "
-                                "{max_new_tokens} tokens"),
+        "answers to each": _say(
+            drawn, "{n}, temperature {temperature}, top-p {top_p}, up to {max_new_tokens} tokens"
+        ),
         "ranker": ranked.get("results", {}).get("ranker", UNKNOWN),
         "pairs": _trained_on(origin.get("counts", {}))
         + (f", {chosen['strategy']}" if chosen else "")
         + (", edited by hand" if any(entry["edited"] for entry in data) else ""),
         "length penalty": _say(chosen, "{length_penalty}"),
         "mean characters": f"chosen {lengths['chosen']['mean']:.0f}, rejected "
-                           f"{lengths['rejected']['mean']:.0f}" if "gap" in lengths else UNKNOWN,
+        f"{lengths['rejected']['mean']:.0f}"
+        if "gap" in lengths
+        else UNKNOWN,
         "loss": _say(a, "{loss}, β {beta}"),
-        "optimizer": _say(a, "{optimizer}, learning rate {learning_rate}, {schedule}, warm-up "
-                          "{warmup_ratio}"),
+        "optimizer": _say(
+            a, "{optimizer}, learning rate {learning_rate}, {schedule}, warm-up {warmup_ratio}"
+        ),
         "epochs, pairs a step": _say(a, "{epochs}, {batch_size}"),
         "longest, tokens": _say(a, "{max_length}, of these prompt {max_prompt_length}"),
         "computed in": _say(a, "{dtype}"),
         "test pairs ordered right": "none were held out" if held is None else f"{held:.1%}",
-    }  # fmt: skip
+    }
 
 
 def _trained_on(counts: dict[str, int]) -> str:
@@ -190,8 +201,11 @@ def _prompts(data: list[Entry]) -> str:
 
 def _datasets(entries: list[Entry]) -> list[str]:
     """Hub ids of the datasets that files were read from."""
-    found = [re.match(r"hf://datasets/([\w.-]+/[\w.-]+)", file)
-             for entry in entries for file in entry["inputs"]]  # fmt: skip
+    found = [
+        re.match(r"hf://datasets/([\w.-]+/[\w.-]+)", file)
+        for entry in entries
+        for file in entry["inputs"]
+    ]
     return sorted({match[1] for match in found if match})
 
 
@@ -239,16 +253,21 @@ def _results(files: list[str], chain: list[dict]) -> list[str]:
         models = _models_of(file, manifest)
         ours = models if manifest.stage == "evaluate kl" else models[:1]
         if identity not in ours and None not in ours:
-            raise UserError(f"--results {file}: is of another model ({ours[0][:12]}) than this "
-                            f"({identity[:12]})")  # fmt: skip
+            raise UserError(
+                f"--results {file}: is of another model ({ours[0][:12]}) than this "
+                f"({identity[:12]})"
+            )
         called = [names.get(model, model and f"`{model[:12]}`") for model in models]
         try:
             row = RESULTS[manifest.stage][1](json.loads(epath.Path(file).read_text()), *called)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--results {file}: damaged ({error!r}): make it again") from None
         rows[manifest.stage].append([*row, "yes" if identity in ours else UNKNOWN])
-    return [_table([*RESULTS[stage][0], "of these weights"], found)
-            for stage, found in rows.items() if found]  # fmt: skip
+    return [
+        _table([*RESULTS[stage][0], "of these weights"], found)
+        for stage, found in rows.items()
+        if found
+    ]
 
 
 def _models_of(file: str, manifest: records.Manifest) -> tuple[str | None, str | None]:
@@ -269,41 +288,60 @@ def _models_of(file: str, manifest: records.Manifest) -> tuple[str | None, str |
 def _compare(found: dict, _: str | None, baseline: str | None) -> list[str]:
     controlled = found["length_controlled_win_rate"]
     return [
-        baseline or _name(found["generators"][1]), _name(found["ranker"]), str(found["n"]),
+        baseline or _name(found["generators"][1]),
+        _name(found["ranker"]),
+        str(found["n"]),
         _rate(found["win_rate"], *found["interval"]),
         UNKNOWN if controlled is None else f"{controlled:.1%}",
         ", ".join(f"{length:.0f}" for length in found["mean_length"]),
-    ]  # fmt: skip
+    ]
 
 
 def _score(found: dict, _: str | None, baseline: str | None) -> list[str]:
     controlled = found["length_controlled_winrate"]
     return [
-        baseline or str(found["reference"] or UNKNOWN), str(found["n_total"]),
+        baseline or str(found["reference"] or UNKNOWN),
+        str(found["n_total"]),
         _rate(*(value / 100 for value in (found["win_rate"], *found["interval"]))),
         UNKNOWN if controlled is None else f"{controlled:.1f}% ({found['length_control']})",
         str(found["avg_length"]),
-    ]  # fmt: skip
+    ]
 
 
 def _kl(found: dict, sampler: str | None, model: str | None) -> list[str]:
     a_token, error = found["kl_per_token"], found["standard_error"]
     return [
-        f"{sampler or UNKNOWN} ‖ {model}", _name(found["samples"]), str(found["prompts"]),
+        f"{sampler or UNKNOWN} ‖ {model}",
+        _name(found["samples"]),
+        str(found["prompts"]),
         f"{a_token:.4f}" + ("" if error is None else f" ± {error:.2g}"),
-    ]  # fmt: skip
+    ]
 
 
 RESULTS: dict[str, tuple[list[str], Callable[..., list[str]]]] = {
     "evaluate compare": (
-        ["against", "judged by", "instructions", "win rate, 95% interval", "length-controlled",
-         "mean characters, its and the other's"], _compare),
+        [
+            "against",
+            "judged by",
+            "instructions",
+            "win rate, 95% interval",
+            "length-controlled",
+            "mean characters, its and the other's",
+        ],
+        _compare,
+    ),
     "evaluate score": (
-        ["annotations against", "instructions", "win rate, 95% interval", "length-controlled",
-         "mean characters"], _score),
-    "evaluate kl": (
-        ["KL(first ‖ second) of", "on", "prompts", "a token, and standard error"], _kl),
-}  # fmt: skip
+        [
+            "annotations against",
+            "instructions",
+            "win rate, 95% interval",
+            "length-controlled",
+            "mean characters",
+        ],
+        _score,
+    ),
+    "evaluate kl": (["KL(first ‖ second) of", "on", "prompts", "a token, and standard error"], _kl),
+}
 
 
 def _rate(rate: float, low: float, high: float) -> str:
@@ -327,9 +365,11 @@ def dataset_card(splits: list[dict], features) -> tuple[dict, str]:
     for split in splits:
         infos.add(SplitInfo(split["name"], split["num_bytes"], split["rows"]))
     info = DatasetInfo(
-        features=features, splits=infos, dataset_size=sum(s["num_bytes"] for s in splits),
+        features=features,
+        splits=infos,
+        dataset_size=sum(s["num_bytes"] for s in splits),
         download_size=sum(s["bytes"] for s in splits),
-    )  # fmt: skip
+    )
     front = DatasetCardData(tags=["preference", "dpo"], task_categories=["text-generation"])
     DatasetInfosDict({"default": info}).to_dataset_card_data(front)
     files = [{"split": split["name"], "path": split["path"]} for split in splits]
@@ -340,11 +380,23 @@ def dataset_card(splits: list[dict], features) -> tuple[dict, str]:
         "Of several answers to each prompt a ranker's best is `chosen` and its worst `rejected`. "
         "`all_generated_responses` and `all_rm_scores` hold every answer and its score.",
         "## Splits",
-        _table(["split", "rows", "bytes"],
-               [(s["name"], f"{s['rows']:,}", f"{s['bytes']:,}") for s in splits]),
+        _table(
+            ["split", "rows", "bytes"],
+            [(s["name"], f"{s['rows']:,}", f"{s['bytes']:,}") for s in splits],
+        ),
         "## How they were made",
-        _table(["split", "prompts", "sampled by", "answers to each", "ranker", "choice",
-                "mean characters"], [(s["name"], *_making(s["data"] or [])) for s in splits]),
+        _table(
+            [
+                "split",
+                "prompts",
+                "sampled by",
+                "answers to each",
+                "ranker",
+                "choice",
+                "mean characters",
+            ],
+            [(s["name"], *_making(s["data"] or [])) for s in splits],
+        ),
         "## Licence",
         "Not known: the manifests record none of the prompts"
         + (f" ({', '.join(_datasets(entries))})" if _datasets(entries) else "")
@@ -352,7 +404,7 @@ def dataset_card(splits: list[dict], features) -> tuple[dict, str]:
         "## Limits",
         "- The answers are a model's; the manifests record no check of them by a person.\n"
         "- The preferences are the ranker's, not people's.",
-    ]  # fmt: skip
+    ]
     return {name: front[name] for name in ("configs", "dataset_info")}, _card(
         front.to_yaml(), blocks
     )
@@ -369,8 +421,9 @@ def _making(data: list[Entry]) -> list[str]:
         ranked.get("results", {}).get("ranker", UNKNOWN),
         _say(pairs.get("arguments", {}), "{strategy}, length penalty {length_penalty}"),
         f"chosen {lengths['chosen']['mean']:.0f}, rejected {lengths['rejected']['mean']:.0f}"
-        if "gap" in lengths else UNKNOWN,
-    ]  # fmt: skip
+        if "gap" in lengths
+        else UNKNOWN,
+    ]
 
 
 # ---------------------------------------------------------------------- Markdown, and writing it

@@ -158,9 +158,22 @@ def main(args: Args) -> None:
 
 
 # Arguments that change where, how fast or whether, but not what comes out.
-NOT_CONTENT = {"checkpoint", "reference", "pairs", "test_pairs", "out", "mesh", "shardings",
-               "save_every", "keep_states", "eval_every", "coordinator", "processes", "process_id",
-               "allow_other_model"}  # fmt: skip
+NOT_CONTENT = {
+    "checkpoint",
+    "reference",
+    "pairs",
+    "test_pairs",
+    "out",
+    "mesh",
+    "shardings",
+    "save_every",
+    "keep_states",
+    "eval_every",
+    "coordinator",
+    "processes",
+    "process_id",
+    "allow_other_model",
+}
 
 
 def _check(args: Args) -> None:
@@ -233,8 +246,16 @@ class MicroBatch:
 
 
 class Run:
-    def __init__(self, args: Args, config, train: list[Example], test: list[Example],
-                 manifest: Manifest, work: Work, sampled_by_reference: bool):  # fmt: skip
+    def __init__(
+        self,
+        args: Args,
+        config,
+        train: list[Example],
+        test: list[Example],
+        manifest: Manifest,
+        work: Work,
+        sampled_by_reference: bool,
+    ):
         import jax
         import jax.numpy as jnp
 
@@ -252,8 +273,10 @@ class Run:
         self.train, self.test = train, test
         self.sampled_by_reference = sampled_by_reference
         # For cards; now, since these files may be gone at the end.
-        self.known = {"parent": checkpoint.read_manifest(args.checkpoint),
-                      "data": provenance(args.pairs)}  # fmt: skip
+        self.known = {
+            "parent": checkpoint.read_manifest(args.checkpoint),
+            "data": provenance(args.pairs),
+        }
         self.metrics = self.board = None
         self.begun = time.monotonic()
         try:
@@ -270,15 +293,23 @@ class Run:
         self.steps_per_epoch = math.ceil(len(train) / args.batch_size)
         self.total_steps = self.steps_per_epoch * args.epochs
         self.loss = _loss(args)
-        recipe = training.Recipe(self.loss, **{
-            field.name: getattr(args, field.name)
-            for field in dataclasses.fields(training.Recipe)[1:]
-        })  # fmt: skip
+        recipe = training.Recipe(
+            self.loss,
+            **{
+                field.name: getattr(args, field.name)
+                for field in dataclasses.fields(training.Recipe)[1:]
+            },
+        )
         with jax.set_mesh(self.mesh):
             self.trainer = training.Trainer(
-                config, recipe, self.total_steps, self.shardings, replicated(self.mesh),
-                jnp.dtype(args.dtype), args.remat,
-            )  # fmt: skip
+                config,
+                recipe,
+                self.total_steps,
+                self.shardings,
+                replicated(self.mesh),
+                jnp.dtype(args.dtype),
+                args.remat,
+            )
         self._tell_shardings(recipe)
 
     def _tell_shardings(self, recipe) -> None:
@@ -310,8 +341,13 @@ class Run:
             if step == 0 and self.test:
                 self._log(0, self._evaluate(params, references["test"]))
             start = time.monotonic()
-            with tqdm(total=self.total_steps, initial=step, unit=" steps", desc="dpo",
-                      disable=not processes.is_first()) as progress:  # fmt: skip
+            with tqdm(
+                total=self.total_steps,
+                initial=step,
+                unit=" steps",
+                desc="dpo",
+                disable=not processes.is_first(),
+            ) as progress:
                 make = partial(self._step_batches, references["train"])
                 for batches, waited in ahead(make, range(step, self.total_steps)):
                     try:
@@ -363,8 +399,9 @@ class Run:
         args, params, references = self.args, None, {}
         folder = args.reference or args.checkpoint
         for name, path, examples in (
-            ("train", args.pairs, self.train), ("test", args.test_pairs, self.test)
-        ):  # fmt: skip
+            ("train", args.pairs, self.train),
+            ("test", args.test_pairs, self.test),
+        ):
             references[name] = np.zeros((len(examples), 2), np.float32)
             if not examples or not self.loss.needs_reference:
                 continue
@@ -388,9 +425,12 @@ class Run:
         Beside the pairs, or, where nothing can be written there, in the work folder."""
         args, identities = self.args, self.manifest.identities
         content = [
-            self.manifest.inputs[pairs], args.max_length, args.max_prompt_length, args.dtype,
+            self.manifest.inputs[pairs],
+            args.max_length,
+            args.max_prompt_length,
+            args.dtype,
             *(identities[name] for name in ("reference", "tokenizer", "chat_template")),
-        ]  # fmt: skip
+        ]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
         beside = epath.Path(f"{pairs}.reference")
         writable = records.is_remote(pairs) or os.access(Path(pairs).parent, os.W_OK)
@@ -437,10 +477,13 @@ class Run:
         self.manifest.results |= results
         self.manifest.seconds = round(time.monotonic() - self.begun, 1)
         identity = checkpoint.save(
-            self.args.out, self.config, params, self.args.checkpoint,
+            self.args.out,
+            self.config,
+            params,
+            self.args.checkpoint,
             dataclasses.asdict(self.manifest),
             **self.known,
-        )  # fmt: skip
+        )
         if processes.is_first():
             self.metrics.close()
             self.board.close()
@@ -456,8 +499,10 @@ class Run:
         batch = order[number * self.args.batch_size : (number + 1) * self.args.batch_size]
         batches = []
         for indices in self._micro_batches(self.train, batch):
-            sides = {name: self._pad(x) for name, x in
-                     self._sides(self.train, indices, references[indices]).items()}  # fmt: skip
+            sides = {
+                name: self._pad(x)
+                for name, x in self._sides(self.train, indices, references[indices]).items()
+            }
             sides["weights"] = self._pad(np.ones(len(indices)), 0.0)
             batches.append(MicroBatch(indices, self._pack(self.train, indices), sides))
         return batches
@@ -521,13 +566,14 @@ class Run:
         """What `losses.Pairs` needs of these pairs beside the policy's log-probs."""
         some = [examples[i] for i in indices]
         return {
-            "ref_chosen": references[:, 0], "ref_rejected": references[:, 1],
+            "ref_chosen": references[:, 0],
+            "ref_rejected": references[:, 1],
             "chosen_tokens": np.array([len(e.chosen) for e in some], np.float32),
             "rejected_tokens": np.array([len(e.rejected) for e in some], np.float32),
-            "win_probability": np.array([
-                1.0 if e.win_probability is None else e.win_probability for e in some
-            ], np.float32),
-        }  # fmt: skip
+            "win_probability": np.array(
+                [1.0 if e.win_probability is None else e.win_probability for e in some], np.float32
+            ),
+        }
 
     def _pad(self, x_p: np.ndarray, filler: float = 1.0) -> np.ndarray:
         """As long as a micro-batch; the filler is what a division stands."""
@@ -590,8 +636,9 @@ class Run:
         batches = self._micro_batches(examples, range(len(examples)))
         silent = not examples or jax.process_index() > 0
         made = ahead(lambda indices: (indices, self._pack(examples, indices)), batches)
-        for (indices, batch), _ in tqdm(made, desc=name, unit=" batches", total=len(batches),
-                                        disable=silent):  # fmt: skip
+        for (indices, batch), _ in tqdm(
+            made, desc=name, unit=" batches", total=len(batches), disable=silent
+        ):
             sides = jax.device_get(
                 self.trainer.logprobs(
                     params, batch=put_batch(self.mesh, batch), pairs=self.args.micro_batch_size
@@ -608,9 +655,13 @@ class Run:
         sides = self._sides(self.test, range(len(self.test)), references)
         loss = self.loss(Pairs(*policy.T, **sides))
         rewards = self.loss.beta * (policy - references)
-        values = {"loss": np.asarray(loss), "rewards/chosen": rewards[:, 0],
-                  "rewards/rejected": rewards[:, 1], "logps/chosen": policy[:, 0],
-                  "logps/rejected": policy[:, 1]}  # fmt: skip
+        values = {
+            "loss": np.asarray(loss),
+            "rewards/chosen": rewards[:, 0],
+            "rewards/rejected": rewards[:, 1],
+            "logps/chosen": policy[:, 0],
+            "logps/rejected": policy[:, 1],
+        }
         return {f"eval_{name}": value for name, value in self._means(values).items()}
 
     # ------------------------------------------------------------------------- the gates
@@ -634,8 +685,10 @@ class Run:
         tokens = np.array([[len(self.train[i].chosen), len(self.train[i].rejected)] for i in known])
         sampled = np.array([self.train[i].sampled for i in known])
         a_token = np.abs(references[known] - sampled) / np.maximum(tokens, 1)
-        print(f"sampler and trainer agree within {a_token.max():.1e} of log-prob a token "
-              f"(mean {a_token.mean():.1e})")  # fmt: skip
+        print(
+            f"sampler and trainer agree within {a_token.max():.1e} of log-prob a token "
+            f"(mean {a_token.mean():.1e})"
+        )
         self.manifest.results["sampler_disagreement"] = float(a_token.max())
         message = (
             f"the sampler's log-probs differ from the trainer's by {a_token.mean():.2g} a token"

@@ -70,8 +70,9 @@ def read_pairs(
     return examples, counts
 
 
-def _example(row: records.Row, where: str, tokenizer, vocabulary: int, head: int, lengths,
-             counts: Counter):  # fmt: skip
+def _example(
+    row: records.Row, where: str, tokenizer, vocabulary: int, head: int, lengths, counts: Counter
+):
     """One pair as an Example, or the reason (str) why it cannot be used."""
     max_length, max_prompt_length = lengths
     try:

@@ -86,8 +86,10 @@ class LengthReport:
         if self._tokens_known and self._tokens:
             lengths["tokens"] = self._of(self._tokens)
         found = {"lengths": lengths}
-        for name, ranks in (("score_length_correlation", False),
-                            ("score_length_rank_correlation", True)):  # fmt: skip
+        for name, ranks in (
+            ("score_length_correlation", False),
+            ("score_length_rank_correlation", True),
+        ):
             value = correlation(self._scores, self._characters, ranks)
             if value is not None:
                 found[name] = value

@@ -93,8 +93,10 @@ def _checkpoint(folder, path) -> Node:
 def _input(folder, path: str, sha256: str, nodes: list[Node]) -> Node:
     """A file that no manifest describes in this content: the user's own, or changed since."""
     parts = [part for part in epath.Path(path).parts if part != "/"]
-    within = next((inner for i in range(len(parts))
-                   if (folder / (inner := "/".join(parts[i:]))).is_file()), None)  # fmt: skip
+    within = next(
+        (inner for i in range(len(parts)) if (folder / (inner := "/".join(parts[i:]))).is_file()),
+        None,
+    )
     node = next((node for node in nodes if within is not None and node.path == within), None)
     if node is None:
         nodes.append(node := Node(within or path, sha256, None))

@@ -147,8 +147,10 @@ def _show_lengths(results: dict) -> None:
     )
     print(f"mean characters: {means}")
     if "score_length_correlation" in results:
-        print(f"correlation of score and length {results['score_length_correlation']:+.2f}, of "
-              f"ranks {results['score_length_rank_correlation']:+.2f}")  # fmt: skip
+        print(
+            f"correlation of score and length {results['score_length_correlation']:+.2f}, of "
+            f"ranks {results['score_length_rank_correlation']:+.2f}"
+        )
     without, gap = results.get("gap_without_length_penalty"), characters["gap"]
     if without is None:
         return
@@ -156,8 +158,10 @@ def _show_lengths(results: dict) -> None:
         f"characters of chosen less rejected: {without:+.0f} without the penalty, {gap:+.0f} with"
     )
     if abs(gap) >= abs(without):
-        print("warning: --length-penalty does not narrow the gap between chosen and rejected: give "
-              "another, or 0")  # fmt: skip
+        print(
+            "warning: --length-penalty does not narrow the gap between chosen and rejected: give "
+            "another, or 0"
+        )
 
 
 def make_pair(

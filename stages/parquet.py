@@ -96,11 +96,13 @@ def _split_facts(file) -> dict:
         parquet = pq.ParquetFile(opened)
         known = (parquet.schema_arrow.metadata or {}).get(PROVENANCE)
         return {
-            "name": _split_name(file), "path": f"data/{file.name}",
-            "rows": parquet.metadata.num_rows, "bytes": file.stat().length,
+            "name": _split_name(file),
+            "path": f"data/{file.name}",
+            "rows": parquet.metadata.num_rows,
+            "bytes": file.stat().length,
             "num_bytes": sum(batch.nbytes for batch in parquet.iter_batches()),
             "data": None if known is None else json.loads(known),
-        }  # fmt: skip
+        }
 
 
 def _split_name(file) -> str:

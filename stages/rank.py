@@ -63,8 +63,13 @@ class Args(Flags):
 
 # What an earlier ranking may have left in a row; the rest is carried through.
 MADE = ("scores", "comparisons", "score_terms", "truncated")
-PAIRRM = {"comparisons": "full", "aggregation": "max_logits", "backend": "jax",
-          "device": "accelerator", "dtype": "fp32"}  # fmt: skip
+PAIRRM = {
+    "comparisons": "full",
+    "aggregation": "max_logits",
+    "backend": "jax",
+    "device": "accelerator",
+    "dtype": "fp32",
+}
 
 
 def main(args: Args) -> None:
@@ -188,8 +193,12 @@ def _requests(args: Args, output: Output, mine: set[str], pairwise: bool):
 
 
 def _fields(ranking: Ranking) -> dict:
-    found = {"scores": ranking.scores, "comparisons": ranking.comparisons,
-             "score_terms": ranking.terms, "truncated": ranking.truncated}  # fmt: skip
+    found = {
+        "scores": ranking.scores,
+        "comparisons": ranking.comparisons,
+        "score_terms": ranking.terms,
+        "truncated": ranking.truncated,
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 

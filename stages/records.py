@@ -190,8 +190,9 @@ def prompt_text(row: Row, where: str) -> str:
 def prompt_key(row: Row, where: str) -> str:
     """The prompt's canonical text: the prompt itself, or the messages' canonical JSON."""
     if "messages" in row:
-        return json.dumps(messages_of(row, where), ensure_ascii=False, sort_keys=True,
-                          separators=(",", ":"))  # fmt: skip
+        return json.dumps(
+            messages_of(row, where), ensure_ascii=False, sort_keys=True, separators=(",", ":")
+        )
     return field(row, "prompt", str, where)
 
 
@@ -231,8 +232,11 @@ def read_prompts(
 
 def parse_bytes(text: str, flag: str) -> int:
     """Bytes that a text like 8GiB, 500MB or 4096 names."""
-    units = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
-             **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}  # fmt: skip
+    units = {
+        "": 1,
+        **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+        **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
+    }
     number = text.rstrip("KMGTiB")
     unit = text[len(number) :].strip()
     try:
@@ -384,8 +388,13 @@ class Output:
             raise UserError(f"{path} is the input: give another path to write to")
         partial, partial_manifest = epath.Path(output.partial), manifest_path(output.partial)
         if overwrite:
-            for file in (path, manifest_path(path), f"{path}.set_aside.jsonl", partial,
-                         partial_manifest):  # fmt: skip
+            for file in (
+                path,
+                manifest_path(path),
+                f"{path}.set_aside.jsonl",
+                partial,
+                partial_manifest,
+            ):
                 epath.Path(file).unlink(missing_ok=True)
         if epath.Path(path).exists():
             there = read_manifest(path)

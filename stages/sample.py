@@ -71,9 +71,15 @@ def main(args: Args) -> None:
             raise UserError("--share and --coordinator: give one of them")
         processes.start(args)
         sampling = generate.Sampling(
-            args.n, args.temperature, args.top_p, args.top_k, args.min_p, args.max_new_tokens,
-            args.seed, args.stop_strings,
-        )  # fmt: skip
+            args.n,
+            args.temperature,
+            args.top_p,
+            args.top_k,
+            args.min_p,
+            args.max_new_tokens,
+            args.seed,
+            args.stop_strings,
+        )
         _check_slots(args)
         config = checkpoint.load_config(args.checkpoint)
         identity = checkpoint.identity(args.checkpoint)
@@ -158,8 +164,13 @@ def _sample(
     def check_together():  # so that all stop between the same two calls
         processes.all_check(check_stop, records.STOPPED_TOGETHER)
 
-    progress = tqdm(total=len(mine), initial=int(done.sum()), unit=" prompts", desc="sample",
-                    disable=output is None)  # fmt: skip
+    progress = tqdm(
+        total=len(mine),
+        initial=int(done.sum()),
+        unit=" prompts",
+        desc="sample",
+        disable=output is None,
+    )
     with progress, jax.set_mesh(mesh), records.stop_signal() as check_stop:
         shardings = tree_shardings(mesh, mistral.logical_axes(config), mistral.abstract(config))
         try:

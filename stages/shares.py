@@ -39,9 +39,13 @@ def check_same(manifest: Manifest) -> None:
 
 
 def merge(
-    path: str, manifest: Manifest, shares: int, order: list[str], counts: Counter,
+    path: str,
+    manifest: Manifest,
+    shares: int,
+    order: list[str],
+    counts: Counter,
     results: Callable[[Output], dict] = lambda output: {},
-):  # fmt: skip
+):
     """Make `path` of the processes' shares, rows in `order`, once all of them are there. Where some
     are not, or another process is at it, say so. `counts`, and `results` of all rows: as for
     `Output.finish`."""

@@ -31,8 +31,10 @@ class Work:
                 origin = checkpoint.read_manifest(out)["origin"]
                 there = Manifest(**origin)
             except (checkpoint.CheckpointError, TypeError) as error:
-                raise UserError(f"--out {out} exists and is no checkpoint of this stage: "
-                                f"choose another ({error})") from error  # fmt: skip
+                raise UserError(
+                    f"--out {out} exists and is no checkpoint of this stage: "
+                    f"choose another ({error})"
+                ) from error
             records.refuse_other(manifest, there, out, "choose another --out")
             self.finished = True
             if processes.is_first():
@@ -93,9 +95,10 @@ class Work:
                 json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")
             ]
             kept = [
-                r for r in rows
+                r
+                for r in rows
                 if r["step"] < step or (r["step"] == step > 0 and (evaluated or "loss" in r))
-            ]  # fmt: skip
+            ]
             file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def _keep_log(self) -> None:

@@ -22,16 +22,24 @@ from tests import tiny
 
 BATCH = ("data", "fsdp")
 PARAMETERS = {
-    "embed": ("tensor", "fsdp"), "unembed": ("fsdp", "tensor"), "final_norm": (None,),
+    "embed": ("tensor", "fsdp"),
+    "unembed": ("fsdp", "tensor"),
+    "final_norm": (None,),
     "layers": {
-        "q": (None, "fsdp", "tensor", None), "k": (None, "fsdp", "tensor", None),
-        "v": (None, "fsdp", "tensor", None), "o": (None, "tensor", None, "fsdp"),
-        "gate": (None, "fsdp", "tensor"), "up": (None, "fsdp", "tensor"),
-        "down": (None, "tensor", "fsdp"), "attn_norm": (None, None), "mlp_norm": (None, None),
+        "q": (None, "fsdp", "tensor", None),
+        "k": (None, "fsdp", "tensor", None),
+        "v": (None, "fsdp", "tensor", None),
+        "o": (None, "tensor", None, "fsdp"),
+        "gate": (None, "fsdp", "tensor"),
+        "up": (None, "fsdp", "tensor"),
+        "down": (None, "tensor", "fsdp"),
+        "attn_norm": (None, None),
+        "mlp_norm": (None, None),
     },
-}  # fmt: skip
-CONFIG = tiny.config(num_attention_heads=8, num_key_value_heads=8, head_dim=4,
-                     tie_word_embeddings=False)  # fmt: skip
+}
+CONFIG = tiny.config(
+    num_attention_heads=8, num_key_value_heads=8, head_dim=4, tie_word_embeddings=False
+)
 
 
 def wrong(name: str, x: jax.Array, axes: tuple, mesh) -> list[str]:
@@ -101,8 +109,14 @@ def check_training(check: Check) -> None:
     batch = put_batch(mesh, pack(sequences, batch_shards(mesh)))
     for name, x in batch.items():
         check.array(f"batch, {name}", x, (BATCH, *(None,) * (x.ndim - 1)))
-    names = ("ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens", "win_probability",
-             "weights")  # fmt: skip
+    names = (
+        "ref_chosen",
+        "ref_rejected",
+        "chosen_tokens",
+        "rejected_tokens",
+        "win_probability",
+        "weights",
+    )
     sides = {name: np.ones(8, np.float32) for name in names}
     gradients = None
     for optimizer, moments in (("adamw", 2), ("rmsprop", 1)):

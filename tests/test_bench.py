@@ -46,9 +46,12 @@ def test_training_steps_and_its_reference_are_timed(tmp_path):
     tiny.write_checkpoint(tmp_path / "model")
     pair = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [9, 8, 7]}
     facts, reference, (step, gemm) = asked(
-        dpo.our_worker, str(tmp_path / "model"), [pair] * 4, dpo.Dpo(pairs=2),
+        dpo.our_worker,
+        str(tmp_path / "model"),
+        [pair] * 4,
+        dpo.Dpo(pairs=2),
         questions=[("begin",), ("reference", 1), ("step", 1)],
-    )  # fmt: skip
+    )
     assert all(logp < 0 for logp in facts["logps"]) and (facts["flops"] > 0).all()
     assert reference > 0 and step > 0 and gemm > 1e9
 

@@ -15,8 +15,12 @@ from stages.records import Manifest, UserError
 from tests import tiny
 from tests.test_lengths import ranked
 
-LENGTHS = {"sampled": {"n": 9, "mean": 50}, "chosen": {"n": 3, "mean": 61},
-           "rejected": {"n": 3, "mean": 40}, "gap": 21}  # fmt: skip
+LENGTHS = {
+    "sampled": {"n": 9, "mean": 50},
+    "chosen": {"n": 3, "mean": 61},
+    "rejected": {"n": 3, "mean": 40},
+    "gap": 21,
+}
 SOURCE = {"hub_id": "some-org/tiny", "revision": "a" * 40, "license": "apache-2.0"}
 
 
@@ -41,28 +45,51 @@ def pairs_of(folder: Path) -> str:
     samples = written(folder / "samples.jsonl", "sample", [prompts], arguments=sampled)
     known = {"ranker": "org/PairRM"}
     ranked = written(folder / "ranked.jsonl", "rank", [samples], results=known)
-    return written(folder / "pairs.jsonl", "pairs", [ranked],
-                   arguments={"strategy": "max-min", "length_penalty": 0.25},
-                   results={"lengths": {"characters": LENGTHS}})  # fmt: skip
+    return written(
+        folder / "pairs.jsonl",
+        "pairs",
+        [ranked],
+        arguments={"strategy": "max-min", "length_penalty": 0.25},
+        results={"lengths": {"characters": LENGTHS}},
+    )
 
 
 def trained(parent: dict, data: list[dict], identity: str) -> dict:
     """The manifest of a checkpoint as stages.dpo writes it."""
-    arguments = {"loss": "sigmoid", "beta": 0.1, "optimizer": "adamw", "learning_rate": 5e-05,
-                 "schedule": "linear", "warmup_ratio": 0.1, "epochs": 1, "batch_size": 4,
-                 "max_length": 512, "max_prompt_length": 256, "dtype": "float32"}  # fmt: skip
+    arguments = {
+        "loss": "sigmoid",
+        "beta": 0.1,
+        "optimizer": "adamw",
+        "learning_rate": 5e-05,
+        "schedule": "linear",
+        "warmup_ratio": 0.1,
+        "epochs": 1,
+        "batch_size": 4,
+        "max_length": 512,
+        "max_prompt_length": 256,
+        "dtype": "float32",
+    }
     results = {"eval_rewards/accuracies": 0.625}
     counts = {"in": 3, "set aside: no token ids": 1}
     origin = Manifest("dpo", arguments, {"/home/me/pairs.jsonl": "?"}, {}, counts, results)
-    return {"identity": identity, "parameters": 1234567, "origin": vars(origin), "parent": parent,
-            "data": data}  # fmt: skip
+    return {
+        "identity": identity,
+        "parameters": 1234567,
+        "origin": vars(origin),
+        "parent": parent,
+        "data": data,
+    }
 
 
 @pytest.fixture
 def second(tmp_path) -> dict:
     """A checkpoint's manifest after two iterations."""
-    start = {"identity": "m1", "parameters": 1234567, "source": SOURCE,
-             "origin": {"stage": "convert", "inputs": {"model.safetensors": "?"}}}  # fmt: skip
+    start = {
+        "identity": "m1",
+        "parameters": 1234567,
+        "source": SOURCE,
+        "origin": {"stage": "convert", "inputs": {"model.safetensors": "?"}},
+    }
     data = cards.provenance(pairs_of(tmp_path))
     return trained(trained(start, data, "m2"), [], "m3")
 
@@ -78,10 +105,13 @@ def row_of(card: str, name: str) -> list[str]:
 def test_the_front_matter_is_the_hubs_and_holds_what_is_known(second):
     card = ModelCard(cards.model_card(second, "bfloat16", None, []))
     assert card.data.to_dict() == {
-        "library_name": "transformers", "pipeline_tag": "text-generation",
-        "base_model": "some-org/tiny", "license": "apache-2.0", "datasets": ["some-org/prompts"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "some-org/tiny",
+        "license": "apache-2.0",
+        "datasets": ["some-org/prompts"],
         "tags": ["preference-alignment", "dpo"],
-    }  # fmt: skip
+    }
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
 
 
@@ -95,12 +125,16 @@ def test_the_text_tells_base_data_recipe_iteration_and_limits(second):
     expected = {
         "prompts": f"{hub} (4)",
         "answers to each": "3, temperature 0.7, top-p 0.9, up to 96 tokens",
-        "ranker": "org/PairRM", "pairs": "2, max-min", "length penalty": "0.25",
-        "mean characters": "chosen 61, rejected 40", "loss": "sigmoid, β 0.1",
+        "ranker": "org/PairRM",
+        "pairs": "2, max-min",
+        "length penalty": "0.25",
+        "mean characters": "chosen 61, rejected 40",
+        "loss": "sigmoid, β 0.1",
         "optimizer": "adamw, learning rate 5e-05, linear, warm-up 0.1",
-        "epochs, pairs a step": "1, 4", "longest, tokens": "512, of these prompt 256",
+        "epochs, pairs a step": "1, 4",
+        "longest, tokens": "512, of these prompt 256",
         "test pairs ordered right": "62.5%",
-    }  # fmt: skip
+    }
     for name, value in expected.items():
         assert row_of(card, name)[0] == value
     # Of the second iteration's data nothing is known, and nothing is made up.
@@ -115,8 +149,9 @@ def test_of_a_model_of_which_nothing_is_known_nothing_is_told():
     made = {"identity": "m1", "parameters": 5, "origin": {}}
     card = cards.model_card(made, "float32", None, [])
     assert ModelCard(card).data.to_dict() == {
-        "library_name": "transformers", "pipeline_tag": "text-generation",
-    }  # fmt: skip
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+    }
     assert "# A language model\n" in card and "Training" not in card
     assert row_of(card, "base model") == ["not known"]
     assert "Not known: nothing that the model was made from states one." in card
@@ -125,30 +160,59 @@ def test_of_a_model_of_which_nothing_is_known_nothing_is_told():
 def test_data_that_was_edited_or_is_gone_is_said_so(tmp_path):
     file = pairs_of(tmp_path)
     assert [e["stage"] for e in cards.provenance(file)] == [
-        "pairs", "rank", "sample", "prompts-from-parquet",
-    ]  # fmt: skip
+        "pairs",
+        "rank",
+        "sample",
+        "prompts-from-parquet",
+    ]
     (tmp_path / "samples.jsonl").write_text("another")  # no longer what was ranked
     assert [e["stage"] for e in cards.provenance(file)] == ["pairs", "rank"]
     with open(file, "a") as opened:
         opened.write("y")
     edited = cards.provenance(file)
     assert [e["edited"] for e in edited] == [True, False]
-    assert "edited by hand" in row_of(cards.model_card(trained({"identity": "m1", "origin": {},
-        "parameters": 5}, edited, "m2"), "float32", None, []), "pairs")[0]  # fmt: skip
+    assert (
+        "edited by hand"
+        in row_of(
+            cards.model_card(
+                trained({"identity": "m1", "origin": {}, "parameters": 5}, edited, "m2"),
+                "float32",
+                None,
+                [],
+            ),
+            "pairs",
+        )[0]
+    )
     assert cards.provenance(__file__) == []
 
 
 # ---------------------------------------------------------------------- results
 
 
-COMPARED = {"generators": ["me", "start|model"], "ranker": "/home/me/reward.py:reward", "n": 96,
-            "win_rate": 0.63, "interval": [0.53, 0.72], "length_controlled_win_rate": None,
-            "mean_length": [120.4, 190.0]}  # fmt: skip
-SCORED = {"reference": "gpt4", "n_total": 805, "win_rate": 30.22, "interval": [27.0, 33.5],
-          "length_controlled_winrate": 31.5, "length_control": "v1",
-          "avg_length": 2600}  # fmt: skip
-KL = {"samples": "/home/me/heldout.samples.jsonl", "prompts": 32, "kl_per_token": 0.0123,
-      "standard_error": None}  # fmt: skip
+COMPARED = {
+    "generators": ["me", "start|model"],
+    "ranker": "/home/me/reward.py:reward",
+    "n": 96,
+    "win_rate": 0.63,
+    "interval": [0.53, 0.72],
+    "length_controlled_win_rate": None,
+    "mean_length": [120.4, 190.0],
+}
+SCORED = {
+    "reference": "gpt4",
+    "n_total": 805,
+    "win_rate": 30.22,
+    "interval": [27.0, 33.5],
+    "length_controlled_winrate": 31.5,
+    "length_control": "v1",
+    "avg_length": 2600,
+}
+KL = {
+    "samples": "/home/me/heldout.samples.jsonl",
+    "prompts": 32,
+    "kl_per_token": 0.0123,
+    "standard_error": None,
+}
 
 
 def test_results_are_tables_of_what_was_measured_of_this_model(second, tmp_path):
@@ -203,8 +267,13 @@ def test_to_hf_writes_the_card_renews_it_and_leaves_a_users_own(tmp_path, capsys
     convert.main(convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bf16"))
     first = readme.read_text()
     assert f"`{made['identity']}`" in first and "- Bf16 rounds " in first
-    kl = written(tmp_path / "k.json", "evaluate kl", [], KL,
-                 {"model": made["identity"], "sampler": "unknown"})  # fmt: skip
+    kl = written(
+        tmp_path / "k.json",
+        "evaluate kl",
+        [],
+        KL,
+        {"model": made["identity"], "sampler": "unknown"},
+    )
     again = convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bf16", results=(kl,))
     convert.main(again)
     renewed = readme.read_text()
@@ -227,8 +296,13 @@ def test_a_models_licence_is_that_of_its_own_card(tmp_path):
         "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\nlanguage: en\n---\n# Hi\n"
     )
     source = cards.source_of_hf(str(tmp_path), "some-org/tiny", "abc")
-    assert source == {"hub_id": "some-org/tiny", "revision": "abc", "license": "other",
-                      "license_name": "mine", "license_link": "LICENSE"}  # fmt: skip
+    assert source == {
+        "hub_id": "some-org/tiny",
+        "revision": "abc",
+        "license": "other",
+        "license_name": "mine",
+        "license_link": "LICENSE",
+    }
     made = {"identity": "m1", "parameters": 5, "origin": {}, "source": source}
     card = cards.model_card(made, "float32", None, [])
     assert ModelCard(card).data.license_name == "mine" and "mine (LICENSE), as the base" in card
@@ -243,9 +317,19 @@ def test_a_models_licence_is_that_of_its_own_card(tmp_path):
 def add(tmp_path: Path, iteration: int, n: int, *more) -> None:
     rows = [([i % 7 + 1.0, 0.5, -1.0], [40, 30, 20 + i]) for i in range(n)]
     source = ranked(tmp_path / f"ranked_{iteration}.jsonl", rows)
-    argv = ["--ranked", str(source), "--out", str(tmp_path / f"pairs_{iteration}.jsonl"),
-            "--test-count", "5", "--parquet", str(tmp_path / "hub"), "--iteration",
-            str(iteration), *more]  # fmt: skip
+    argv = [
+        "--ranked",
+        str(source),
+        "--out",
+        str(tmp_path / f"pairs_{iteration}.jsonl"),
+        "--test-count",
+        "5",
+        "--parquet",
+        str(tmp_path / "hub"),
+        "--iteration",
+        str(iteration),
+        *more,
+    ]
     assert records.run(pairs.main, pairs.Args, argv) == 0
 
 
@@ -273,8 +357,9 @@ def test_the_datasets_card_grows_with_the_iterations(tmp_path):
     )
     sizes = {f.name: f.stat().st_size for f in (tmp_path / "hub" / "data").iterdir()}
     assert info["download_size"] == sum(sizes.values())
-    split = datasets.load_dataset(str(tmp_path / "hub"), split=names[0],
-                                  cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    split = datasets.load_dataset(
+        str(tmp_path / "hub"), split=names[0], cache_dir=str(tmp_path / "cache")
+    )
     assert info["splits"][0]["num_bytes"] == pytest.approx(split.data.nbytes, rel=0.05)
     assert [f["name"] for f in info["features"]] == split.column_names
     assert "license" not in data
@@ -314,8 +399,9 @@ def test_pairs_of_a_known_ranker_and_model_are_told_in_the_datasets_card(tmp_pat
     data = cards.provenance(pairs_of(tmp_path))
     split = {"name": "train", "path": "data/x", "rows": 3, "bytes": 10, "num_bytes": 9}
     features = datasets.Features({"prompt": datasets.Value("string")})
-    _, card = cards.dataset_card([split | {"data": data}, split | {"name": "test", "data": None}],
-                                 features)  # fmt: skip
+    _, card = cards.dataset_card(
+        [split | {"data": data}, split | {"name": "test", "data": None}], features
+    )
     made = card[card.index("## How") :]
     assert re.search(
         r"\| train \| hf://.*parquet \(4\) \| `m1` \| 3, temperature 0.7, top-p 0.9 \| "

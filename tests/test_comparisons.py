@@ -66,16 +66,22 @@ def test_bubble_finds_the_best_and_the_worst_with_fewer_comparisons(n):
     quality = np.random.default_rng(n).permutation(n)
     for prompt_id in ("a", "b", "c", "d"):
         ranking, asked = run(
-            "bubble", [f"{i}" for i in range(n)], lambda i, j: float(quality[i] - quality[j]),
+            "bubble",
+            [f"{i}" for i in range(n)],
+            lambda i, j: float(quality[i] - quality[j]),
             prompt_id=prompt_id,
-        )  # fmt: skip
+        )
         assert len(asked) == len(set(asked)) <= max(0, 4 * n - 6)
         if n > 1:
             assert np.argmax(ranking.scores) == np.argmax(quality)
             assert np.argmin(ranking.scores) == np.argmin(quality)
         assert sorted(ranking.scores) == sorted([0.0] * n if n < 2 else [1, -1] + [0] * (n - 2))
-        known = [(i, j) for i in range(n) for j in range(n)
-                 if i != j and ranking.comparisons[i][j] is not None]  # fmt: skip
+        known = [
+            (i, j)
+            for i in range(n)
+            for j in range(n)
+            if i != j and ranking.comparisons[i][j] is not None
+        ]
         assert sorted(known) == sorted(asked)
 
 

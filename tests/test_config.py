@@ -62,10 +62,19 @@ SMOLLM2 = {
 
 def test_reads_mistral_7b_instruct_v02():
     assert from_hf(MISTRAL_V2) == MistralConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5,
-        rope_theta=1e6, max_position_embeddings=32768, sliding_window=None, torch_dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        max_position_embeddings=32768,
+        sliding_window=None,
+        torch_dtype="bfloat16",
+    )
 
 
 def test_reads_mistral_7b_v01_with_its_window():
@@ -86,8 +95,14 @@ def test_writes_what_it_reads(hf):
     written = to_hf(config, config.torch_dtype)
     assert from_hf(written) == config
     # Every key that says something about the model comes back with its value.
-    silent = {"transformers_version", "transformers.js_config", "is_llama_config", "pretraining_tp",
-              "rope_interleaved", "rope_scaling"}  # fmt: skip
+    silent = {
+        "transformers_version",
+        "transformers.js_config",
+        "is_llama_config",
+        "pretraining_tp",
+        "rope_interleaved",
+        "rope_scaling",
+    }
     assert {k: v for k, v in written.items() if k in hf} == {
         k: v for k, v in hf.items() if k not in silent
     }
@@ -181,7 +196,14 @@ def test_an_unknown_key_that_is_off_is_accepted():
 @pytest.mark.parametrize("name", ["mistral", "llama"])
 def test_keys_left_out_have_the_defaults_of_transformers(name):
     base = MISTRAL_V1 | {"model_type": name}
-    for key in ("sliding_window", "num_key_value_heads", "rope_theta", "rms_norm_eps",
-                "tie_word_embeddings", "bos_token_id", "eos_token_id"):  # fmt: skip
+    for key in (
+        "sliding_window",
+        "num_key_value_heads",
+        "rope_theta",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+    ):
         del base[key]
     assert from_hf(base) == from_hf(transformers.AutoConfig.for_model(**base).to_dict())

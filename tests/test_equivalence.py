@@ -31,16 +31,24 @@ def start(tmp_path_factory):
         prompt = text(12)
         row = {"prompt_id": str(i), "prompt": prompt}
         for side in ("chosen", "rejected"):
-            row[side] = [{"role": "user", "content": prompt},
-                         {"role": "assistant", "content": text(20)}]  # fmt: skip
+            row[side] = [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": text(20)},
+            ]
         rows.append(row)
     tiny.write_jsonl(folder / "pairs.jsonl", rows)
     return folder
 
 
 def argv(folder, out, *more) -> list[str]:
-    base = {"--batch-size": "8", "--micro-batch-size": "8", "--epochs": "5", "--remat": "none",
-            "--learning-rate": "1e-4", "--mesh": "1 1 -1"}  # fmt: skip
+    base = {
+        "--batch-size": "8",
+        "--micro-batch-size": "8",
+        "--epochs": "5",
+        "--remat": "none",
+        "--learning-rate": "1e-4",
+        "--mesh": "1 1 -1",
+    }
     base |= {"--checkpoint": f"{folder}/model", "--pairs": f"{folder}/pairs.jsonl", "--out": out}
     flags = base | dict(zip(more[::2], more[1::2]))
     return [word for flag, value in flags.items() for word in (flag, *str(value).split())]

@@ -21,8 +21,10 @@ def run(*argv) -> int:
 
 
 def outputs(path, texts: dict[str, str], generator="m", **more):
-    rows = [{"instruction": key, "output": text, "generator": generator, "dataset": "d", **more}
-            for key, text in texts.items()]  # fmt: skip
+    rows = [
+        {"instruction": key, "output": text, "generator": generator, "dataset": "d", **more}
+        for key, text in texts.items()
+    ]
     path.write_text(json.dumps(rows))
     return path
 
@@ -116,9 +118,17 @@ def test_score_reproduces_the_leaderboards_row(data, tmp_path, model):
 
 
 def test_score_leaves_out_rows_without_a_preference_and_counts_them(tmp_path):
-    rows = [{"instruction": f"i{i}", "output_1": "aa", "output_2": "b" * i, "generator_1": "r",
-             "generator_2": "m", "preference": p}
-            for i, p in enumerate([2, 1, 0, None, 1.75])]  # fmt: skip
+    rows = [
+        {
+            "instruction": f"i{i}",
+            "output_1": "aa",
+            "output_2": "b" * i,
+            "generator_1": "r",
+            "generator_2": "m",
+            "preference": p,
+        }
+        for i, p in enumerate([2, 1, 0, None, 1.75])
+    ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert run("score", "--annotations", tmp_path / "a.json", "--out", tmp_path / "s.json") == 0
     found = json.loads((tmp_path / "s.json").read_text())
@@ -131,9 +141,17 @@ def test_score_leaves_out_rows_without_a_preference_and_counts_them(tmp_path):
 
 def test_the_gamed_rows_of_the_hub_pull_the_fit(tmp_path):
     rng = random.Random(0)
-    rows = [{"instruction": f"i{i}", "output_1": "a" * rng.randrange(50, 90), "generator_1": "r",
-             "output_2": "b" * rng.randrange(60, 99), "generator_2": "m",
-             "preference": 1 + rng.random()} for i in range(60)]  # fmt: skip
+    rows = [
+        {
+            "instruction": f"i{i}",
+            "output_1": "a" * rng.randrange(50, 90),
+            "generator_1": "r",
+            "output_2": "b" * rng.randrange(60, 99),
+            "generator_2": "m",
+            "preference": 1 + rng.random(),
+        }
+        for i in range(60)
+    ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "d.csv").write_text(
         ",instruction_difficulty\n" + "".join(f"{i},{rng.gauss(0, 1)}\n" for i in range(60))
@@ -158,17 +176,26 @@ def test_compare_by_a_reward_counts_wins_ties_and_losses(tmp_path, capsys):
     (tmp_path / "reward.py").write_text(LENGTH)
     a = outputs(tmp_path / "a.json", {"one": "long answer", "two": "x", "three": "same"}, "A")
     b = outputs(tmp_path / "b.json", {"three": "eman", "one": "short", "two": "xx"}, "B")
-    command = ("compare", "--outputs", a, "--baseline", b, "--ranker",
-               f"{tmp_path}/reward.py:reward", "--out", tmp_path / "c.json")  # fmt: skip
+    command = (
+        "compare",
+        "--outputs",
+        a,
+        "--baseline",
+        b,
+        "--ranker",
+        f"{tmp_path}/reward.py:reward",
+        "--out",
+        tmp_path / "c.json",
+    )
     assert run(*command) == 0
     found = json.loads((tmp_path / "c.json").read_text())
     assert (found["wins"], found["ties"], found["losses"], found["win_rate"]) == (1, 1, 1, 0.5)
     assert found["mean_length"] == pytest.approx([16 / 3, 11 / 3])
     assert found["length_controlled_win_rate"] is None and found["why"]
     assert found["generators"] == ["A", "B"]
-    assert [(row["instruction"], row["preference"], row["lengths"])
-            for row in found["per_instruction"]] == [
-        ("one", 1.0, [11, 5]), ("two", 0.0, [1, 2]), ("three", 0.5, [4, 4])]  # fmt: skip
+    assert [
+        (row["instruction"], row["preference"], row["lengths"]) for row in found["per_instruction"]
+    ] == [("one", 1.0, [11, 5]), ("two", 0.0, [1, 2]), ("three", 0.5, [4, 4])]
     manifest = records.read_manifest(str(tmp_path / "c.json"))
     assert manifest.stage == "evaluate compare" and manifest.counts == {"in": 3, "out": 3}
     assert not list(tmp_path.glob("*.partial*"))
@@ -199,15 +226,26 @@ def test_instructions_that_one_file_alone_answers_are_refused_or_counted(tmp_pat
     (tmp_path / "reward.py").write_text(LENGTH)
     a = outputs(tmp_path / "a.json", {"one": "x", "two": "yy"})
     b = outputs(tmp_path / "b.json", {"two": "y", "three": "z"})
-    command = ("compare", "--outputs", a, "--baseline", b, "--ranker",
-               f"{tmp_path}/reward.py:reward", "--out", tmp_path / "c.json")  # fmt: skip
+    command = (
+        "compare",
+        "--outputs",
+        a,
+        "--baseline",
+        b,
+        "--ranker",
+        f"{tmp_path}/reward.py:reward",
+        "--out",
+        tmp_path / "c.json",
+    )
     assert run(*command) == 2
     assert "--common-only" in error_line(capsys)
     assert run(*command, "--common-only") == 0
     assert records.read_manifest(str(tmp_path / "c.json")).counts == {
-        "in": 3, "out": 1, "set aside: answered in --outputs alone": 1,
+        "in": 3,
+        "out": 1,
+        "set aside: answered in --outputs alone": 1,
         "set aside: answered in --baseline alone": 1,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -222,8 +260,20 @@ def test_instructions_that_one_file_alone_answers_are_refused_or_counted(tmp_pat
 )
 def test_a_wrong_file_of_answers_is_told_in_one_line(tmp_path, capsys, text, words):
     (tmp_path / "a.json").write_text(text)
-    assert run("compare", "--outputs", tmp_path / "a.json", "--baseline", tmp_path / "a.json",
-               "--ranker", "x.py:y", "--out", tmp_path / "c.json") == 2  # fmt: skip
+    assert (
+        run(
+            "compare",
+            "--outputs",
+            tmp_path / "a.json",
+            "--baseline",
+            tmp_path / "a.json",
+            "--ranker",
+            "x.py:y",
+            "--out",
+            tmp_path / "c.json",
+        )
+        == 2
+    )
     assert words in error_line(capsys)
 
 
@@ -239,8 +289,10 @@ def test_compare_by_pairrm_takes_both_orders_and_goes_on_after_a_stop(tmp_path, 
     found = json.loads((tmp_path / "ab.json").read_text())
     assert 0 <= found["swap_consistency"] <= 1
     # The same pairs the other way round: every comparison is made in both orders anyway.
-    assert run("compare", "--outputs", b, "--baseline", a, *command[5:], "--out",
-               tmp_path / "ba.json") == 0  # fmt: skip
+    assert (
+        run("compare", "--outputs", b, "--baseline", a, *command[5:], "--out", tmp_path / "ba.json")
+        == 0
+    )
     other = json.loads((tmp_path / "ba.json").read_text())
     for one, two in zip(found["per_instruction"], other["per_instruction"]):
         assert one["margin"] == pytest.approx(-two["margin"], abs=1e-5)
@@ -324,8 +376,21 @@ def test_overlap_reports_benchmarks_and_slices(tmp_path):
     tiny.write_jsonl(
         tmp_path / "b.jsonl", [{"turns": [long.upper(), "Unseen"]}, {"turns": ["Hi There!!"]}]
     )
-    assert run("overlap", "--train", tmp_path / "1.jsonl", tmp_path / "2.jsonl", "--benchmarks",
-               tmp_path / "b.jsonl", "--n", 5, "--out", tmp_path / "o.json") == 0  # fmt: skip
+    assert (
+        run(
+            "overlap",
+            "--train",
+            tmp_path / "1.jsonl",
+            tmp_path / "2.jsonl",
+            "--benchmarks",
+            tmp_path / "b.jsonl",
+            "--n",
+            5,
+            "--out",
+            tmp_path / "o.json",
+        )
+        == 0
+    )
     reports = json.loads((tmp_path / "o.json").read_text())["reports"]
     found = [(r["prompts"], r["identical"], r["contaminated"], r["touched"]) for r in reports]
     # the benchmark in slice 1 and in slice 2; slice 1 in 2, and 2 in 1
@@ -336,8 +401,12 @@ def test_overlap_reports_benchmarks_and_slices(tmp_path):
 
 
 def test_alpaca_eval_and_an_ultrafeedback_sample_share_next_to_nothing(data, tmp_path):
-    files = ("--train", data / "preferences/ultrafeedback_1000.jsonl",
-             "--benchmarks", data / "alpaca_eval/gpt4_1106_preview.json")  # fmt: skip
+    files = (
+        "--train",
+        data / "preferences/ultrafeedback_1000.jsonl",
+        "--benchmarks",
+        data / "alpaca_eval/gpt4_1106_preview.json",
+    )
     assert run("overlap", *files, "--out", tmp_path / "o.json") == 0
     (report,) = json.loads((tmp_path / "o.json").read_text())["reports"]
     assert (report["prompts"], report["identical"], report["contaminated"]) == (805, 0, 0)

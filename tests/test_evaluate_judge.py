@@ -46,8 +46,12 @@ class Judge(BaseHTTPRequestHandler):
         first, second = (user.split(f'{name}: """')[1].split('"""')[0] for name in ("m", "M"))
         top = [{"token": t, "logprob": p} for t, p in server.logprobs(first, second).items()]
         content = [{"token": top[0]["token"], "logprob": top[0]["logprob"], "top_logprobs": top}]
-        choice = {"index": 0, "finish_reason": "length", "logprobs": {"content": content},
-                  "message": {"role": "assistant", "content": top[0]["token"]}}  # fmt: skip
+        choice = {
+            "index": 0,
+            "finish_reason": "length",
+            "logprobs": {"content": content},
+            "message": {"role": "assistant", "content": top[0]["token"]},
+        }
         usage = {"prompt_tokens": 99, "completion_tokens": 1, "total_tokens": 100}
         reply = {"object": "chat.completion", "choices": [choice], "usage": usage}
         if status != 200:
@@ -83,8 +87,18 @@ def server(tmp_path, monkeypatch):
 def ask(server, tmp_path, *more) -> int:
     a = outputs(tmp_path / "a.json", OURS, "ours")
     b = outputs(tmp_path / "b.json", THEIRS, "theirs")
-    return run("judge", "--outputs", a, "--reference", b, "--out", tmp_path / "annotations.json",
-               "--endpoint", f"http://127.0.0.1:{server.server_port}/v1", *more)  # fmt: skip
+    return run(
+        "judge",
+        "--outputs",
+        a,
+        "--reference",
+        b,
+        "--out",
+        tmp_path / "annotations.json",
+        "--endpoint",
+        f"http://127.0.0.1:{server.server_port}/v1",
+        *more,
+    )
 
 
 def test_annotations_hold_the_judges_preference_whatever_stood_first(server, tmp_path):
@@ -113,8 +127,16 @@ def test_annotations_hold_the_judges_preference_whatever_stood_first(server, tmp
     results = records.read_manifest(str(tmp_path / "annotations.json")).results
     assert (results["requests"], results["tokens"]) == (8, 800)
     assert results["price"] == pytest.approx(0.008)
-    assert run("score", "--annotations", tmp_path / "annotations.json", "--out",
-               tmp_path / "score.json") == 0  # fmt: skip
+    assert (
+        run(
+            "score",
+            "--annotations",
+            tmp_path / "annotations.json",
+            "--out",
+            tmp_path / "score.json",
+        )
+        == 0
+    )
     score = json.loads((tmp_path / "score.json").read_text())
     assert score["win_rate"] == pytest.approx(results["win_rate"])
 

@@ -36,10 +36,19 @@ def folder(tmp_path_factory):
     checkpoint.save(str(folder / "other"), config, params, str(folder / "other-tokenizer"), {})
     (folder / "reward.py").write_text(REWARD)
     prompts = tiny.write_jsonl(folder / "prompts.jsonl", tiny.PROMPTS)
-    sample.main(sample.Args(
-        str(folder / "model"), prompts, str(folder / "samples.jsonl"), n=3, temperature=1.0,
-        top_p=1.0, max_new_tokens=12, slots=8, mesh=(1, 1, 4),
-    ))  # fmt: skip
+    sample.main(
+        sample.Args(
+            str(folder / "model"),
+            prompts,
+            str(folder / "samples.jsonl"),
+            n=3,
+            temperature=1.0,
+            top_p=1.0,
+            max_new_tokens=12,
+            slots=8,
+            mesh=(1, 1, 4),
+        )
+    )
     return folder
 
 
@@ -54,9 +63,28 @@ def in_process(monkeypatch):
 
 
 def argv(folder, out, *more):
-    return ["outputs", "--checkpoint", folder / "model", "--benchmark", folder / "prompts.jsonl",
-            "--out", out, "--temperature", "1", "--top-p", "1", "--max-new-tokens", "12",
-            "--slots", "8", "--mesh", "1", "1", "4", *more]  # fmt: skip
+    return [
+        "outputs",
+        "--checkpoint",
+        folder / "model",
+        "--benchmark",
+        folder / "prompts.jsonl",
+        "--out",
+        out,
+        "--temperature",
+        "1",
+        "--top-p",
+        "1",
+        "--max-new-tokens",
+        "12",
+        "--slots",
+        "8",
+        "--mesh",
+        "1",
+        "1",
+        "4",
+        *more,
+    ]
 
 
 def test_outputs_are_the_samplers_answers_in_alpaca_evals_form(folder, tmp_path, monkeypatch):
@@ -139,8 +167,21 @@ def test_a_signal_reaches_the_stage_and_its_exit_code_comes_back(tmp_path, monke
 def test_stopped_while_sampling_it_goes_on_to_the_same_answers(folder, tmp_path):
     rows = [{"prompt": f"Say {i}, please."} for i in range(60)]
     tiny.write_jsonl(tmp_path / "prompts.jsonl", rows)
-    words = map(str, argv(folder, tmp_path / "m.json", "--benchmark", tmp_path / "prompts.jsonl",
-                          "--mesh", 1, -1, 1, "--slots", 4))  # fmt: skip
+    words = map(
+        str,
+        argv(
+            folder,
+            tmp_path / "m.json",
+            "--benchmark",
+            tmp_path / "prompts.jsonl",
+            "--mesh",
+            1,
+            -1,
+            1,
+            "--slots",
+            4,
+        ),
+    )
     command = [sys.executable, "-m", "stages.evaluate", *words]
     process = subprocess.Popen(command)
     partial = tmp_path / "m.samples.jsonl.partial"
@@ -160,8 +201,20 @@ def test_stopped_while_sampling_it_goes_on_to_the_same_answers(folder, tmp_path)
 
 
 def kl(folder, tmp_path, name, *more):
-    code = run("kl", "--checkpoint", folder / name, "--samples", folder / "samples.jsonl",
-               "--out", tmp_path / f"{name}.json", "--mesh", 1, 1, 4, *more)  # fmt: skip
+    code = run(
+        "kl",
+        "--checkpoint",
+        folder / name,
+        "--samples",
+        folder / "samples.jsonl",
+        "--out",
+        tmp_path / f"{name}.json",
+        "--mesh",
+        1,
+        1,
+        4,
+        *more,
+    )
     assert code == 0
     return json.loads((tmp_path / f"{name}.json").read_text())
 
@@ -207,8 +260,22 @@ def test_kl_of_the_first_prompts_alone(folder, tmp_path, capsys):
     rows = tiny.read_jsonl(folder / "samples.jsonl")[:3]
     tiny.write_jsonl(tmp_path / "three.jsonl", rows)
     three = tmp_path / "three.json"
-    assert run("kl", "--checkpoint", folder / "other", "--samples", tmp_path / "three.jsonl",
-               "--out", three, "--mesh", 1, 1, 4) == 0  # fmt: skip
+    assert (
+        run(
+            "kl",
+            "--checkpoint",
+            folder / "other",
+            "--samples",
+            tmp_path / "three.jsonl",
+            "--out",
+            three,
+            "--mesh",
+            1,
+            1,
+            4,
+        )
+        == 0
+    )
     assert found["kl_per_token"] == json.loads(three.read_text())["kl_per_token"]
     assert (found["prompts"], found["first_prompts"]) == (3, 3)
     manifest = records.read_manifest(str(tmp_path / "other.json"))
@@ -230,8 +297,21 @@ def test_kl_goes_on_after_a_stop(folder, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(records.Output, "write", stopping)
-    command = ("kl", "--checkpoint", folder / "other", "--samples", folder / "samples.jsonl",
-               "--mesh", 1, 1, 4, "--batch-size", 6, "--out", tmp_path / "other.json")  # fmt: skip
+    command = (
+        "kl",
+        "--checkpoint",
+        folder / "other",
+        "--samples",
+        folder / "samples.jsonl",
+        "--mesh",
+        1,
+        1,
+        4,
+        "--batch-size",
+        6,
+        "--out",
+        tmp_path / "other.json",
+    )
     assert run(*command) == 75
     monkeypatch.undo()
     assert len((tmp_path / "other.json.partial").read_text().splitlines()) == 2
@@ -249,8 +329,15 @@ def test_kl_refuses_samples_of_another_tokenizer_and_rows_without_logprobs(
     manifest = records.read_manifest(str(folder / "samples.jsonl"))
     manifest.identities["tokenizer"] = "another"
     manifest.write(records.manifest_path(str(tmp_path / "s.jsonl")))
-    command = ("kl", "--checkpoint", folder / "model", "--samples", tmp_path / "s.jsonl", "--out",
-               tmp_path / "k.json")  # fmt: skip
+    command = (
+        "kl",
+        "--checkpoint",
+        folder / "model",
+        "--samples",
+        tmp_path / "s.jsonl",
+        "--out",
+        tmp_path / "k.json",
+    )
     assert run(*command) == 2
     assert "another tokenizer" in error_line(capsys)
     row = tiny.read_jsonl(folder / "samples.jsonl")[0]

@@ -20,8 +20,10 @@ from sharding.mesh import make_mesh, tree_shardings
 from tests import tiny
 
 RNG = np.random.default_rng(0)
-PROMPTS = [(f"p{i}", RNG.integers(3, 320, size=length).tolist())
-           for i, length in enumerate((5, 70, 3, 20, 64, 65, 9))]  # fmt: skip
+PROMPTS = [
+    (f"p{i}", RNG.integers(3, 320, size=length).tolist())
+    for i, length in enumerate((5, 70, 3, 20, 64, 65, 9))
+]
 
 
 def as_text(ids):
@@ -158,8 +160,9 @@ def test_seed_prompt_and_index_each_change_the_draw():
     one = answers(sampling, prompts=same_prompt)
     texts = [a.text for v in one.values() for a in v]
     assert len(set(texts)) == 8
-    other = answers(Sampling(n=4, temperature=1.5, top_p=1.0, max_new_tokens=8, seed=1),
-                    prompts=same_prompt)  # fmt: skip
+    other = answers(
+        Sampling(n=4, temperature=1.5, top_p=1.0, max_new_tokens=8, seed=1), prompts=same_prompt
+    )
     assert all(a.text != b.text for k in one for a, b in zip(one[k], other[k]))
 
 
@@ -217,9 +220,19 @@ def test_stop_strings_end_an_answer_before_them_also_across_tokens():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"n": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
-     {"top_k": -1}, {"min_p": 1}, {"min_p": -0.1}, {"max_new_tokens": 0}, {"stop_strings": ("",)}],
-)  # fmt: skip
+    [
+        {"n": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"min_p": 1},
+        {"min_p": -0.1},
+        {"max_new_tokens": 0},
+        {"stop_strings": ("",)},
+    ],
+)
 def test_settings_that_make_no_sense_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)

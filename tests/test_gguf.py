@@ -72,11 +72,23 @@ def test_logits_of_real_prompts_equal_transformers(model, theirs):
 def test_the_checkpoint_has_the_file_s_config_and_says_fp32(model):
     config = checkpoint.load_config(model)
     assert config == MistralConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5,
-        rope_theta=1e5, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=1,
-        eos_token_ids=(2,), pad_token_id=2, model_type="llama", torch_dtype="float32",
-    )  # fmt: skip
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope_theta=1e5,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        pad_token_id=2,
+        model_type="llama",
+        torch_dtype="float32",
+    )
 
 
 @with_model
@@ -126,17 +138,38 @@ def test_greedy_answers_to_50_prompts_are_those_of_transformers(model, theirs, t
 # ---------------------------------------------------------------------- small files of our own
 
 KEYS = {
-    "block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 64,
-    "attention.head_count": 4, "attention.head_count_kv": 2,
-}  # fmt: skip
+    "block_count": 2,
+    "context_length": 64,
+    "embedding_length": 32,
+    "feed_forward_length": 64,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+}
 CONFIG = MistralConfig(
-    vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-6, rope_theta=1e4,
-    max_position_embeddings=64, eos_token_ids=(2, 7), model_type="llama",
-)  # fmt: skip
-NAMES = {"attn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32),
-         "attn_output": (32, 32), "ffn_norm": (32,), "ffn_gate": (64, 32), "ffn_up": (64, 32),
-         "ffn_down": (32, 64)}  # fmt: skip
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    max_position_embeddings=64,
+    eos_token_ids=(2, 7),
+    model_type="llama",
+)
+NAMES = {
+    "attn_norm": (32,),
+    "attn_q": (32, 32),
+    "attn_k": (16, 32),
+    "attn_v": (16, 32),
+    "attn_output": (32, 32),
+    "ffn_norm": (32,),
+    "ffn_gate": (64, 32),
+    "ffn_up": (64, 32),
+    "ffn_down": (32, 64),
+}
 
 
 def tiny_tensors() -> dict[str, np.ndarray]:
@@ -194,8 +227,11 @@ def test_an_untied_file_with_two_ends_is_read(tmp_path):
     config, params = read_gguf(write_file(tmp_path / "m.gguf", tensors=permuted))
     assert config == CONFIG
     slots = hf.slots(config)
-    for name, ours in (("self_attn.q_proj", "attn_q"), ("self_attn.k_proj", "attn_k"),
-                       ("mlp.down_proj", "ffn_down")):  # fmt: skip
+    for name, ours in (
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("mlp.down_proj", "ffn_down"),
+    ):
         found = hf.get(params, config, slots[f"model.layers.1.{name}.weight"], np.float32)
         np.testing.assert_array_equal(found, tensors[f"blk.1.{ours}.weight"])
     head = hf.get(params, config, slots["lm_head.weight"], np.float32)
@@ -203,9 +239,11 @@ def test_an_untied_file_with_two_ends_is_read(tmp_path):
 
 
 def test_quantized_tensors_are_dequantized(tmp_path):
-    kinds = {"token_embd.weight": gguf.GGMLQuantizationType.Q8_0,
-             "blk.0.ffn_up.weight": gguf.GGMLQuantizationType.Q4_0,
-             "blk.1.ffn_up.weight": gguf.GGMLQuantizationType.BF16}  # fmt: skip
+    kinds = {
+        "token_embd.weight": gguf.GGMLQuantizationType.Q8_0,
+        "blk.0.ffn_up.weight": gguf.GGMLQuantizationType.Q4_0,
+        "blk.1.ffn_up.weight": gguf.GGMLQuantizationType.BF16,
+    }
     config, params = read_gguf(write_file(tmp_path / "m.gguf", dtypes=kinds))
     tensors = tiny_tensors()
     assert np.abs(params["embed"] - tensors["token_embd.weight"]).max() < 0.02

@@ -19,10 +19,15 @@ from scripts import convert
 from stages.records import UserError, run
 
 SIZES = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
     "initializer_range": 0.2,
-}  # fmt: skip
+}
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
@@ -71,10 +76,13 @@ def model(tmp_path, source) -> str:
     return str(tmp_path / "checkpoint")
 
 
-@pytest.mark.parametrize("kind, changes", [
-    ("mistral", {"head_dim": 12, "sliding_window": 8}),
-    ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("mistral", {"head_dim": 12, "sliding_window": 8}),
+        ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    ],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_model_read_and_written_is_the_same_bit_for_bit(tmp_path, dtype, kind, changes):
     source = write_model(tmp_path / "source", dtype, kind, **changes)
@@ -203,7 +211,7 @@ Q1 = "model.layers.1.self_attn.q_proj.weight"
         (without("tokenizer_config.json"), r"tokenizer_config\.json is missing"),
         (without("model.safetensors"), r"neither model\.safetensors nor .*index\.json"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_folder_is_refused_by_name(tmp_path, source, damage, message):
     damage(source)
     with pytest.raises(UserError, match=message):
@@ -265,8 +273,10 @@ def test_without_a_base_the_inexact_weights_are_counted(tmp_path, model, capsys)
     convert.main(convert.ToHf(trained, str(tmp_path / "D")))
     warning = f"warning: bf16 rounds 3 of {count:,} weights"
     assert warning in capsys.readouterr().out
-    for unwarned in (convert.ToHf(trained, str(tmp_path / "E"), dtype="fp32"),
-                     convert.ToHf(model, str(tmp_path / "F"))):  # fmt: skip
+    for unwarned in (
+        convert.ToHf(trained, str(tmp_path / "E"), dtype="fp32"),
+        convert.ToHf(model, str(tmp_path / "F")),
+    ):
         convert.main(unwarned)
         assert "rounds" not in capsys.readouterr().out
 

@@ -22,8 +22,19 @@ def start(folder: Path, out: str, *more: str, prompts: str = "prompts.jsonl", de
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
     }
-    argv = ["--checkpoint", f"{folder}/model", "--prompts", f"{folder}/{prompts}", "--out",
-            f"{folder}/{out}", "--n", "2", "--max-new-tokens", "40", *more]  # fmt: skip
+    argv = [
+        "--checkpoint",
+        f"{folder}/model",
+        "--prompts",
+        f"{folder}/{prompts}",
+        "--out",
+        f"{folder}/{out}",
+        "--n",
+        "2",
+        "--max-new-tokens",
+        "40",
+        *more,
+    ]
     return subprocess.Popen([sys.executable, "-m", "stages.sample", *argv], env=environment)
 
 
@@ -49,7 +60,7 @@ def test_slots_order_devices_processes_and_kills_change_nothing(tmp_path):
         "4 devices, tensor": dict(more=("--slots", "16", "--mesh", "1", "2", "2"), devices=4),
         "killed": dict(more=("--slots", "4")),
         "shares": dict(more=("--slots", "8", "--share", "0", "2")),
-    }  # fmt: skip
+    }
     assert start(tmp_path, "base.jsonl", "--slots", "16").wait() == 0
     base = answers(tmp_path / "base.jsonl")
     for name, how in runs.items():

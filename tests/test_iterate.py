@@ -97,13 +97,23 @@ def together(place, processes, name, recipe="mine.sh"):
     coordinator = f"localhost:{tiny.free_port()}"
     return [
         subprocess.Popen(
-            ["bash", "scripts/iterate.sh", recipe], cwd=place, start_new_session=True,
-            stdout=open(place / f"{name}.{i}", "w"), stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHON": sys.executable, "NAME": name, "XLA_FLAGS": ONE_DEVICE,
-                 "COORDINATOR": coordinator, "PROCESSES": str(processes), "PROCESS_ID": str(i)},
+            ["bash", "scripts/iterate.sh", recipe],
+            cwd=place,
+            start_new_session=True,
+            stdout=open(place / f"{name}.{i}", "w"),
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "PYTHON": sys.executable,
+                "NAME": name,
+                "XLA_FLAGS": ONE_DEVICE,
+                "COORDINATOR": coordinator,
+                "PROCESSES": str(processes),
+                "PROCESS_ID": str(i),
+            },
         )
         for i in range(processes)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.heavy
@@ -122,8 +132,10 @@ def test_several_processes_run_the_loop_and_go_on_where_one_was_killed(place, pr
         said = (place / f"{name}.{i}").read_text()
         assert "process 1 (" in said and "goes on" in said.splitlines()[-1]
     running = together(place, processes, name)
-    said = [(process.wait(), (place / f"{name}.{i}").read_text()[-2000:])
-            for i, process in enumerate(running)]  # fmt: skip
+    said = [
+        (process.wait(), (place / f"{name}.{i}").read_text()[-2000:])
+        for i, process in enumerate(running)
+    ]
     assert [code for code, _ in said] == [0] * processes, said
     assert "best so far" in said[0][1] and "best so far" not in said[1][1]
     transformers.AutoModelForCausalLM.from_pretrained(run / "final-hf")
@@ -162,8 +174,13 @@ def test_the_published_recipe_asks_for_the_published_settings(place):
         ("2023", ("--beta 0.1", "linear", "rmsprop", "--epochs 3", "--batch-size 64")),
         ("2024", ("--beta 0.01", "cosine", "adamw", "--epochs 1", "--batch-size 128")),
     ):
-        shown = subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, text=True,
-                               env={**os.environ, "ZEPHYR": year})  # fmt: skip
+        shown = subprocess.run(
+            ["bash", "-c", script],
+            cwd=place,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "ZEPHYR": year},
+        )
         for word in (*words, "--learning-rate 5e-7", "--max-length 1024", "--n 5"):
             assert word in shown.stdout
         assert "--test-count" not in shown.stdout  # with LIMIT it would leave nothing to train on

@@ -50,16 +50,23 @@ def stub(folder: Path, name: str, text: str) -> None:
 
 def script(name: str, *arguments: str, cwd: Path = ROOT, **environment):
     inherited = {name: os.environ[name] for name in ("PATH", "HOME")}
-    return subprocess.run(["bash", f"scripts/{name}", *arguments], cwd=cwd, capture_output=True,
-                          text=True, env=inherited | environment, timeout=120)  # fmt: skip
+    return subprocess.run(
+        ["bash", f"scripts/{name}", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=inherited | environment,
+        timeout=120,
+    )
 
 
 @pytest.fixture
 def tree(tmp_path):
     """The scripts in a git folder of their own, to put another loop in."""
     tree = tmp_path / "tree"
-    shutil.copytree(ROOT / "scripts", tree / "scripts",
-                    ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
+    shutil.copytree(
+        ROOT / "scripts", tree / "scripts", ignore=shutil.ignore_patterns("__pycache__")
+    )
     subprocess.run(["git", "init", "-q", tree], check=True)
     return tree
 
@@ -69,9 +76,15 @@ def test_no_shell_file_has_what_a_linter_warns_of():
     # Recipes are sourced by name (SC1090) and read by who sources them (SC2034, SC2154); A= B= is
     # meant (SC1007), and so is splitting a list of flags (SC2046).
     subprocess.run(
-        [Path(sys.executable).with_name("shellcheck"), "--shell=bash", "--severity=warning",
-         "--exclude=SC1007,SC1090,SC2034,SC2046,SC2154", *scripts], check=True,
-    )  # fmt: skip
+        [
+            Path(sys.executable).with_name("shellcheck"),
+            "--shell=bash",
+            "--severity=warning",
+            "--exclude=SC1007,SC1090,SC2034,SC2046,SC2154",
+            *scripts,
+        ],
+        check=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,8 +98,16 @@ def test_no_shell_file_has_what_a_linter_warns_of():
 def test_a_dry_run_shows_the_commands_for_a_slice(tmp_path, kind, version, recipe, several):
     cloud = tmp_path / "calls"
     stub(tmp_path / "bin", "gcloud", f"#!/bin/sh\ntouch {cloud}\n")
-    shown = script("tpu_pod.sh", "--dry-run", TYPE=kind, ZONE="z", SHARE="10.0.0.2:/runs", SPOT="1",
-                   LIMIT="64", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")  # fmt: skip
+    shown = script(
+        "tpu_pod.sh",
+        "--dry-run",
+        TYPE=kind,
+        ZONE="z",
+        SHARE="10.0.0.2:/runs",
+        SPOT="1",
+        LIMIT="64",
+        PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
+    )
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     gcloud = "gcloud compute tpus tpu-vm"
@@ -127,9 +148,12 @@ def test_a_slice_is_made_runs_on_every_worker_is_preempted_and_goes_on(tree, tmp
         f"{runs}; echo $1 $SEED >>told; echo loop $1; sleep 1"
     )
     environment = {
-        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CLOUD": str(cloud), "TYPE": "v5p-8",
-        "SEED": "7", "TMPDIR": str(tmp_path),
-    }  # fmt: skip
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "CLOUD": str(cloud),
+        "TYPE": "v5p-8",
+        "SEED": "7",
+        "TMPDIR": str(tmp_path),
+    }
     # No SHARE: the runs lie on the worker. `setup` installs a Python, so it is left out here.
     steps = ("create", "copy", "run", "log", "fetch")
     done = script("tpu_pod.sh", *steps, cwd=tree, **environment)
@@ -175,12 +199,19 @@ def test_a_slurm_job_saves_at_its_time_limit_and_goes_back_into_the_queue(tree, 
     stub(bin_, "scancel", f"#!/bin/bash\necho $* >>{tmp_path}/told\npkill -TERM -P $PPID bash\n")
     stub(bin_, "scontrol", f"#!/bin/bash\necho $* >>{tmp_path}/told\necho node3\necho node4\n")
     environment = {
-        "PATH": f"{bin_}:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_JOB_ID": "123456",
-        "SLURM_SUBMIT_DIR": str(tree), "SLURM_JOB_NUM_NODES": "2",
+        "PATH": f"{bin_}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "SLURM_JOB_ID": "123456",
+        "SLURM_SUBMIT_DIR": str(tree),
+        "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_NODELIST": "node[3-4]",
-    }  # fmt: skip
-    job = subprocess.Popen(["bash", ROOT / "scripts" / "slurm.sh", "mine"], stdout=subprocess.PIPE,
-                           env=os.environ | environment, text=True)  # fmt: skip
+    }
+    job = subprocess.Popen(
+        ["bash", ROOT / "scripts" / "slurm.sh", "mine"],
+        stdout=subprocess.PIPE,
+        env=os.environ | environment,
+        text=True,
+    )
     while not (tree / "started").exists():
         assert job.poll() is None
     job.send_signal(subprocess.signal.SIGUSR1)
@@ -188,8 +219,10 @@ def test_a_slurm_job_saves_at_its_time_limit_and_goes_back_into_the_queue(tree, 
     assert job.returncode == 75
     assert shown.splitlines()[0] == "mine node3:23456 2 1 none"
     assert (tmp_path / "told").read_text().splitlines() == [
-        "show hostnames node[3-4]", "--signal=TERM 123456.0", "requeue 123456",
-    ]  # fmt: skip
+        "show hostnames node[3-4]",
+        "--signal=TERM 123456.0",
+        "requeue 123456",
+    ]
 
 
 def test_a_slurm_script_outside_a_job_is_refused():
@@ -215,16 +248,19 @@ def test_a_recipe_for_a_machine_is_the_published_one_on_that_machine(name, plan,
     def settings(recipe, *names):
         read = f'set -euo pipefail; source scripts/recipes/{recipe}.sh; printf "%s\\n" "$PLAN" '
         read += " ".join(f'"$(echo ${name})"' for name in names)
-        shown = subprocess.run(["bash", "-c", f"PLAN=; {read}"], cwd=ROOT, capture_output=True,
-                               text=True, check=True)  # fmt: skip
+        shown = subprocess.run(
+            ["bash", "-c", f"PLAN=; {read}"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         return shown.stdout.splitlines()
 
     def parsed(recipe):
         first, *flags = settings(recipe, "SAMPLE", "DPO")
         some = [["--checkpoint=c", "--out=o"] + text.split() for text in flags]
-        return first, cli(sample.Args, args=some[0] + ["--prompts=p"]), cli(
-            dpo.Args, args=some[1] + ["--pairs=p"]
-        )  # fmt: skip
+        return (
+            first,
+            cli(sample.Args, args=some[0] + ["--prompts=p"]),
+            cli(dpo.Args, args=some[1] + ["--pairs=p"]),
+        )
 
     first, sampling, training = parsed(name)
     _, published_sampling, published_training = parsed("snorkel-mistral-7b")
@@ -246,6 +282,11 @@ def test_a_recipe_for_a_machine_is_the_published_one_on_that_machine(name, plan,
 
 def test_adamw_on_one_gpu_is_refused_with_the_reason():
     source = "source scripts/recipes/mistral-gpu-141gb.sh"
-    refused = subprocess.run(["bash", "-c", source], cwd=ROOT, capture_output=True, text=True,
-                             env=os.environ | {"ZEPHYR": "2024"})  # fmt: skip
+    refused = subprocess.run(
+        ["bash", "-c", source],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ZEPHYR": "2024"},
+    )
     assert refused.returncode == 2 and "159 GB" in refused.stderr

@@ -20,12 +20,11 @@ def answers(*sizes: int, tokens: bool = False) -> list[dict]:
 def ranked(path: Path, rows: list[tuple[list[float], list[int]]], tokens: bool = False) -> Path:
     path.write_text(
         "".join(
-            json.dumps(
-                {"prompt": f"p{i}", "scores": s, "responses": answers(*n, tokens=tokens)}
-            ) + "\n"
+            json.dumps({"prompt": f"p{i}", "scores": s, "responses": answers(*n, tokens=tokens)})
+            + "\n"
             for i, (s, n) in enumerate(rows)
         )
-    )  # fmt: skip
+    )
     return path
 
 

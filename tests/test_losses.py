@@ -20,9 +20,14 @@ from stages import dpo
 from tests import tiny
 
 RECIPE = train.Recipe(
-    losses.Loss("sigmoid", 0.1), learning_rate=1e-3, schedule="linear", warmup_ratio=0.2,
-    optimizer="adamw", weight_decay=0.05, max_grad_norm=1.0,
-)  # fmt: skip
+    losses.Loss("sigmoid", 0.1),
+    learning_rate=1e-3,
+    schedule="linear",
+    warmup_ratio=0.2,
+    optimizer="adamw",
+    weight_decay=0.05,
+    max_grad_norm=1.0,
+)
 
 
 # Each paper's formula in float64, from what `losses.Pairs` holds (c chosen, r rejected; n tokens).
@@ -32,29 +37,41 @@ def log_sigmoid(x):
 
 FORMULAS = {
     "sigmoid": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: (
-        -(1 - e) * log_sigmoid(b * (pc - rc - pr + rr))
-        - e * log_sigmoid(-b * (pc - rc - pr + rr))),
+        -(1 - e) * log_sigmoid(b * (pc - rc - pr + rr)) - e * log_sigmoid(-b * (pc - rc - pr + rr))
+    ),
     "robust": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: (
-        -(1 - e) * log_sigmoid(b * (pc - rc - pr + rr))
-        + e * log_sigmoid(-b * (pc - rc - pr + rr))) / (1 - 2 * e),
+        (
+            -(1 - e) * log_sigmoid(b * (pc - rc - pr + rr))
+            + e * log_sigmoid(-b * (pc - rc - pr + rr))
+        )
+        / (1 - 2 * e)
+    ),
     "ipo": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: (
-        (pc - rc) / nc - (pr - rr) / nr - 1 / (2 * b)) ** 2,
-    "hinge": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: np.maximum(
-        0, 1 - b * (pc - rc - pr + rr)),
+        ((pc - rc) / nc - (pr - rr) / nr - 1 / (2 * b)) ** 2
+    ),
+    "hinge": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: np.maximum(0, 1 - b * (pc - rc - pr + rr)),
     "sppo": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: (
-        (pc - rc - (w - 0.5) / b) ** 2 + (pr - rr - (0.5 - w) / b) ** 2),
-    "sigmoid_norm": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: -log_sigmoid(
-        b / nc * (pc - rc) - b / nr * (pr - rr)),
+        (pc - rc - (w - 0.5) / b) ** 2 + (pr - rr - (0.5 - w) / b) ** 2
+    ),
+    "sigmoid_norm": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: (
+        -log_sigmoid(b / nc * (pc - rc) - b / nr * (pr - rr))
+    ),
     "simpo": lambda pc, pr, rc, rr, nc, nr, w, b, e, g: -log_sigmoid(b / nc * pc - b / nr * pr - g),
-}  # fmt: skip
+}
 VARIANTS = [
-    losses.Loss("sigmoid", 0.1), losses.Loss("sigmoid", 0.01, label_smoothing=0.3),
+    losses.Loss("sigmoid", 0.1),
+    losses.Loss("sigmoid", 0.01, label_smoothing=0.3),
     losses.Loss("sigmoid", 0.5, label_smoothing=0.1, nll_weight=0.5),
-    losses.Loss("robust", 0.2, label_smoothing=0.2), losses.Loss("robust", 0.1),
-    losses.Loss("ipo", 0.1), losses.Loss("ipo", 2.0, nll_weight=1.0), losses.Loss("hinge", 0.1),
-    losses.Loss("sppo", 0.05), losses.Loss("sigmoid_norm", 5.0), losses.Loss("simpo", 2.5),
+    losses.Loss("robust", 0.2, label_smoothing=0.2),
+    losses.Loss("robust", 0.1),
+    losses.Loss("ipo", 0.1),
+    losses.Loss("ipo", 2.0, nll_weight=1.0),
+    losses.Loss("hinge", 0.1),
+    losses.Loss("sppo", 0.05),
+    losses.Loss("sigmoid_norm", 5.0),
+    losses.Loss("simpo", 2.5),
     losses.Loss("simpo", 2.0, gamma=1.2),
-]  # fmt: skip
+]
 
 
 def some_pairs(count=16):
@@ -94,10 +111,15 @@ def test_every_loss_has_its_formula_and_its_flag():
 
 @pytest.mark.parametrize(
     "wrong,word",
-    [({"name": "exo"}, "--loss"), ({"beta": 0}, "--beta"), ({"label_smoothing": 0.5}, "below 0.5"),
-     ({"name": "ipo", "label_smoothing": 0.1}, "only sigmoid and robust"),
-     ({"gamma": 1.0}, "SimPO"), ({"nll_weight": -1}, "--nll-weight")],
-)  # fmt: skip
+    [
+        ({"name": "exo"}, "--loss"),
+        ({"beta": 0}, "--beta"),
+        ({"label_smoothing": 0.5}, "below 0.5"),
+        ({"name": "ipo", "label_smoothing": 0.1}, "only sigmoid and robust"),
+        ({"gamma": 1.0}, "SimPO"),
+        ({"nll_weight": -1}, "--nll-weight"),
+    ],
+)
 def test_constants_that_make_no_sense_are_refused_by_flag(wrong, word):
     with pytest.raises(ValueError, match=word):
         losses.Loss(**wrong)
@@ -128,20 +150,34 @@ def torch_model(config, params):
     """transformers' Llama with our weights."""
     hf = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=config.vocab_size, hidden_size=32, intermediate_size=48,
-            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-            rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=256,
+            vocab_size=config.vocab_size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            rms_norm_eps=1e-5,
+            rope_theta=1e4,
+            max_position_embeddings=256,
             tie_word_embeddings=True,
         )
-    )  # fmt: skip
+    )
     d, layers = 32, params["layers"]
     state = {
         "model.embed_tokens.weight": params["embed"],
         "model.norm.weight": params["final_norm"],
     }
-    names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-             "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-             "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}  # fmt: skip
+    names = {
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+    }
     for i in range(2):
         for ours, theirs in names.items():
             w = np.asarray(layers[ours][i])
@@ -204,8 +240,10 @@ def test_training_steps_equal_torchs_optimizer_on_transformers_model(name):
     recipe = dataclasses.replace(RECIPE, optimizer=name, schedule="cosine")
     steps, pairs = 6, 4
     batches = [sequences((6, 18, 12), (4, 14, 19)), sequences((5, 7, 17), (3, 12, 6))]
-    references = {"ref_chosen": np.array([-60.0, -50.0], np.float32),
-                  "ref_rejected": np.array([-55.0, -40.0], np.float32)}  # fmt: skip
+    references = {
+        "ref_chosen": np.array([-60.0, -50.0], np.float32),
+        "ref_rejected": np.array([-55.0, -40.0], np.float32),
+    }
     ones = ("chosen_tokens", "rejected_tokens", "win_probability", "weights")
     references |= {name: np.ones(2, np.float32) for name in ones}
 

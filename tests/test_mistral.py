@@ -23,21 +23,39 @@ SHAPES = {
     # a window of 1, where a query sees itself alone; one key head for all
     "window of one": {"model_type": "mistral", "sliding_window": 1, "num_key_value_heads": 1},
     # heads wider than hidden_size / heads, tied
-    "wide heads": {"model_type": "mistral", "sliding_window": None, "head_dim": 24,
-                   "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
+    "wide heads": {
+        "model_type": "mistral",
+        "sliding_window": None,
+        "head_dim": 24,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+    },
     # narrower ones, in a window
     "narrow heads": {"model_type": "mistral", "sliding_window": 5, "head_dim": 4},
     # SmolLM2's kind: llama, tied, 9 query heads on 3
-    "llama": {"model_type": "llama", "rope_theta": 1e5, "tie_word_embeddings": True,
-              "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3},
+    "llama": {
+        "model_type": "llama",
+        "rope_theta": 1e5,
+        "tie_word_embeddings": True,
+        "hidden_size": 36,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
     # llama without grouping
     "llama plain": {"model_type": "llama", "num_key_value_heads": 4, "rms_norm_eps": 1e-6},
-}  # fmt: skip
+}
 BASE = {
-    "vocab_size": 67, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-    "max_position_embeddings": 64, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
 
 
 @dataclasses.dataclass
@@ -247,10 +265,17 @@ def test_init_abstract_and_logical_axes_describe_the_same_tree(name):
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, params, again)))
 
 
-@pytest.mark.parametrize("name, sizes", [
-    ("window", (4, 1, 1)), ("window", (1, 4, 1)), ("grouped", (1, 1, 4)), ("llama", (1, 2, 2)),
-    ("window", (2, 1, 2)), ("llama", (1, 1, 4)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("window", (4, 1, 1)),
+        ("window", (1, 4, 1)),
+        ("grouped", (1, 1, 4)),
+        ("llama", (1, 2, 2)),
+        ("window", (2, 1, 2)),
+        ("llama", (1, 1, 4)),
+    ],
+)
 def test_a_mesh_of_four_devices_gives_the_same_logits(name, sizes):
     pair, tokens_bt = make_pair(name), random_tokens(4, 16)
     valid_bt = np.arange(16) < np.array([[16], [9], [12], [4]])

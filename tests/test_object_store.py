@@ -50,8 +50,15 @@ def server(tmp_path_factory):
         port = free.getsockname()[1]
     url = f"http://localhost:{port}"
     log = open(tmp_path_factory.mktemp("server") / "log", "w")
-    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--in-memory",
-               f"--port={port}", "--default-bucket=bucket"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "gcp_storage_emulator",
+        "start",
+        "--in-memory",
+        f"--port={port}",
+        "--default-bucket=bucket",
+    ]
     process = subprocess.Popen(command, stdout=log, stderr=log)
     while process.poll() is None:
         with socket.socket() as probe:
@@ -74,9 +81,12 @@ def on(server, tmp_path):
 
     def on(machine, *argv, code=0):
         run = subprocess.run(
-            [sys.executable, *argv], capture_output=True, text=True, timeout=300,
+            [sys.executable, *argv],
+            capture_output=True,
+            text=True,
+            timeout=300,
             env=os.environ | server | {"XDG_CACHE_HOME": str(tmp_path / machine)},
-        )  # fmt: skip
+        )
         assert run.returncode == code, run.stderr[-2000:]
         return run.stdout
 
@@ -90,26 +100,50 @@ def read(on, *paths):
 
 def write_ranked(path):
     rows = [
-        {"prompt_id": str(i), "prompt": f"Say {i}.", "scores": [0.1 * i, 0.5],
-         "responses": [{"text": f"an {i}"}, {"text": "so" if i != 3 else ""}]}
+        {
+            "prompt_id": str(i),
+            "prompt": f"Say {i}.",
+            "scores": [0.1 * i, 0.5],
+            "responses": [{"text": f"an {i}"}, {"text": "so" if i != 3 else ""}],
+        }
         for i in range(6)
-    ]  # fmt: skip
+    ]
     return tiny.write_jsonl(path, rows)
 
 
 def test_pairs_of_a_bucket_go_into_a_bucket_as_they_do_onto_a_disk(on, tmp_path):
-    local = ["--ranked", write_ranked(tmp_path / "ranked.jsonl"), "--test-count", "1",
-             "--out", f"{tmp_path}/pairs.jsonl"]  # fmt: skip
+    local = [
+        "--ranked",
+        write_ranked(tmp_path / "ranked.jsonl"),
+        "--test-count",
+        "1",
+        "--out",
+        f"{tmp_path}/pairs.jsonl",
+    ]
     assert records.run(pairs.main, pairs.Args, local) == 0
     on("here", "-c", COPY, str(tmp_path), "gs://bucket/run")
-    remote = ["-m", "stages.pairs", "--ranked", "gs://bucket/run/ranked.jsonl", "--test-count", "1",
-              "--out", "gs://bucket/out/pairs.jsonl", "--parquet", "gs://bucket/out/dataset",
-              "--iteration", "1"]  # fmt: skip
+    remote = [
+        "-m",
+        "stages.pairs",
+        "--ranked",
+        "gs://bucket/run/ranked.jsonl",
+        "--test-count",
+        "1",
+        "--out",
+        "gs://bucket/out/pairs.jsonl",
+        "--parquet",
+        "gs://bucket/out/dataset",
+        "--iteration",
+        "1",
+    ]
     shown = on("here", *remote)
     assert "train_iteration_1-00000-of-00001.parquet: " in shown
     names = "pairs.jsonl", "pairs.test.jsonl", "pairs.jsonl.set_aside.jsonl"
-    *there, manifest = read(on, *(f"gs://bucket/out/{name}" for name in names),
-                            "gs://bucket/out/pairs.jsonl.manifest.json")  # fmt: skip
+    *there, manifest = read(
+        on,
+        *(f"gs://bucket/out/{name}" for name in names),
+        "gs://bucket/out/pairs.jsonl.manifest.json",
+    )
     assert there == [(tmp_path / name).read_text() for name in names]
     manifest = json.loads(manifest)
     ours = json.loads((tmp_path / "pairs.jsonl.manifest.json").read_text())
@@ -148,9 +182,24 @@ def test_a_training_in_a_bucket_stops_on_one_machine_and_ends_on_another(on, tmp
     on("here", "-c", COPY, str(disk), "gs://bucket/train")
 
     def train(machine, folder, *more, code=0):
-        argv = ["--checkpoint", f"{folder}/model", "--pairs", f"{folder}/pairs.jsonl", "--out",
-                f"{folder}/out", "--batch-size", "2", "--micro-batch-size", "2", "--epochs", "2",
-                "--learning-rate", "1e-3", "--save-every", "3"]  # fmt: skip
+        argv = [
+            "--checkpoint",
+            f"{folder}/model",
+            "--pairs",
+            f"{folder}/pairs.jsonl",
+            "--out",
+            f"{folder}/out",
+            "--batch-size",
+            "2",
+            "--micro-batch-size",
+            "2",
+            "--epochs",
+            "2",
+            "--learning-rate",
+            "1e-3",
+            "--save-every",
+            "3",
+        ]
         return on(machine, *more, *argv, code=code)
 
     train("here", disk, "-m", "stages.dpo")
@@ -167,9 +216,11 @@ def test_a_training_in_a_bucket_stops_on_one_machine_and_ends_on_another(on, tmp
     shown = train("there", "gs://bucket/train", "-m", "stages.dpo")
     assert "going on after step 5 of 8" in shown
     manifest, logged, work = read(
-        on, "gs://bucket/train/out/manifest.json", "gs://bucket/train/out.log/metrics.jsonl",
+        on,
+        "gs://bucket/train/out/manifest.json",
+        "gs://bucket/train/out.log/metrics.jsonl",
         "gs://bucket/train/out.work",
-    )  # fmt: skip
+    )
     unbroken = json.loads((disk / "out" / "manifest.json").read_text())
     assert json.loads(manifest)["identity"] == unbroken["identity"]
     assert [json.loads(line)["step"] for line in logged.splitlines()] == list(range(1, 9))
@@ -180,8 +231,20 @@ def test_a_training_in_a_bucket_stops_on_one_machine_and_ends_on_another(on, tmp
         "--prompts",
         "gs://bucket/train/pairs.jsonl",
     ]
-    on("there", "-m", "stages.sample", *answers, "--out", "gs://bucket/train/samples.jsonl",
-       "--n", "1", "--max-new-tokens", "4", "--slots", "4")  # fmt: skip
+    on(
+        "there",
+        "-m",
+        "stages.sample",
+        *answers,
+        "--out",
+        "gs://bucket/train/samples.jsonl",
+        "--n",
+        "1",
+        "--max-new-tokens",
+        "4",
+        "--slots",
+        "4",
+    )
     assert read(on, "gs://bucket/train/samples.jsonl")[0].count("\n") == len(rows)
 
 

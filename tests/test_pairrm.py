@@ -71,9 +71,12 @@ def compare_all(ours, theirs, prompts):
 def test_every_distance_has_the_bucket_that_transformers_gives_it(buckets, furthest):
     from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
-    config = deberta_from_hf(encoder_config(
-        {**tiny_pairrm.TINY, "position_buckets": buckets, "max_position_embeddings": furthest}, 800
-    ))  # fmt: skip
+    config = deberta_from_hf(
+        encoder_config(
+            {**tiny_pairrm.TINY, "position_buckets": buckets, "max_position_embeddings": furthest},
+            800,
+        )
+    )
     distance = torch.arange(-2599, 2600)
     theirs = make_log_bucket_position(distance, buckets, furthest).long() + buckets
     np.testing.assert_array_equal(
@@ -90,9 +93,9 @@ def test_hidden_states_equal_transformers_at_any_length_padded_or_not(tmp_path, 
     theirs = AutoModel.from_pretrained(f"{folder}-encoder").eval()
     state = safetensors.torch.load_file(folder / "model.safetensors")
     theirs.resize_token_embeddings(model.config.encoder.vocab_size)
-    theirs.load_state_dict({
-        k.removeprefix("pretrained_model."): v for k, v in state.items() if "head" not in k
-    })  # fmt: skip
+    theirs.load_state_dict(
+        {k.removeprefix("pretrained_model."): v for k, v in state.items() if "head" not in k}
+    )
     rng = np.random.default_rng(0)
     for length, padded in ((1, 4), (17, 17), (100, 128), (300, 320), (700, 704)):
         ids = rng.integers(4, 700, (2, padded))
@@ -102,9 +105,12 @@ def test_hidden_states_equal_transformers_at_any_length_padded_or_not(tmp_path, 
             expected = theirs(torch.tensor(ids), torch.tensor(mask.astype(np.int64)))[0].numpy()
         read = np.stack([np.zeros(2), lengths // 2, lengths - 1], 1).astype(np.int32)
         found = deberta.encode(
-            model.copies[0]["encoder"], model.config.encoder, jnp.asarray(ids, jnp.int32),
-            jnp.asarray(lengths, jnp.int32), jnp.asarray(read),
-        )  # fmt: skip
+            model.copies[0]["encoder"],
+            model.config.encoder,
+            jnp.asarray(ids, jnp.int32),
+            jnp.asarray(lengths, jnp.int32),
+            jnp.asarray(read),
+        )
         for row in range(2):
             np.testing.assert_allclose(found[row], expected[row, read[row]], atol=1e-4)
 
@@ -117,8 +123,13 @@ def test_the_kernel_for_tpus_computes_the_same_attention(length, buckets):
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    arrays = (normal(n, b, t, h), normal(n, b, h, t), normal(n, b, t, h), normal(n, h, 2 * buckets),
-              normal(n, 2 * buckets, h))  # fmt: skip
+    arrays = (
+        normal(n, b, t, h),
+        normal(n, b, h, t),
+        normal(n, b, t, h),
+        normal(n, h, 2 * buckets),
+        normal(n, 2 * buckets, h),
+    )
     rows, tokens = deberta.relative_rows(config, t), np.arange(t)
     rows_bts = jnp.asarray(rows[t - 1 + tokens[:, None] - tokens][None])
     real_bs = jnp.asarray(tokens < np.array([[t], [t - 50]]))
@@ -151,12 +162,18 @@ def test_the_kernel_is_for_tpus_that_can_roll_with_a_stride():
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"conv_kernel_size": 3}, "conv_kernel_size"), ({"pos_att_type": "c2p"}, "pos_att_type"),
-     ({"share_att_key": False}, "share_att_key"), ({"hidden_act": "relu"}, "hidden_act"),
-     ({"position_biased_input": True}, "position_biased_input"),
-     ({"model_type": "bert"}, "model_type"), ({"embedding_size": 16}, "embedding_size"),
-     ({"position_buckets": -1}, "position_buckets"), ({"num_attention_heads": 3}, "heads")],
-)  # fmt: skip
+    [
+        ({"conv_kernel_size": 3}, "conv_kernel_size"),
+        ({"pos_att_type": "c2p"}, "pos_att_type"),
+        ({"share_att_key": False}, "share_att_key"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"position_biased_input": True}, "position_biased_input"),
+        ({"model_type": "bert"}, "model_type"),
+        ({"embedding_size": 16}, "embedding_size"),
+        ({"position_buckets": -1}, "position_buckets"),
+        ({"num_attention_heads": 3}, "heads"),
+    ],
+)
 def test_an_encoder_that_is_not_built_is_refused_by_name(change, word):
     config = encoder_config(tiny_pairrm.TINY, 800) | change
     with pytest.raises(ConfigError, match=word):
@@ -189,11 +206,13 @@ def real_texts(data):
 
 @pytest.mark.parametrize(
     ("sizes", "count"),
-    [pytest.param(tiny_pairrm.TINY, 12, id="tiny, a few"),
-     pytest.param(tiny_pairrm.TINY, 200, id="tiny", marks=pytest.mark.heavy),
-     pytest.param(tiny_pairrm.MIDDLE, 200, id="middle", marks=pytest.mark.heavy),
-     pytest.param(LARGE, 8, id="PairRM's size", marks=pytest.mark.heavy)],
-)  # fmt: skip
+    [
+        pytest.param(tiny_pairrm.TINY, 12, id="tiny, a few"),
+        pytest.param(tiny_pairrm.TINY, 200, id="tiny", marks=pytest.mark.heavy),
+        pytest.param(tiny_pairrm.MIDDLE, 200, id="middle", marks=pytest.mark.heavy),
+        pytest.param(LARGE, 8, id="PairRM's size", marks=pytest.mark.heavy),
+    ],
+)
 def test_every_logit_score_and_rank_equals_llm_blenders_on_real_answers(
     tmp_path, data, real_texts, sizes, count
 ):
@@ -211,8 +230,13 @@ def test_every_logit_score_and_rank_equals_llm_blenders_on_real_answers(
 def test_a_logit_depends_on_its_own_texts_alone(both):
     ours = both[0]
     encoded = [ours.encode(source, answers) for source, answers in ODD]
-    asked = [(e, i, j) for e in encoded for i in range(len(e.candidates))
-             for j in range(len(e.candidates)) if i != j]  # fmt: skip
+    asked = [
+        (e, i, j)
+        for e in encoded
+        for i in range(len(e.candidates))
+        for j in range(len(e.candidates))
+        if i != j
+    ]
     together = ours.logits(asked)
     alone = [ours.logits([comparison])[0] for comparison in asked]
     backwards = ours.logits(asked[::-1])[::-1]
@@ -233,8 +257,13 @@ def test_all_devices_compute_and_the_logits_are_those_of_one(both, tiny, monkeyp
 
     monkeypatch.setattr(pairrm, "compare", compare)
     encoded = [model.encode(source, answers) for source, answers in ODD]
-    asked = [(e, i, j) for e in encoded for i in range(len(e.candidates))
-             for j in range(len(e.candidates)) if i != j]  # fmt: skip
+    asked = [
+        (e, i, j)
+        for e in encoded
+        for i in range(len(e.candidates))
+        for j in range(len(e.candidates))
+        if i != j
+    ]
     found = model.logits(asked * 4)
     assert set(used) == set(devices)
     np.testing.assert_allclose(found, ours.logits(asked) * 4, atol=1e-5)
@@ -280,10 +309,19 @@ def test_on_an_accelerator_each_length_is_one_shape(tiny, both):
 
 @pytest.mark.parametrize(
     "text",
-    ["<|source|>", "a <|candidate1|> b", "<|candidate2|><|candidate|><|source|>",
-     "<<|source|>|source|>", "＜|source|＞ <｜source｜>", "<|source|>\u0338",
-     "\u0338 slashed", "[MASK]\u007f<|source|>", "［SEP］ <|\u00adsource|>", "<|candidate|\u200b>"],
-)  # fmt: skip
+    [
+        "<|source|>",
+        "a <|candidate1|> b",
+        "<|candidate2|><|candidate|><|source|>",
+        "<<|source|>|source|>",
+        "＜|source|＞ <｜source｜>",
+        "<|source|>\u0338",
+        "\u0338 slashed",
+        "[MASK]\u007f<|source|>",
+        "［SEP］ <|\u00adsource|>",
+        "<|candidate|\u200b>",
+    ],
+)
 def test_a_users_text_never_becomes_a_marker(both, text):
     layout = both[0].layout
     encoded = layout.encode(text, [text, f"fine {text}"])
@@ -392,14 +430,23 @@ def damage(folder, tiny, what):
 
 @pytest.mark.parametrize(
     ("what", "words"),
-    [("missing", "query_proj.weight is missing"), ("extra", "conv.weight has no place"),
-     ("shape", "query_proj.weight is [3, 32]"), ("another model", "not PairRM's"),
-     ("settings", "not PairRM's"), ("encoder", "nowhere"), ("weights", "pytorch_model.bin"),
-     ("cut off", "download it again"), ("pickle", "pytorch_model.bin is damaged"),
-     ("tokenizer", "spm.model"), ("config", "config.json is missing"),
-     ("vocabulary", "belong to different models"), ("length", "source_length is '1224'"),
-     ("not finite", "not finite")],
-)  # fmt: skip
+    [
+        ("missing", "query_proj.weight is missing"),
+        ("extra", "conv.weight has no place"),
+        ("shape", "query_proj.weight is [3, 32]"),
+        ("another model", "not PairRM's"),
+        ("settings", "not PairRM's"),
+        ("encoder", "nowhere"),
+        ("weights", "pytorch_model.bin"),
+        ("cut off", "download it again"),
+        ("pickle", "pytorch_model.bin is damaged"),
+        ("tokenizer", "spm.model"),
+        ("config", "config.json is missing"),
+        ("vocabulary", "belong to different models"),
+        ("length", "source_length is '1224'"),
+        ("not finite", "not finite"),
+    ],
+)
 def test_a_folder_that_is_no_pairrm_is_refused_with_its_fault(tiny, tmp_path, what, words):
     with pytest.raises(PairrmError) as error:
         model = PairRM(damage(tmp_path / "model", tiny, what))
@@ -436,8 +483,10 @@ def test_bf16_mostly_ranks_as_fp32_does(tmp_path, data, real_texts):
         same.append(np.argsort(a).tolist() == np.argsort(b).tolist())
         apart.append(np.abs(a - b).max())
         spread.append(np.ptp(a))
-    print(f"bf16: the same order for {sum(same)} of {len(same)} prompts, scores apart by "
-          f"{np.mean(apart):.3f} on average, of a spread of {np.mean(spread):.2f}")  # fmt: skip
+    print(
+        f"bf16: the same order for {sum(same)} of {len(same)} prompts, scores apart by "
+        f"{np.mean(apart):.3f} on average, of a spread of {np.mean(spread):.2f}"
+    )
     assert np.mean(same) > 0.8
 
 

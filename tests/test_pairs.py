@@ -102,10 +102,15 @@ def test_a_pair_holds_the_published_columns_and_what_was_sampled(capsys, tmp_pat
     source = ranked(
         tmp_path / "ranked.jsonl",
         {
-            "prompt_id": "a", "prompt": "Q?", "prompt_token_ids": [1, 2], "responses": responses,
-            "scores": [3, -1.25, 0], "comparisons": comparisons, "topic": {"deep": ["kept", None]},
+            "prompt_id": "a",
+            "prompt": "Q?",
+            "prompt_token_ids": [1, 2],
+            "responses": responses,
+            "scores": [3, -1.25, 0],
+            "comparisons": comparisons,
+            "topic": {"deep": ["kept", None]},
         },
-    )  # fmt: skip
+    )
     assert run(capsys, source, out)[0] == 0
     user = {"role": "user", "content": "Q?"}
     assert read(out) == [
@@ -172,9 +177,11 @@ def test_every_prompt_is_a_pair_or_set_aside_with_its_reason(capsys, tmp_path, o
     ties = sum(len(set(r["scores"])) == 1 for r in many())
     assert ties > 5
     assert counts_of(out) == {
-        "in": 201, "out": 200 - ties, "merged: the same prompt again": 1,
+        "in": 201,
+        "out": 200 - ties,
+        "merged: the same prompt again": 1,
         "set aside: all scores tie": ties,
-    }  # fmt: skip
+    }
     aside = read(f"{out}.set_aside.jsonl")
     assert len(aside) == ties and {a["reason"] for a in aside} == {"all scores tie"}
     assert f"{ties} set aside: all scores tie" in stdout
@@ -189,8 +196,11 @@ def test_the_manifest_carries_the_lineage(capsys, tmp_path, out):
     run(capsys, source, out, "--seed", 3)
     manifest = records.read_manifest(str(out))
     assert manifest.identities == {
-        "model": "m", "tokenizer": "t", "chat_template": "c", "ranker": "r",
-    }  # fmt: skip
+        "model": "m",
+        "tokenizer": "t",
+        "chat_template": "c",
+        "ranker": "r",
+    }
     assert manifest.stage == "pairs" and manifest.arguments["seed"] == 3
     assert manifest.inputs == {str(source): records.file_sha256(str(source))}
     assert manifest.results["chosen_mean_score"] == 5.5

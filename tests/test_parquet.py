@@ -31,10 +31,14 @@ SYSTEM = [
 
 def ranked(path: Path, n: int) -> Path:
     rows = [
-        {"prompt": f"prompt {i}", "scores": [i, -1.5, 0.1], "topic": i,
-         "responses": [{"text": f"{i} {t}", "token_ids": [i]} for t in ("a 😀", "b\u2028", "c")]}
+        {
+            "prompt": f"prompt {i}",
+            "scores": [i, -1.5, 0.1],
+            "topic": i,
+            "responses": [{"text": f"{i} {t}", "token_ids": [i]} for t in ("a 😀", "b\u2028", "c")],
+        }
         for i in range(1, n)
-    ]  # fmt: skip
+    ]
     rows.append({"messages": SYSTEM, "scores": [2, 1], "responses": [{"text": t} for t in "xy"]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -80,15 +84,19 @@ def test_datasets_reads_the_published_columns_and_the_splits_from_the_names(tmp_
     for iteration, out in ((1, first), (2, second)):
         for split, path in (("train", out), ("test", out.with_suffix(".test.jsonl"))):
             loaded = datasets.load_dataset(
-                str(tmp_path / "hub"), split=f"{split}_iteration_{iteration}",
+                str(tmp_path / "hub"),
+                split=f"{split}_iteration_{iteration}",
                 cache_dir=str(tmp_path / "cache"),
-            )  # fmt: skip
+            )
             assert loaded.features == datasets.Features(PUBLISHED)
             expected = [{name: row[name] for name in PUBLISHED} for row in read(path)]
             assert loaded.to_list() == expected
     assert datasets.get_dataset_split_names(str(tmp_path / "hub")) == [
-        "train_iteration_1", "test_iteration_1", "train_iteration_2", "test_iteration_2",
-    ]  # fmt: skip
+        "train_iteration_1",
+        "test_iteration_1",
+        "train_iteration_2",
+        "test_iteration_2",
+    ]
 
 
 def test_written_files_are_whole_and_belong_to_their_pairs(tmp_path, capsys):
@@ -97,8 +105,9 @@ def test_written_files_are_whole_and_belong_to_their_pairs(tmp_path, capsys):
     path = Path(parquet.write_split(str(out), str(folder), "train_iteration_1"))
     assert "finished already" in capsys.readouterr().out
     assert sorted(p.name for p in path.parent.iterdir()) == [
-        "test_iteration_1-00000-of-00001.parquet", "train_iteration_1-00000-of-00001.parquet",
-    ]  # fmt: skip
+        "test_iteration_1-00000-of-00001.parquet",
+        "train_iteration_1-00000-of-00001.parquet",
+    ]
     with out.open("a") as file:
         file.write(out.read_text().split("\n")[0] + "\n")
     with pytest.raises(UserError, match="exists from other pairs"):
@@ -191,12 +200,14 @@ def test_unusable_rows_are_set_aside_and_repeated_ones_merged(tmp_path):
     parquet.read_dataset(write(tmp_path / "d", rows), str(tmp_path / "o.jsonl"))
     assert [row["prompt_id"] for row in read(tmp_path / "o.jsonl")] == ["1", "1#2"]
     assert records.read_manifest(str(tmp_path / "o.jsonl")).counts == {
-        "in": 8, "out": 2, "merged: the same row again": 2,
+        "in": 8,
+        "out": 2,
+        "merged: the same row again": 2,
         "set aside: chosen and rejected are the same text": 1,
         "set aside: an answer is empty": 1,
         "set aside: chosen and rejected answer different conversations": 1,
         "set aside: there is no user turn to answer": 1,
-    }  # fmt: skip
+    }
 
 
 def test_prompts_alone(tmp_path):
@@ -205,8 +216,9 @@ def test_prompts_alone(tmp_path):
     folder = write(tmp_path / "d", rows)
     parquet.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"))
     assert read(tmp_path / "p.jsonl") == [
-        {"prompt_id": "x", "prompt": "a"}, {"prompt_id": "y", "prompt": "b"},
-    ]  # fmt: skip
+        {"prompt_id": "x", "prompt": "a"},
+        {"prompt_id": "y", "prompt": "b"},
+    ]
     counts = records.read_manifest(str(tmp_path / "p.jsonl")).counts
     assert counts["merged: the same prompt again"] == 1
     assert counts["set aside: the prompt is empty"] == 1

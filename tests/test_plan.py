@@ -22,8 +22,13 @@ from stages.records import UserError
 MISTRAL = ["", "mistralai/Mistral-7B-Instruct-v0.2", ""]
 DECODER = arithmetic.Decoder(model_config(MISTRAL))
 LENGTHS = arithmetic.Lengths(prompt=200, answer=400, longest_prompt=512)
-SMALL = MISTRAL_7B | {"num_hidden_layers": 2, "hidden_size": 512, "intermediate_size": 1024,
-                      "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
+SMALL = MISTRAL_7B | {
+    "num_hidden_layers": 2,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 
 
 def plan_of(recipe="snorkel-mistral-7b", topology="v5p:2x2x1", **flags):
@@ -35,17 +40,28 @@ def plan_of(recipe="snorkel-mistral-7b", topology="v5p:2x2x1", **flags):
 
 
 def plan_command(*words, **environment):
-    return subprocess.run([sys.executable, "-m", "stages.plan", *words], capture_output=True,
-                          text=True, env={**os.environ, **environment})  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "stages.plan", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
 
 
 # -------------------------------------------------------------------------------- chips
 
 
 @pytest.mark.parametrize(
-    "topology,size,hosts", [("v5p:2x2x1", 4, 1), ("v5e:2x4", 8, 1), ("v5e:4x4", 16, 4),
-                            ("v6e:2x4", 8, 1), ("h100:8", 8, 1), ("h100:16", 16, 2)]
-)  # fmt: skip
+    "topology,size,hosts",
+    [
+        ("v5p:2x2x1", 4, 1),
+        ("v5e:2x4", 8, 1),
+        ("v5e:4x4", 16, 4),
+        ("v6e:2x4", 8, 1),
+        ("h100:8", 8, 1),
+        ("h100:16", 16, 2),
+    ],
+)
 def test_a_topology_is_read(topology, size, hosts):
     on = chips.parse(topology)
     assert (on.size, on.hosts, str(on)) == (size, hosts, topology)
@@ -66,9 +82,12 @@ def test_an_axis_of_two_chips_has_one_link_a_longer_one_two():
 
 def test_jax_names_of_devices_find_their_chips():
     for kind, name in (
-        ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"),
-        ("NVIDIA A100-SXM4-80GB", "a100-80"), ("NVIDIA H100 80GB HBM3", "h100"),
-    ):  # fmt: skip
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+    ):
         assert chips.of_kind(kind).name == name
     assert chips.of_kind("cpu") is None
 
@@ -279,9 +298,11 @@ def test_efficiency_is_a_number_or_a_file_over_what_is_assumed(tmp_path):
 
 def test_a_runs_own_times_stand_beside_the_plans(tmp_path, capsys):
     for folder, name, seconds in (
-        ("start", "heldout.samples.jsonl", 20.0), ("iteration_1", "samples.jsonl", 50.0),
-        ("iteration_1", "heldout.samples.jsonl", 30.0), ("iteration_1", "kl_to_start.json", None),
-    ):  # fmt: skip
+        ("start", "heldout.samples.jsonl", 20.0),
+        ("iteration_1", "samples.jsonl", 50.0),
+        ("iteration_1", "heldout.samples.jsonl", 30.0),
+        ("iteration_1", "kl_to_start.json", None),
+    ):
         (tmp_path / folder).mkdir(exist_ok=True)
         manifest = records.Manifest("sample", {}, {}, {}, seconds=seconds)
         manifest.write(str(tmp_path / folder / f"{name}.manifest.json"))

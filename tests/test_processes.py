@@ -18,29 +18,79 @@ from tests import tiny, tiny_pairrm
 
 # No top-p: of two thousand draws from near-uniform distributions, rounding decides at its border
 # whether a token is kept now and then. With seed 0 a draw falls within 1e-7 of another token's.
-DRAWS = ["--n", "3", "--max-new-tokens", "12", "--temperature", "1", "--top-p", "1", "--slots", "4",
-         "--seed", "1"]  # fmt: skip
+DRAWS = [
+    "--n",
+    "3",
+    "--max-new-tokens",
+    "12",
+    "--temperature",
+    "1",
+    "--top-p",
+    "1",
+    "--slots",
+    "4",
+    "--seed",
+    "1",
+]
 
 
 def start(stage, argv, process_id, port, processes=2):
-    argv = [*argv, "--coordinator", f"localhost:{port}", "--processes", str(processes),
-            "--process-id", str(process_id)]  # fmt: skip
+    argv = [
+        *argv,
+        "--coordinator",
+        f"localhost:{port}",
+        "--processes",
+        str(processes),
+        "--process-id",
+        str(process_id),
+    ]
     # A device a process: on CPU several may lock, see sharding/processes.py.
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    return subprocess.Popen([sys.executable, "-m", f"stages.{stage}", *argv], env=environment,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", f"stages.{stage}", *argv],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def sample_argv(folder, out, *more) -> list[str]:
-    return ["--checkpoint", f"{folder}/model", "--prompts", f"{folder}/prompts.jsonl",
-            "--out", f"{folder}/{out}", *DRAWS, *more]  # fmt: skip
+    return [
+        "--checkpoint",
+        f"{folder}/model",
+        "--prompts",
+        f"{folder}/prompts.jsonl",
+        "--out",
+        f"{folder}/{out}",
+        *DRAWS,
+        *more,
+    ]
 
 
 def dpo_argv(folder, out, *more) -> list[str]:
-    return ["--checkpoint", f"{folder}/model", "--pairs", f"{folder}/pairs.jsonl",
-            "--out", f"{folder}/{out}", "--learning-rate", "1e-3", "--batch-size", "8",
-            "--micro-batch-size", "4", "--epochs", "2", "--warmup-ratio", "0", "--max-length",
-            "128", "--max-prompt-length", "96", *more]  # fmt: skip
+    return [
+        "--checkpoint",
+        f"{folder}/model",
+        "--pairs",
+        f"{folder}/pairs.jsonl",
+        "--out",
+        f"{folder}/{out}",
+        "--learning-rate",
+        "1e-3",
+        "--batch-size",
+        "8",
+        "--micro-batch-size",
+        "4",
+        "--epochs",
+        "2",
+        "--warmup-ratio",
+        "0",
+        "--max-length",
+        "128",
+        "--max-prompt-length",
+        "96",
+        *more,
+    ]
 
 
 def ended(running) -> list[str]:
@@ -77,8 +127,10 @@ def folder(tmp_path_factory):
     for i in range(20):
         row = {"prompt_id": str(i), "prompt": f"What is the model of {i}?"}
         for side, text in (("chosen", "It answers " * (1 + i % 4)), ("rejected", "x" * (1 + i))):
-            row[side] = [{"role": "user", "content": row["prompt"]},
-                         {"role": "assistant", "content": text}]  # fmt: skip
+            row[side] = [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": text},
+            ]
         pairs.append(row)
     tiny.write_jsonl(folder / "pairs.jsonl", pairs)
     assert records.run(dpo.main, dpo.Args, dpo_argv(folder, "alone")) == 0
@@ -187,8 +239,14 @@ def test_a_training_whose_process_was_killed_names_it_and_goes_on(folder, unbrok
 
 
 def rank_argv(folder, ranker, out) -> list[str]:
-    return ["--ranker", f"{folder}/{ranker}", "--samples", f"{folder}/ranks.jsonl",
-            "--out", f"{folder}/{out}"]  # fmt: skip
+    return [
+        "--ranker",
+        f"{folder}/{ranker}",
+        "--samples",
+        f"{folder}/ranks.jsonl",
+        "--out",
+        f"{folder}/{out}",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -246,11 +304,18 @@ def test_each_process_judges_a_part_of_the_answers(ranked, processes):
     for row in rows:
         row["responses"] = row["responses"][1:]
     tiny.write_jsonl(ranked / "theirs.jsonl", rows)
-    given = ["--outputs", f"{ranked}/ours.jsonl", "--baseline", f"{ranked}/theirs.jsonl",
-             "--ranker", f"{ranked}/pairrm"]  # fmt: skip
+    given = [
+        "--outputs",
+        f"{ranked}/ours.jsonl",
+        "--baseline",
+        f"{ranked}/theirs.jsonl",
+        "--ranker",
+        f"{ranked}/pairrm",
+    ]
     alone, one = evaluated(ranked, "compare", "judged.1.json", *given)
-    found, several = evaluated(ranked, "compare", f"judged.{processes}.json", *given,
-                               processes=processes)  # fmt: skip
+    found, several = evaluated(
+        ranked, "compare", f"judged.{processes}.json", *given, processes=processes
+    )
     margins = [[x.pop("margin") for x in content["per_instruction"]] for content in (found, alone)]
     np.testing.assert_allclose(*margins, rtol=0, atol=1e-5)
     assert len(margins[0]) == 9 and np.abs(margins[0]).max() > 1e-3
@@ -272,10 +337,27 @@ def test_the_divergence_is_computed_by_all(folder, processes):
 @pytest.mark.heavy
 def test_the_answers_to_a_benchmark_are_sampled_by_all(folder):
     def argv(out):
-        return ["outputs", "--checkpoint", f"{folder}/model", "--benchmark",
-                f"{folder}/benchmark.jsonl", "--out", f"{folder}/{out}", "--best-of", "3",
-                "--ranker", f"{folder}/longest.py:reward", "--max-new-tokens", "12",
-                "--temperature", "1", "--top-p", "1", "--slots", "4"]  # fmt: skip
+        return [
+            "outputs",
+            "--checkpoint",
+            f"{folder}/model",
+            "--benchmark",
+            f"{folder}/benchmark.jsonl",
+            "--out",
+            f"{folder}/{out}",
+            "--best-of",
+            "3",
+            "--ranker",
+            f"{folder}/longest.py:reward",
+            "--max-new-tokens",
+            "12",
+            "--temperature",
+            "1",
+            "--top-p",
+            "1",
+            "--slots",
+            "4",
+        ]
 
     tiny.write_jsonl(folder / "benchmark.jsonl", tiny.read_jsonl(folder / "prompts.jsonl")[:10])
     (folder / "longest.py").write_text("def reward(prompt, answers):\n    return map(len, answers)")

@@ -16,14 +16,22 @@ ROWS = [
     {"prompt_id": "b", "prompt": "Why?", "responses": ["Because.", "Because.", "Who knows…", ""]},
     {"prompt_id": "one", "prompt": "Only one?", "responses": ["Yes."]},
     {"prompt_id": "none", "prompt": "None?", "responses": []},
-    {"prompt_id": "turns", "responses": ["Rome.", "Italy has many."], "messages": [
-        {"role": "user", "content": "Where is Italy?"},
-        {"role": "assistant", "content": "In Europe."},
-        {"role": "user", "content": "And its capital?"}]},
-    {"prompt_id": "broken", "responses": ["x", "y"], "messages": [
-        {"role": "user", "content": "One?"}, {"role": "user", "content": "Two?"}]},
+    {
+        "prompt_id": "turns",
+        "responses": ["Rome.", "Italy has many."],
+        "messages": [
+            {"role": "user", "content": "Where is Italy?"},
+            {"role": "assistant", "content": "In Europe."},
+            {"role": "user", "content": "And its capital?"},
+        ],
+    },
+    {
+        "prompt_id": "broken",
+        "responses": ["x", "y"],
+        "messages": [{"role": "user", "content": "One?"}, {"role": "user", "content": "Two?"}],
+    },
     {"prompt_id": "c", "prompt": "Long? " * 40, "responses": ["w " * 30, "short", "w x " * 90]},
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +45,15 @@ def folder(tmp_path_factory):
 
 
 def run(folder, out, *more, ranker=None):
-    argv = ["--ranker", ranker or str(folder / "pairrm"), "--samples",
-            str(folder / "samples.jsonl"), "--out", str(folder / out), *more]  # fmt: skip
+    argv = [
+        "--ranker",
+        ranker or str(folder / "pairrm"),
+        "--samples",
+        str(folder / "samples.jsonl"),
+        "--out",
+        str(folder / out),
+        *more,
+    ]
     return records.run(rank.main, rank.Args, argv)
 
 
@@ -68,16 +83,21 @@ def test_rows_gain_scores_and_the_raw_matrix_and_what_cannot_be_ranked_is_set_as
         np.testing.assert_allclose(row["scores"], (matrix - matrix.T).mean(axis=1), atol=1e-6)
     assert rows["one"]["scores"] == [0.0]
     assert rows["b"]["scores"][0] == rows["b"]["scores"][1]
-    reasons = {x["row"]["prompt_id"]: x["reason"]
-               for x in tiny.read_jsonl(folder / "base.jsonl.set_aside.jsonl")}  # fmt: skip
+    reasons = {
+        x["row"]["prompt_id"]: x["reason"]
+        for x in tiny.read_jsonl(folder / "base.jsonl.set_aside.jsonl")
+    }
     assert reasons == {"none": "no responses", "broken": "user and assistant do not take turns"}
 
 
 def test_the_manifest_records_what_the_run_reports(folder):
     found = manifest(folder, "base.jsonl")
     assert found["arguments"] == {
-        "comparisons": "full", "aggregation": "max_logits", "backend": "jax", "dtype": "fp32",
-    }  # fmt: skip
+        "comparisons": "full",
+        "aggregation": "max_logits",
+        "backend": "jax",
+        "dtype": "fp32",
+    }
     results = found["results"]
     # Pairs of different answers: 3 of a, 5 of b, 1 of turns, 3 of c.
     assert results["pairs"] == 12
@@ -159,8 +179,10 @@ def test_a_wrong_ranker_or_flag_is_told_in_one_line(folder, capsys, ranker, flag
 
 def test_what_an_earlier_ranking_left_in_a_row_is_replaced(folder, tmp_path):
     (tmp_path / "reward.py").write_text("def reward(p, r): return [float(len(x)) for x in r]")
-    rows = [row | {"comparisons": 5, "truncated": True, "score_terms": "x", "kept": 7}
-            for row in tiny.read_jsonl(folder / "samples.jsonl")]  # fmt: skip
+    rows = [
+        row | {"comparisons": 5, "truncated": True, "score_terms": "x", "kept": 7}
+        for row in tiny.read_jsonl(folder / "samples.jsonl")
+    ]
     tiny.write_jsonl(tmp_path / "samples.jsonl", rows)
     assert run(tmp_path, "out.jsonl", ranker=f"{tmp_path / 'reward.py'}:reward") == 0
     for row in by_id(tmp_path, "out.jsonl").values():

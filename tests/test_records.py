@@ -68,9 +68,13 @@ def run(capsys, prompts: Path, out: Path, *flags: str) -> tuple[int, str, str]:
 def jsonl(path: Path, *rows) -> Path:
     """A file of these lines; a str or bytes is a line as it is."""
     lines = [
-        row.encode() if isinstance(row, str) else row if isinstance(row, bytes)
-        else json.dumps(row).encode() for row in rows
-    ]  # fmt: skip
+        row.encode()
+        if isinstance(row, str)
+        else row
+        if isinstance(row, bytes)
+        else json.dumps(row).encode()
+        for row in rows
+    ]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
 
@@ -115,12 +119,17 @@ def test_every_row_is_written_set_aside_or_merged_and_counted(capsys, prompts, o
     assert [(a["row"]["prompt"], a["reason"]) for a in aside] == [("123", "no letters")]
     counts = records.read_manifest(str(out)).counts
     assert counts == {
-        "in": 8, "out": 6, "merged: the same prompt again": 1, "set aside: no letters": 1,
-    }  # fmt: skip
+        "in": 8,
+        "out": 6,
+        "merged: the same prompt again": 1,
+        "set aside: no letters": 1,
+    }
     assert "8 in, 6 out" in stdout and "1 set aside: no letters" in stdout
     assert sorted(p.name for p in out.parent.iterdir()) == [
-        "out.jsonl", "out.jsonl.manifest.json", "out.jsonl.set_aside.jsonl",
-    ]  # fmt: skip
+        "out.jsonl",
+        "out.jsonl.manifest.json",
+        "out.jsonl.set_aside.jsonl",
+    ]
 
 
 def test_the_manifest_says_what_made_the_file(capsys, prompts, out):
@@ -290,9 +299,13 @@ sys.exit(records.run(t.upper, t.Args, sys.argv[1:]))
 def start(prompts: Path, out: Path, pause: float) -> subprocess.Popen:
     command = [sys.executable, "-c", STAGE, "--prompts", str(prompts), "--out", str(out)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=Path(__file__).parents[1], env=os.environ | {"PAUSE": str(pause)},
-    )  # fmt: skip
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PAUSE": str(pause)},
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -69,19 +69,29 @@ def run(tmp_path_factory):
     for k, (name, texts) in enumerate(MODELS.items()):
         it = run / name
         if before is not None:
-            sampled = samples(it / "samples.jsonl", [[t, t + "xyz", t] for t in MODELS[before]],
-                              str(k - 1) * 64)  # fmt: skip
+            sampled = samples(
+                it / "samples.jsonl", [[t, t + "xyz", t] for t in MODELS[before]], str(k - 1) * 64
+            )
             rank.main(rank.Args(ranker, sampled, str(it / "ranked.jsonl")))
             pairs.main(pairs.Args(str(it / "ranked.jsonl"), str(it / "pairs.jsonl")))
             sha256 = {str(it / "pairs.jsonl"): records.file_sha256(str(it / "pairs.jsonl"))}
-            checkpoint(it / "checkpoint", str(k) * 64, {
-                "stage": "dpo", "arguments": {"epochs": 1}, "inputs": sha256,
-                "identities": {"model": str(k - 1) * 64, "reference": str(k - 1) * 64},
-                "counts": {"in": 4, "out": 3, "set aside: no room": 1},
-                "results": {"train_seconds": 3.0}, "seconds": 4000.0,
-            })  # fmt: skip
-            rows = [{"step": i + 1, "loss": loss, "rewards/accuracies": 0.75}
-                    for i, loss in enumerate(LOSSES[name])]  # fmt: skip
+            checkpoint(
+                it / "checkpoint",
+                str(k) * 64,
+                {
+                    "stage": "dpo",
+                    "arguments": {"epochs": 1},
+                    "inputs": sha256,
+                    "identities": {"model": str(k - 1) * 64, "reference": str(k - 1) * 64},
+                    "counts": {"in": 4, "out": 3, "set aside: no room": 1},
+                    "results": {"train_seconds": 3.0},
+                    "seconds": 4000.0,
+                },
+            )
+            rows = [
+                {"step": i + 1, "loss": loss, "rewards/accuracies": 0.75}
+                for i, loss in enumerate(LOSSES[name])
+            ]
             (it / "checkpoint.log").mkdir()
             tiny.write_jsonl(it / "checkpoint.log/metrics.jsonl", rows)
         held_out = samples(it / "heldout.samples.jsonl", [[t] for t in texts], str(k) * 64)
@@ -175,8 +185,10 @@ def test_lineage_says_what_was_made_from_what_and_what_changed_since(run, tmp_pa
     assert names["iteration_2/ranked.jsonl"] == {"iteration_2/samples.jsonl", "ranker"}
     assert "iteration_1/checkpoint" in names["iteration_2/samples.jsonl"]
     assert names["iteration_2/against_previous.json"] == {
-        "iteration_1/heldout.samples.jsonl", "iteration_2/heldout.samples.jsonl", "ranker"
-    }  # fmt: skip
+        "iteration_1/heldout.samples.jsonl",
+        "iteration_2/heldout.samples.jsonl",
+        "ranker",
+    }
     order = list(graph)
     assert all(order.index(p) < order.index(path) for path, of in names.items() for p in of)
     assert not any(node.changed for node in graph.values())

@@ -23,8 +23,9 @@ from tests.test_tpu import MISTRAL_7B
     ],
 )
 def test_everything_lies_where_it_should_on_eight_devices(meshes):
-    found = subprocess.run([sys.executable, "-m", "tests.eight_devices", *meshes],
-                           stdout=subprocess.PIPE, text=True)  # fmt: skip
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.eight_devices", *meshes], stdout=subprocess.PIPE, text=True
+    )
     print(found.stdout)
     assert found.returncode == 0
     assert "0 wrong" in found.stdout
@@ -37,8 +38,11 @@ def test_the_table_of_a_mistral_7b_training_on_four_chips():
     sections = placement.training(MISTRAL_7B, mesh, recipe, batch)
     count, norms = 7_241_732_096, 65 * 4096
     a_device = 4 * ((count - norms) // 4 + norms)
-    for title, times, counters in (("parameters", 1, 0), ("gradients", 1, 0),
-                                   ("optimizer state", 2, 8)):  # fmt: skip
+    for title, times, counters in (
+        ("parameters", 1, 0),
+        ("gradients", 1, 0),
+        ("optimizer state", 2, 8),
+    ):
         assert table.bytes_a_device(sections[title]) == times * a_device + counters
     found = {row.name: row for row in table.rows(sections["parameters"])}
     assert found["layers/down"].bytes_a_device == 32 * 14336 * 1024 * 4

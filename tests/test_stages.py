@@ -35,23 +35,67 @@ def base(tmp_path_factory):
 
 
 def run_sample(folder, *more, out="samples.jsonl", prompts="prompts.jsonl", model="model"):
-    argv = ["--checkpoint", str(folder / model), "--prompts", str(folder / prompts),
-            "--out", str(folder / out), "--n", "3", "--max-new-tokens", "12",
-            "--temperature", "1", "--slots", "4", *more]  # fmt: skip
+    argv = [
+        "--checkpoint",
+        str(folder / model),
+        "--prompts",
+        str(folder / prompts),
+        "--out",
+        str(folder / out),
+        "--n",
+        "3",
+        "--max-new-tokens",
+        "12",
+        "--temperature",
+        "1",
+        "--slots",
+        "4",
+        *more,
+    ]
     return records.run(sample.main, sample.Args, argv)
 
 
 def run_rank(folder, *more, ranker=None, out="ranked.jsonl", samples="samples.jsonl"):
-    argv = ["--ranker", ranker or f"{folder / 'reward.py'}:reward",
-            "--samples", str(folder / samples), "--out", str(folder / out), *more]  # fmt: skip
+    argv = [
+        "--ranker",
+        ranker or f"{folder / 'reward.py'}:reward",
+        "--samples",
+        str(folder / samples),
+        "--out",
+        str(folder / out),
+        *more,
+    ]
     return records.run(rank.main, rank.Args, argv)
 
 
 def run_dpo(folder, out, *more, pairs="pairs.jsonl", model="model"):
-    argv = ["--checkpoint", str(folder / model), "--pairs", str(folder / pairs), "--out", str(out),
-            "--learning-rate", "1e-3", "--batch-size", "2", "--micro-batch-size", "1",
-            "--epochs", "2", "--warmup-ratio", "0", "--max-length", "128",
-            "--max-prompt-length", "96", "--mesh", "1", "1", "-1", *more]  # fmt: skip
+    argv = [
+        "--checkpoint",
+        str(folder / model),
+        "--pairs",
+        str(folder / pairs),
+        "--out",
+        str(out),
+        "--learning-rate",
+        "1e-3",
+        "--batch-size",
+        "2",
+        "--micro-batch-size",
+        "1",
+        "--epochs",
+        "2",
+        "--warmup-ratio",
+        "0",
+        "--max-length",
+        "128",
+        "--max-prompt-length",
+        "96",
+        "--mesh",
+        "1",
+        "1",
+        "-1",
+        *more,
+    ]
     return records.run(dpo.main, dpo.Args, argv)
 
 
@@ -102,8 +146,17 @@ def test_dpo_starts_at_ln_2_learns_and_writes_a_complete_checkpoint(base, tmp_pa
     steps = [r for r in rows if "loss" in r]
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert steps[-1]["loss"] < 0.5 and steps[-1]["rewards/accuracies"] == 1
-    names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-             "logps/chosen", "logps/rejected", "grad_norm", "learning_rate"}  # fmt: skip
+    names = {
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "grad_norm",
+        "learning_rate",
+    }
     assert names <= steps[0].keys()
     for r in steps:
         assert r["rewards/margins"] == pytest.approx(
@@ -195,8 +248,9 @@ def test_sampling_that_was_stopped_goes_on_and_ends_with_the_same_answers(
     monkeypatch.undo()
     assert run_sample(base, out=tmp_path / "s.jsonl") == 0
     assert "going on after" in capsys.readouterr().out
-    for a, b in zip(tiny.read_jsonl(tmp_path / "s.jsonl"), tiny.read_jsonl(base / "samples.jsonl"),
-                    strict=True):  # fmt: skip
+    for a, b in zip(
+        tiny.read_jsonl(tmp_path / "s.jsonl"), tiny.read_jsonl(base / "samples.jsonl"), strict=True
+    ):
         for x, y in zip(a["responses"], b["responses"], strict=True):
             assert (x["token_ids"], x["finish_reason"]) == (y["token_ids"], y["finish_reason"])
             assert x["logprob"] == pytest.approx(y["logprob"], abs=1e-4)
@@ -213,10 +267,14 @@ def test_an_explicit_reference_is_used_and_recorded(base, tmp_path, capsys):
 
 def test_long_prompts_keep_the_templates_ends_and_cuts_are_counted(base, tmp_path, capsys):
     rows = [
-        {"prompt_id": "long", "prompt": "word " * 60, "chosen": talk("yes " * 40),
-         "rejected": talk("no")},
+        {
+            "prompt_id": "long",
+            "prompt": "word " * 60,
+            "chosen": talk("yes " * 40),
+            "rejected": talk("no"),
+        },
         {"prompt_id": "short", "prompt": "hi", "chosen": talk("a"), "rejected": talk("b")},
-    ]  # fmt: skip
+    ]
     tiny.write_jsonl(tmp_path / "p.jsonl", rows)
     from model.tokenizer import ChatTokenizer
 
@@ -239,9 +297,18 @@ def talk(text):
 
 
 def test_eos_is_trained_only_where_the_answer_ended_by_itself(base, tmp_path):
-    rows = [{"prompt_id": "x", "prompt": "hi", "chosen": talk("a"), "rejected": talk("b"),
-             "chosen_token_ids": [70], "chosen_finish_reason": "length",
-             "rejected_token_ids": [71], "rejected_finish_reason": "stop"}]  # fmt: skip
+    rows = [
+        {
+            "prompt_id": "x",
+            "prompt": "hi",
+            "chosen": talk("a"),
+            "rejected": talk("b"),
+            "chosen_token_ids": [70],
+            "chosen_finish_reason": "length",
+            "rejected_token_ids": [71],
+            "rejected_finish_reason": "stop",
+        }
+    ]
     tiny.write_jsonl(tmp_path / "p.jsonl", rows)
     from model.tokenizer import ChatTokenizer
 
@@ -253,8 +320,12 @@ def test_eos_is_trained_only_where_the_answer_ended_by_itself(base, tmp_path):
 
 def test_pairs_that_cannot_be_trained_on_are_set_aside_with_their_reason(base, tmp_path, capsys):
     rows = tiny.read_jsonl(base / "pairs.jsonl")
-    rows[0] |= {"chosen_token_ids": [5], "rejected_token_ids": [5],
-                "chosen_finish_reason": "stop", "rejected_finish_reason": "stop"}  # fmt: skip
+    rows[0] |= {
+        "chosen_token_ids": [5],
+        "rejected_token_ids": [5],
+        "chosen_finish_reason": "stop",
+        "rejected_finish_reason": "stop",
+    }
     rows[1] |= {"chosen_token_ids": [], "chosen_finish_reason": "length"}
     for row in rows:
         row.pop("chosen_logprob")
@@ -404,21 +475,31 @@ def test_sizes_are_read_with_their_units(text, size):
 
 @pytest.mark.parametrize(
     "flags,word",
-    [(["--n", "0"], "n is 0"), (["--top-p", "2"], "top_p"), (["--max-new-tokens", "999"], "room"),
-     (["--slots", "0"], "slots"), (["--mesh", "3", "1", "1"], "mesh"),
-     (["--cache-memory", "1GiB"], "twice"), (["--share", "3", "3"], "--share"),
-     (["--min-p", "1"], "min_p")],
-)  # fmt: skip
+    [
+        (["--n", "0"], "n is 0"),
+        (["--top-p", "2"], "top_p"),
+        (["--max-new-tokens", "999"], "room"),
+        (["--slots", "0"], "slots"),
+        (["--mesh", "3", "1", "1"], "mesh"),
+        (["--cache-memory", "1GiB"], "twice"),
+        (["--share", "3", "3"], "--share"),
+        (["--min-p", "1"], "min_p"),
+    ],
+)
 def test_sampling_settings_that_make_no_sense_are_refused(base, tmp_path, capsys, flags, word):
     refused(capsys, run_sample(base, *flags, out=tmp_path / "s.jsonl"), word)
 
 
 @pytest.mark.parametrize(
     "flags,word",
-    [(["--beta", "0"], "--beta"), (["--epochs", "0"], "--epochs"),
-     (["--max-prompt-length", "128"], "--max-prompt-length"),
-     (["--reference", "nowhere"], "nowhere"), (["--max-prompt-length", "3"], "opening")],
-)  # fmt: skip
+    [
+        (["--beta", "0"], "--beta"),
+        (["--epochs", "0"], "--epochs"),
+        (["--max-prompt-length", "128"], "--max-prompt-length"),
+        (["--reference", "nowhere"], "nowhere"),
+        (["--max-prompt-length", "3"], "opening"),
+    ],
+)
 def test_training_settings_that_make_no_sense_are_refused(base, tmp_path, capsys, flags, word):
     refused(capsys, run_dpo(base, tmp_path / "out", *flags), word)
 

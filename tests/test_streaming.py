@@ -20,8 +20,12 @@ def peak(code: str, *argv: str) -> int:
     begins with what the parent held)."""
     told = "print(*(l for l in open('/proc/self/status') if l.startswith('VmHWM')))"
     one_device = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
-    run = subprocess.run([sys.executable, "-c", f"import sys\n{code}\n{told}", *argv],
-                         env=one_device, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\n{told}", *argv],
+        env=one_device,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert run.returncode == 0
     line = next(line for line in run.stdout.splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
@@ -58,10 +62,20 @@ def write_samples(path, count: int, answers: int = 5):
             for k in range(answers):
                 words = (WORDS[(i * answers + k + j * (1 + k)) % len(WORDS)] for j in range(100))
                 ids = [(i + k + j) % 300 + 3 for j in range(TOKENS)]
-                responses.append({"text": " ".join(words), "token_ids": ids, "logprob": -9.5,
-                                  "finish_reason": "stop"})  # fmt: skip
-            row = {"prompt_id": f"{i:064x}", "prompt": f"Question {i}?",
-                   "prompt_token_ids": [1, *range(3, 23)], "responses": responses}  # fmt: skip
+                responses.append(
+                    {
+                        "text": " ".join(words),
+                        "token_ids": ids,
+                        "logprob": -9.5,
+                        "finish_reason": "stop",
+                    }
+                )
+            row = {
+                "prompt_id": f"{i:064x}",
+                "prompt": f"Question {i}?",
+                "prompt_token_ids": [1, *range(3, 23)],
+                "responses": responses,
+            }
             file.write(json.dumps(row) + "\n")
 
 
@@ -72,11 +86,23 @@ def test_sampling_holds_the_answers_in_the_making_and_not_the_prompts(tmp_path):
     # With fewer than 10,000, what jax and the allocator keep for themselves has not all come yet.
     for count in (FEW, MANY):
         write_prompts(tmp_path / f"{count}.jsonl", count)
-        peaks.append(peak(
-            stage("sample"), "--checkpoint", f"{tmp_path}/model", "--prompts",
-            f"{tmp_path}/{count}.jsonl", "--out", f"{tmp_path}/{count}.samples.jsonl",
-            "--n", "1", "--max-new-tokens", "2", "--slots", "64",
-        ))  # fmt: skip
+        peaks.append(
+            peak(
+                stage("sample"),
+                "--checkpoint",
+                f"{tmp_path}/model",
+                "--prompts",
+                f"{tmp_path}/{count}.jsonl",
+                "--out",
+                f"{tmp_path}/{count}.samples.jsonl",
+                "--n",
+                "1",
+                "--max-new-tokens",
+                "2",
+                "--slots",
+                "64",
+            )
+        )
     # Their ids and where their rows lie in the file are kept: well below a kilobyte a prompt.
     assert growth("sample", *peaks) < 1000
     assert rows_in(tmp_path / f"{MANY}.samples.jsonl") == MANY
@@ -102,9 +128,11 @@ assert len(examples) == counts["in"] == int(sys.argv[2]) and not aside
             f"{tmp_path}/{count}.{name}.jsonl" for name in ("samples", "ranked", "pairs")
         )
         write_samples(samples, count)
-        peaks["rank"].append(peak(
-            stage("rank"), "--ranker", f"{reward}:reward", "--samples", samples, "--out", ranked
-        ))  # fmt: skip
+        peaks["rank"].append(
+            peak(
+                stage("rank"), "--ranker", f"{reward}:reward", "--samples", samples, "--out", ranked
+            )
+        )
         peaks["pairs"].append(peak(stage("pairs"), "--ranked", ranked, "--out", pairs))
         assert rows_in(pairs) == count
         peaks["dpo, pairs with tokens"].append(peak(read, pairs, str(count)))

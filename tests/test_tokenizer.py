@@ -139,8 +139,21 @@ def conversations() -> list[list[dict]]:
 def test_the_worked_example(mistral):
     prompt = mistral.prompt_ids(turns("Hello, how are you?"))
     assert prompt == [
-        1, 733, 16289, 28793, 22557, 28725, 910, 460, 368, 28804, 733, 28748, 16289, 28793,
-    ]  # fmt: skip
+        1,
+        733,
+        16289,
+        28793,
+        22557,
+        28725,
+        910,
+        460,
+        368,
+        28804,
+        733,
+        28748,
+        16289,
+        28793,
+    ]
     assert mistral.response_ids("Fine, and you?") == [24105, 28725, 304, 368, 28804]
 
 

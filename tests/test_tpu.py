@@ -11,10 +11,17 @@ from sharding.mesh import make_mesh
 from stages.plan import programs
 
 MISTRAL_7B = MistralConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, rope_theta=1e6,
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
     max_position_embeddings=32768,
-)  # fmt: skip
+)
 GIB = 2**30
 
 
@@ -30,8 +37,10 @@ def bytes_a_chip(compiled, what: str) -> float:
     memory = compiled.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    print(f"{what}: arguments {arguments / GIB:.2f}, temporary {temporary / GIB:.2f}, "
-          f"new output {new / GIB:.2f} GiB a chip")  # fmt: skip
+    print(
+        f"{what}: arguments {arguments / GIB:.2f}, temporary {temporary / GIB:.2f}, "
+        f"new output {new / GIB:.2f} GiB a chip"
+    )
     return (arguments + temporary + new) / GIB
 
 
@@ -55,11 +64,26 @@ def test_sampling_mistral_7b_fits_64_slots_of_2560_positions(name, shape, memory
 def test_a_dpo_step_of_mistral_7b_fits(name, pairs_a_chip, remat, memory, monkeypatch):
     """Pairs at --max-length 1024: a prompt of 512 tokens, two responses of 512."""
     mesh = make_mesh(1, -1, 1, devices=topology(name, monkeypatch))
-    recipe = {"learning_rate": 5e-7, "schedule": "linear", "warmup_ratio": 0.1,
-              "optimizer": "adamw", "weight_decay": 0.0, "max_grad_norm": 1.0}  # fmt: skip
+    recipe = {
+        "learning_rate": 5e-7,
+        "schedule": "linear",
+        "warmup_ratio": 0.1,
+        "optimizer": "adamw",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    }
     # A second micro-batch, which finds the gradients of the first.
-    made = programs.training(MISTRAL_7B, mesh, pairs_a_chip * mesh.size, 512, 1024, recipe,
-                             "bfloat16", remat, several=True)  # fmt: skip
+    made = programs.training(
+        MISTRAL_7B,
+        mesh,
+        pairs_a_chip * mesh.size,
+        512,
+        1024,
+        recipe,
+        "bfloat16",
+        remat,
+        several=True,
+    )
     for what, program, parts in made:
         bytes_a_chip(program, f"{name}, {pairs_a_chip} pairs a chip, {what}")
         print({part: f"{size / GIB:.2f}" for part, size in parts.items()})

@@ -17,9 +17,18 @@ from tests import tiny
 
 STEPS, PAIRS_A_STEP = 20, 4
 # Weights large enough for log-probs that differ from token to token.
-SIZE = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, initializer_range=0.08, model_type="mistral",
-            max_position_embeddings=1024, tie_word_embeddings=False)  # fmt: skip
+SIZE = dict(
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    initializer_range=0.08,
+    model_type="mistral",
+    max_position_embeddings=1024,
+    tie_word_embeddings=False,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +43,10 @@ def start(tmp_path_factory, data):
         prompt, chosen, rejected = (row[k] for k in ("prompt", "chosen", "rejected"))
         if chosen != rejected and chosen.strip() and rejected.strip():
             user = {"role": "user", "content": prompt}
-            sides = {side: [user, {"role": "assistant", "content": row[side]}]
-                     for side in ("chosen", "rejected")}  # fmt: skip
+            sides = {
+                side: [user, {"role": "assistant", "content": row[side]}]
+                for side in ("chosen", "rejected")
+            }
             rows.append({"prompt_id": str(i), "prompt": prompt} | sides)
     # The shortest: this tokenizer makes a token of nearly every letter.
     rows.sort(key=lambda row: sum(len(row[k][-1]["content"]) for k in ("chosen", "rejected")))
@@ -51,9 +62,23 @@ def start(tmp_path_factory, data):
 
 def ours(folder, out, *more):
     argv = ["--checkpoint", f"{folder}/model", "--pairs", f"{folder}/pairs.jsonl"]
-    argv += ["--out", str(out),
-            "--learning-rate", "1e-4", "--batch-size", str(PAIRS_A_STEP), "--micro-batch-size", "2",
-            "--warmup-ratio", "0.1", "--mesh", "1", "1", "-1", *more]  # fmt: skip
+    argv += [
+        "--out",
+        str(out),
+        "--learning-rate",
+        "1e-4",
+        "--batch-size",
+        str(PAIRS_A_STEP),
+        "--micro-batch-size",
+        "2",
+        "--warmup-ratio",
+        "0.1",
+        "--mesh",
+        "1",
+        "1",
+        "-1",
+        *more,
+    ]
     assert records.run(dpo.main, dpo.Args, argv) == 0
     return [r for r in tiny.read_jsonl(f"{out}.log/metrics.jsonl") if "loss" in r]
 
@@ -80,19 +105,34 @@ def theirs(folder, examples, **changes):
         for e in (examples[i] for i in order)
     ]
     arguments = dict(
-        output_dir=str(folder / "trl-out"), per_device_train_batch_size=PAIRS_A_STEP,
-        max_steps=STEPS, learning_rate=1e-4, lr_scheduler_type="linear", warmup_steps=2,
-        optim="adamw_torch", weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, report_to="none",
-        beta=0.1, max_length=None, gradient_checkpointing=False, bf16=False, use_cpu=True,
-        save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(folder / "trl-out"),
+        per_device_train_batch_size=PAIRS_A_STEP,
+        max_steps=STEPS,
+        learning_rate=1e-4,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        report_to="none",
+        beta=0.1,
+        max_length=None,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
     tokenizer.pad_token = tokenizer.eos_token
     trainer = Keeping(
-        model=model, args=DPOConfig(**arguments | changes), processing_class=tokenizer,
+        model=model,
+        args=DPOConfig(**arguments | changes),
+        processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_list(rows),
-    )  # fmt: skip
+    )
     trainer.train()
     logged = [row for row in trainer.state.log_history if "rewards/chosen" in row]
     return [row | {"loss": loss} for row, loss in zip(logged, losses, strict=True)], trainer.model
@@ -104,13 +144,22 @@ def flat(model) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "flags,changes",
-    [pytest.param((), {}, id="sigmoid"),
-     pytest.param(("--loss", "ipo", "--beta", "0.5"), {"loss_type": ["ipo"], "beta": 0.5},
-                  id="ipo", marks=pytest.mark.heavy),
-     pytest.param(("--loss", "robust", "--label-smoothing", "0.1"),
-                  {"loss_type": ["robust"], "label_smoothing": 0.1}, id="robust",
-                  marks=pytest.mark.heavy)],
-)  # fmt: skip
+    [
+        pytest.param((), {}, id="sigmoid"),
+        pytest.param(
+            ("--loss", "ipo", "--beta", "0.5"),
+            {"loss_type": ["ipo"], "beta": 0.5},
+            id="ipo",
+            marks=pytest.mark.heavy,
+        ),
+        pytest.param(
+            ("--loss", "robust", "--label-smoothing", "0.1"),
+            {"loss_type": ["robust"], "label_smoothing": 0.1},
+            id="robust",
+            marks=pytest.mark.heavy,
+        ),
+    ],
+)
 def test_twenty_steps_are_trls_steps(start, tmp_path, flags, changes):
     folder, examples = start
     found = ours(folder, tmp_path / "out", *flags)

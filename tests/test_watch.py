@@ -43,8 +43,14 @@ def begin(monkeypatch):
         for me, word in enumerate(what):
             if word is not None:
                 argv = [coordinator, str(processes or len(what)), str(me), word]
-                running.append(subprocess.Popen([sys.executable, "-c", CODE, *argv], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE))  # fmt: skip
+                running.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", CODE, *argv],
+                        text=True,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE,
+                    )
+                )
         return running
 
     yield begin

@@ -80,10 +80,15 @@ def read_jsonl(path) -> list[dict]:
 PROMPTS = [
     {"prompt": text}
     for text in (
-        "Hello", "Name a colour.", "What is two and two?", "Write a line about rain.", "Why?",
-        "List three animals that can swim.", "Say it again, slowly and clearly, please.",
+        "Hello",
+        "Name a colour.",
+        "What is two and two?",
+        "Write a line about rain.",
+        "Why?",
+        "List three animals that can swim.",
+        "Say it again, slowly and clearly, please.",
     )
-]  # fmt: skip
+]
 
 
 def free_port() -> int:

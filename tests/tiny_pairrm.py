@@ -4,10 +4,22 @@ from pathlib import Path
 
 from scripts import random_pairrm
 
-TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-            position_buckets=16, max_position_embeddings=48)  # fmt: skip
-MIDDLE = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
-              position_buckets=256, max_position_embeddings=512)  # fmt: skip
+TINY = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    position_buckets=16,
+    max_position_embeddings=48,
+)
+MIDDLE = dict(
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=256,
+    position_buckets=256,
+    max_position_embeddings=512,
+)
 
 
 def write_pairrm(folder: Path, sizes: dict = TINY, seed: int = 0, pieces: int = 700, texts=None):

@@ -26,8 +26,12 @@ Command = rank.Rank | sample.Sample | dpo.Dpo | shares.Shares | Gemm
 
 
 def main(args: Command) -> None:
-    benches = {rank.Rank: rank.bench, sample.Sample: sample.bench, dpo.Dpo: dpo.bench,
-               shares.Shares: shares.bench}  # fmt: skip
+    benches = {
+        rank.Rank: rank.bench,
+        sample.Sample: sample.bench,
+        dpo.Dpo: dpo.bench,
+        shares.Shares: shares.bench,
+    }
     if isinstance(args, Gemm):
         print(f"fp32 GEMM: {chips.gemm_rate() / 1e9:.0f} GFLOP/s")
     else:

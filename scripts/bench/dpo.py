@@ -54,9 +54,12 @@ def bench(args: Dpo) -> None:
         facts = ours.ask("begin")
         tokens = sum(map(_tokens, rows[args.pairs :])) / args.steps
         shared = sum(len(row["prompt_ids"]) for row in rows[args.pairs :]) / args.steps
-        print(f"a step: {args.pairs} pairs, {tokens:.0f} tokens of prompts twice and responses, "
-              f"{tokens - shared:.0f} with the prompt once; of ours {facts['padding']:.1%} are "
-              "padding", flush=True)  # fmt: skip
+        print(
+            f"a step: {args.pairs} pairs, {tokens:.0f} tokens of prompts twice and responses, "
+            f"{tokens - shared:.0f} with the prompt once; of ours {facts['padding']:.1%} are "
+            "padding",
+            flush=True,
+        )
         shares = []
         for name, precompute in (("TRL", False), ("TRL, precomputed", True)):
             # Both sides in memory at a time, a step of each in turn.
@@ -77,15 +80,22 @@ def bench(args: Dpo) -> None:
             theirs.close()
             for side, peak in (("ours", ours.ask("memory")), (name, memory)):
                 mean = float(np.mean(taken[side]))
-                print(f"{side:17s} {mean:6.1f} s a step: {args.pairs / mean:.3f} pairs/s, "
-                      f"{tokens / mean:.0f} tokens/s, peak {peak / 2**30:.2f} GiB")  # fmt: skip
+                print(
+                    f"{side:17s} {mean:6.1f} s a step: {args.pairs / mean:.3f} pairs/s, "
+                    f"{tokens / mean:.0f} tokens/s, peak {peak / 2**30:.2f} GiB"
+                )
             apart = max(abs(a - b) for a, b in zip(facts["logps"], logps))
             ratio = np.sum(taken[name]) / np.sum(taken["ours"])
-            print(f"ratio to {name}: {ratio:.2f}; the first step's mean log-probs are apart by "
-                  f"{apart:.1e}", flush=True)  # fmt: skip
+            print(
+                f"ratio to {name}: {ratio:.2f}; the first step's mean log-probs are apart by "
+                f"{apart:.1e}",
+                flush=True,
+            )
         ours.close()
-    print(f"ours: useful products with weights at {np.mean(shares):.0%} of the GEMM rate measured "
-          "before each step")  # fmt: skip
+    print(
+        f"ours: useful products with weights at {np.mean(shares):.0%} of the GEMM rate measured "
+        "before each step"
+    )
 
 
 def _tokens(row: dict) -> int:
@@ -124,12 +134,14 @@ def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
     shardings = tree_shardings(mesh, mistral.logical_axes(config), shapes)
     recipe = train.Recipe(losses.Loss(), 5e-7, "linear", 0.0, "adamw", 0.0, 1.0)
     batches = [
-        pack([
-            Sequence(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]])
-            for row in rows[at : at + args.pairs]
-        ])
+        pack(
+            [
+                Sequence(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]])
+                for row in rows[at : at + args.pairs]
+            ]
+        )
         for at in range(0, len(rows), args.pairs)
-    ]  # fmt: skip
+    ]
     tokens = np.array([np.sum(batch["copies"][..., 0] >= 0) for batch in batches])
     responses = np.array([np.sum(batch["owners"] >= 0) for batch in batches])
     layers = sum(np.prod(x.shape) for x in jax.tree.leaves(shapes["layers"]))
@@ -144,9 +156,13 @@ def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
         """(the reference's log-probs, the new parameters and optimizer state), all computed."""
         logps = reference(batch, params)
         sides = {
-            "ref_chosen": logps[0], "ref_rejected": logps[1], "chosen_tokens": ones,
-            "rejected_tokens": ones, "win_probability": ones, "weights": ones,
-        }  # fmt: skip
+            "ref_chosen": logps[0],
+            "ref_rejected": logps[1],
+            "chosen_tokens": ones,
+            "rejected_tokens": ones,
+            "win_probability": ones,
+            "weights": ones,
+        }
         gradients, _ = trainer.accumulate(params, None, batch, sides, float(args.pairs))
         norm = trainer.norm(gradients)
         params, state, _ = trainer.apply(params, state, gradients, norm)
@@ -160,11 +176,14 @@ def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
             found, params, state = step(batch, params, state)
             if batch is batches[0]:
                 logps = [float(np.mean(x)) for x in found]
-        pipe.send({
-            # Forward for the reference, and forward and backward for the step.
-            "flops": 8.0 * (tokens * float(layers) + responses * vocabulary), "logps": logps,
-            "padding": 1 - tokens[1:].sum() / sum(b["tokens"].size for b in batches[1:]),
-        })  # fmt: skip
+        pipe.send(
+            {
+                # Forward for the reference, and forward and backward for the step.
+                "flops": 8.0 * (tokens * float(layers) + responses * vocabulary),
+                "logps": logps,
+                "padding": 1 - tokens[1:].sum() / sum(b["tokens"].size for b in batches[1:]),
+            }
+        )
         while True:
             what, number = pipe.recv()
             if what == "memory":
@@ -198,19 +217,35 @@ def _trl_worker(pipe, folder: str, rows: list[dict], args: Dpo, precompute: bool
 
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
         config = DPOConfig(
-            output_dir=out, per_device_train_batch_size=args.pairs, max_steps=args.steps + 1,
-            learning_rate=5e-7, optim="adamw_torch", report_to="none", beta=0.1,
-            max_length=args.max_length, gradient_checkpointing=False, bf16=False, use_cpu=True,
-            save_strategy="no", logging_steps=1, disable_tqdm=True,
-            precompute_ref_log_probs=precompute, precompute_ref_batch_size=args.pairs,
-        )  # fmt: skip
+            output_dir=out,
+            per_device_train_batch_size=args.pairs,
+            max_steps=args.steps + 1,
+            learning_rate=5e-7,
+            optim="adamw_torch",
+            report_to="none",
+            beta=0.1,
+            max_length=args.max_length,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            precompute_ref_log_probs=precompute,
+            precompute_ref_batch_size=args.pairs,
+        )
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        seconds, trainer = timed(lambda: Plain(
-            model=model, args=config, processing_class=tokenizer, callbacks=[Clock()],
-            train_dataset=datasets.Dataset.from_list(rows),
-        ))  # fmt: skip
+        seconds, trainer = timed(
+            lambda: Plain(
+                model=model,
+                args=config,
+                processing_class=tokenizer,
+                callbacks=[Clock()],
+                train_dataset=datasets.Dataset.from_list(rows),
+            )
+        )
         pipe.send(seconds * args.pairs / len(rows) if precompute else 0.0)
         trainer.train()
         first = next(x for x in trainer.state.log_history if "logps/chosen" in x)

@@ -58,20 +58,26 @@ def bench(args: Rank) -> None:
         for side in sides.values():
             side.close()
         flops, padded, tokens = (facts["ours"][name] for name in ("flops", "padded", "tokens"))
-        print(f"fp32 GEMM {rate / 1e9:.0f} GFLOP/s, measured in turns; {ours.made} comparisons of "
-              f"{tokens / ours.made:.0f} tokens, padded to {padded / ours.made:.0f}; "
-              f"{flops / ours.made / 1e9:.0f} useful GFLOP each")  # fmt: skip
+        print(
+            f"fp32 GEMM {rate / 1e9:.0f} GFLOP/s, measured in turns; {ours.made} comparisons of "
+            f"{tokens / ours.made:.0f} tokens, padded to {padded / ours.made:.0f}; "
+            f"{flops / ours.made / 1e9:.0f} useful GFLOP each"
+        )
         for name, side in tallies.items():
             batch = facts[name].get("batch")
-            print(f"{name:12s} {side.made / side.seconds:.3f} comparisons/s, "
-                  f"{flops / side.seconds / 1e9:.0f} useful GFLOP/s, "
-                  f"{flops / side.seconds / rate:.0%} of GEMM, "
-                  f"peak {facts[name]['memory'] / 2**30:.2f} GiB"
-                  + (f" (batch size {batch})" if batch else ""))  # fmt: skip
+            print(
+                f"{name:12s} {side.made / side.seconds:.3f} comparisons/s, "
+                f"{flops / side.seconds / 1e9:.0f} useful GFLOP/s, "
+                f"{flops / side.seconds / rate:.0%} of GEMM, "
+                f"peak {facts[name]['memory'] / 2**30:.2f} GiB"
+                + (f" (batch size {batch})" if batch else "")
+            )
         print(f"ratio {theirs.seconds / ours.seconds:.2f}")
         differences = [np.abs(np.array(a) - b).max() for a, b in zip(ours.scores, theirs.scores)]
-        print(f"largest difference of a score {max(differences):.1e} "
-              f"of a spread of {np.ptp(np.concatenate(ours.scores)):.1f}")  # fmt: skip
+        print(
+            f"largest difference of a score {max(differences):.1e} "
+            f"of a spread of {np.ptp(np.concatenate(ours.scores)):.1f}"
+        )
         _report_bubble(prompts, ours.matrices)
 
 
@@ -90,8 +96,10 @@ def _write_random(folder: Path, rows) -> str:
 def _rows(args: Rank) -> list[tuple[str, list[str]]]:
     """(prompt, answers), the same number of answers each."""
     if args.samples is not None:
-        rows = [(records.prompt_text(row, where), [r["text"] for r in row["responses"]])
-                for where, row in records.read_rows(args.samples)]  # fmt: skip
+        rows = [
+            (records.prompt_text(row, where), [r["text"] for r in row["responses"]])
+            for where, row in records.read_rows(args.samples)
+        ]
     else:
         data = Path(os.environ.get("ALIGN_TEST_DATA", "../shared/data")) / "alpaca_eval"
         names = ("Mistral-7B-Instruct-v0.2", "Snorkel-Mistral-PairRM-DPO", "gpt4_1106_preview")
@@ -123,8 +131,10 @@ def _report_bubble(prompts, matrices) -> None:
         every += n * (n - 1)
         best += int(np.argmax(scores)) == int(np.argmax(full))
         worst += int(np.argmin(scores)) == int(np.argmin(full))
-    print(f"bubble would make {asked} of {every} comparisons; its best answer is full's for "
-          f"{best} of {len(prompts)} prompts, its worst for {worst}")  # fmt: skip
+    print(
+        f"bubble would make {asked} of {every} comparisons; its best answer is full's for "
+        f"{best} of {len(prompts)} prompts, its worst for {worst}"
+    )
 
 
 @dataclasses.dataclass
@@ -159,8 +169,10 @@ def our_worker(pipe, folder: str):
             Request("", str(number), source, [{"role": "user", "content": source}], answers, [])
             for number, (source, answers) in enumerate(group)
         ]
-        found = {request.prompt_id: ranking
-                 for request, ranking in ranker.rank_all(requests, lambda n: None)}  # fmt: skip
+        found = {
+            request.prompt_id: ranking
+            for request, ranking in ranker.rank_all(requests, lambda n: None)
+        }
         return [found[request.prompt_id] for request in requests]
 
     shapes = []  # of each batch that is computed
@@ -214,8 +226,9 @@ def _blender_worker(pipe, folder: str):
 
     def rank(group, size):
         sources, answers = [source for source, _ in group], [a for _, a in group]
-        return blender.rank(sources, answers, return_scores=True, batch_size=size,
-                            disable_tqdm=True)  # fmt: skip
+        return blender.rank(
+            sources, answers, return_scores=True, batch_size=size, disable_tqdm=True
+        )
 
     rank([("warm", ["up", "now"])], 1)
     while True:

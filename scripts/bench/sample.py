@@ -67,11 +67,15 @@ def bench(args: Sample) -> None:
         batch = _best(batches)
         their_seconds, their_tokens = batches[batch]
         ours_rate, their_rate = tokens / seconds, their_tokens / their_seconds
-        print(f"ours          {ours_rate:.0f} tokens/s ({tokens} in {seconds:.1f} s), "
-              f"{args.slots} slots, peak {ours_memory / 2**30:.2f} GiB; the first time "
-              f"{first - seconds:.0f} s more, to compile")  # fmt: skip
-        print(f"transformers  {their_rate:.0f} tokens/s ({their_tokens} in {their_seconds:.1f} s), "
-              f"batch {batch}, peak {theirs_memory / 2**30:.2f} GiB")  # fmt: skip
+        print(
+            f"ours          {ours_rate:.0f} tokens/s ({tokens} in {seconds:.1f} s), "
+            f"{args.slots} slots, peak {ours_memory / 2**30:.2f} GiB; the first time "
+            f"{first - seconds:.0f} s more, to compile"
+        )
+        print(
+            f"transformers  {their_rate:.0f} tokens/s ({their_tokens} in {their_seconds:.1f} s), "
+            f"batch {batch}, peak {theirs_memory / 2**30:.2f} GiB"
+        )
         print(f"ratio {ours_rate / their_rate:.2f}")
         _report(parts, seconds)
         _account(ours.ask("account"))
@@ -107,18 +111,24 @@ def _report(parts: dict[str, tuple[float, int]], seconds: float) -> None:
 def _account(pieces: dict) -> None:
     """A decode step piece by piece, measured, against what products and bytes must take."""
     gemm, read = pieces["gemm"], pieces["read"]
-    print(f"a step of {pieces['slots']} slots at {pieces['length']} positions, ms; the limit: "
-          f"products at {gemm / 1e9:.0f} GFLOP/s, then bytes at {read / 1e9:.1f} GB/s")  # fmt: skip
+    print(
+        f"a step of {pieces['slots']} slots at {pieces['length']} positions, ms; the limit: "
+        f"products at {gemm / 1e9:.0f} GFLOP/s, then bytes at {read / 1e9:.1f} GB/s"
+    )
     rest, limits = pieces["step"], 0.0
     for name, (seconds, flops, size) in pieces["parts"].items():
         limit = flops / gemm + size / read
-        print(f"  {name:28s} {1e3 * seconds:7.1f}   limit {1e3 * limit:7.1f} "
-              f"= {1e3 * flops / gemm:.1f} + {1e3 * size / read:.1f}")  # fmt: skip
+        print(
+            f"  {name:28s} {1e3 * seconds:7.1f}   limit {1e3 * limit:7.1f} "
+            f"= {1e3 * flops / gemm:.1f} + {1e3 * size / read:.1f}"
+        )
         rest -= seconds
         limits += limit
     print(f"  {'what is left':28s} {1e3 * rest:7.1f}")
-    print(f"  {'a step':28s} {1e3 * pieces['step']:7.1f}   limit {1e3 * limits:7.1f} "
-          f"({limits / pieces['step']:.0%})")  # fmt: skip
+    print(
+        f"  {'a step':28s} {1e3 * pieces['step']:7.1f}   limit {1e3 * limits:7.1f} "
+        f"({limits / pieces['step']:.0%})"
+    )
 
 
 # ------------------------------------------------------------------------------ the sides
@@ -132,8 +142,9 @@ def our_worker(pipe, folder: str, args: Sample):
 
     config, params = checkpoint.load(folder)
     tokenizer = ChatTokenizer.from_folder(folder, config.eos_token_ids)
-    sampling = generate.Sampling(args.n, args.temperature, args.top_p,
-                                 max_new_tokens=args.max_new_tokens)  # fmt: skip
+    sampling = generate.Sampling(
+        args.n, args.temperature, args.top_p, max_new_tokens=args.max_new_tokens
+    )
     sampler, parts = None, {}
 
     def watch(name: str, function):
@@ -231,18 +242,26 @@ def _step(config, params, sampling, slots: int, length: int) -> dict:
     heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
     size = mistral.cache_bytes(config, length)
     return {
-        "slots": slots, "length": length, "step": min(times), "gemm": gemm_rate(),
+        "slots": slots,
+        "length": length,
+        "step": min(times),
+        "gemm": gemm_rate(),
         "read": read_rate(),
         "parts": {
             "products with the layers": (products, 2 * slots * weights, 4 * weights),
             "attention over the cache": (
-                whole - products, 4 * slots * heads * length, slots * size
+                whole - products,
+                4 * slots * heads * length,
+                slots * size,
             ),
-            "the vocabulary product": (best(logits, head, hidden_bd), 2 * slots * vocabulary,
-                                       4 * vocabulary),
+            "the vocabulary product": (
+                best(logits, head, hidden_bd),
+                2 * slots * vocabulary,
+                4 * vocabulary,
+            ),
             "drawing": (best(draw, logits_bv, uniform_b), 0, 4 * logits_bv.size),
         },
-    }  # fmt: skip
+    }
 
 
 def _their_worker(pipe, folder: str, args: Sample):
@@ -264,15 +283,23 @@ def _their_worker(pipe, folder: str, args: Sample):
         for at in range(0, len(texts), a_time):
             chats = [[{"role": "user", "content": text}] for text in texts[at : at + a_time]]
             inputs = tokenizer.apply_chat_template(
-                chats, add_generation_prompt=True, padding=True, return_tensors="pt",
+                chats,
+                add_generation_prompt=True,
+                padding=True,
+                return_tensors="pt",
                 return_dict=True,
-            )  # fmt: skip
+            )
             with torch.no_grad():
                 found = model.generate(
-                    **inputs, do_sample=True, temperature=args.temperature, top_p=args.top_p,
-                    top_k=0, num_return_sequences=args.n, max_new_tokens=args.max_new_tokens,
+                    **inputs,
+                    do_sample=True,
+                    temperature=args.temperature,
+                    top_p=args.top_p,
+                    top_k=0,
+                    num_return_sequences=args.n,
+                    max_new_tokens=args.max_new_tokens,
                     pad_token_id=tokenizer.pad_token_id,
-                )  # fmt: skip
+                )
             for answer in found[:, inputs["input_ids"].shape[1] :].numpy():
                 ends = np.flatnonzero(np.isin(answer, eos))
                 tokens += int(ends[0]) + 1 if len(ends) else len(answer)

@@ -47,17 +47,28 @@ def bench(args: Shares) -> None:
         config = checkpoint.load_config(folder)
         tokenizer = ChatTokenizer.from_folder(folder, config.eos_token_ids)
         prompts = [tokenizer.prompt_ids([{"role": "user", "content": text}]) for text in texts]
-        sampler = Side(sample.our_worker, folder, sample.Sample(
-            n=drawn.n, max_new_tokens=drawn.max_new_tokens, slots=drawn.slots,
-            temperature=drawn.temperature, top_p=drawn.top_p,
-        ))  # fmt: skip
+        sampler = Side(
+            sample.our_worker,
+            folder,
+            sample.Sample(
+                n=drawn.n,
+                max_new_tokens=drawn.max_new_tokens,
+                slots=drawn.slots,
+                temperature=drawn.temperature,
+                top_p=drawn.top_p,
+            ),
+        )
         first, tokens, _ = sampler.ask("sample", texts)
         lengths = Lengths(
-            prompt=statistics.mean(map(len, prompts)), prompts=tuple(map(len, prompts)),
+            prompt=statistics.mean(map(len, prompts)),
+            prompts=tuple(map(len, prompts)),
             answer=tokens / len(texts) / drawn.n,
-        )  # fmt: skip
-        print(f"{len(texts) * drawn.n} answers of {lengths.answer:.0f} tokens; the first time "
-              f"{first:.1f} s, compiling included", flush=True)  # fmt: skip
+        )
+        print(
+            f"{len(texts) * drawn.n} answers of {lengths.answer:.0f} tokens; the first time "
+            f"{first:.1f} s, compiling included",
+            flush=True,
+        )
         plan = Plan(recipe, Decoder(config), parse("cpu", (1.0, 1.0)), lengths, len(texts), 1, {})
         training = plan.training()
         batches = training.batches()[: args.rounds]
@@ -68,8 +79,11 @@ def bench(args: Shares) -> None:
         ]
         trainer = Side(dpo.our_worker, folder, rows, dpo.Dpo(pairs=pairs))
         trainer.ask("begin")
-        work = {"sample": plan.sampling().pieces(), "kl": training.reference(pairs),
-                "dpo": training.step() + training.reference(pairs)}  # fmt: skip
+        work = {
+            "sample": plan.sampling().pieces(),
+            "kl": training.reference(pairs),
+            "dpo": training.step() + training.reference(pairs),
+        }
         found, all_rates = {name: [] for name in work}, []
         for number in range(args.rounds):
             told, rates, batch = [], (gemm_rate(), read_rate()), number % len(batches)
@@ -82,8 +96,11 @@ def bench(args: Shares) -> None:
                 share = seconds(work[name], parse("cpu", rates), "fp32").total / took
                 found[name].append(share)
                 told.append(f"{name} {took:.1f} s, {share:.0%}")
-            print(f"round {number + 1} of {args.rounds}: {rates[0] / 1e9:.0f} GFLOP/s, "
-                  f"{rates[1] / 1e9:.0f} GB/s; {', '.join(told)}", flush=True)  # fmt: skip
+            print(
+                f"round {number + 1} of {args.rounds}: {rates[0] / 1e9:.0f} GFLOP/s, "
+                f"{rates[1] / 1e9:.0f} GB/s; {', '.join(told)}",
+                flush=True,
+            )
             all_rates.append(rates)
         sampler.close()
         trainer.close()
@@ -91,5 +108,7 @@ def bench(args: Shares) -> None:
     with open(args.out, "w") as file:
         json.dump(shares, file)
     gemm, memory = (statistics.median(each) / 1e9 for each in zip(*all_rates))
-    print(f"{args.out}: {json.dumps(shares)}\npython -m stages.plan demo --efficiency {args.out} "
-          f"--cpu-rates {gemm:.0f} {memory:.0f}")  # fmt: skip
+    print(
+        f"{args.out}: {json.dumps(shares)}\npython -m stages.plan demo --efficiency {args.out} "
+        f"--cpu-rates {gemm:.0f} {memory:.0f}"
+    )

@@ -24,9 +24,7 @@ COMMANDS = {
     kl.Kl: kl.main,
 }
 
-Command = (
-    outputs.Outputs | compare.Compare | judge.Judge | score.Score | overlap.Overlap | kl.Kl
-)  # fmt: skip
+Command = outputs.Outputs | compare.Compare | judge.Judge | score.Score | overlap.Overlap | kl.Kl
 
 
 def main(args: Command) -> None:

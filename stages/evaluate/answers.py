@@ -93,14 +93,19 @@ def conversation_key(messages: list[dict]) -> str:
 
 
 def align(
-    ours: dict[str, Answer], baseline: dict[str, Answer], names: tuple[str, str], common: bool,
+    ours: dict[str, Answer],
+    baseline: dict[str, Answer],
+    names: tuple[str, str],
+    common: bool,
     counts: Counter,
-) -> list[tuple[Answer, Answer]]:  # fmt: skip
+) -> list[tuple[Answer, Answer]]:
     """Pairs of answers to the same instruction, in our order, and their counts. Raises UserError
     where an instruction is answered in one file alone, unless only `common` ones are asked for."""
     shared = [key for key in ours if key in baseline]
-    lone = [[a for key, a in one.items() if key not in other]
-            for one, other in ((ours, baseline), (baseline, ours))]  # fmt: skip
+    lone = [
+        [a for key, a in one.items() if key not in other]
+        for one, other in ((ours, baseline), (baseline, ours))
+    ]
     if not shared:
         raise UserError(f"{names[0]} and {names[1]} have no instruction in common")
     if any(lone) and not common:

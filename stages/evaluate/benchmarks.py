@@ -68,7 +68,10 @@ def _prompt(row: records.Row, where: str, counts: Counter) -> records.Row:
         if not turns or not isinstance(turns[0], str):
             raise UserError(f"{where}: field 'turns' must be a list of texts")
         counts["second turns not asked"] += len(turns) > 1
-        return {"dataset": row.get("category"), "prompt_id": f"question {row.get('question_id')}",
-                "prompt": turns[0]}  # fmt: skip
+        return {
+            "dataset": row.get("category"),
+            "prompt_id": f"question {row.get('question_id')}",
+            "prompt": turns[0],
+        }
     name = "instruction" if "instruction" in row and "prompt" not in row else "prompt"
     return kept | {"prompt": records.field(row, name, str, where)}

@@ -111,18 +111,26 @@ def _summary(args: Compare, rows: list[records.Row], generators: list[str], diff
         report.add(row["texts"], Ranking(row["scores"], row.get("comparisons")))
     measured = {name: value for name, value in report.results().items() if name != "pairs"}
     return {
-        "outputs": args.outputs, "baseline": args.baseline, "ranker": args.ranker,
+        "outputs": args.outputs,
+        "baseline": args.baseline,
+        "ranker": args.ranker,
         "generators": generators,
         **dataclasses.asdict(found),
-        "length_controlled_win_rate": controlled.win_rate, "why": controlled.why,
+        "length_controlled_win_rate": controlled.win_rate,
+        "why": controlled.why,
         "length_control": "minimal" if difficulties is None else "with difficulty",
-        "mean_length": lengths.mean(axis=0).tolist(), **measured,
+        "mean_length": lengths.mean(axis=0).tolist(),
+        **measured,
         "per_instruction": [
-            {"instruction": row["prompt_id"], "preference": row["preference"],
-             "margin": row["scores"][0] - row["scores"][1], "lengths": row["lengths"]}
+            {
+                "instruction": row["prompt_id"],
+                "preference": row["preference"],
+                "margin": row["scores"][0] - row["scores"][1],
+                "lengths": row["lengths"],
+            }
             for row in rows
         ],
-    }  # fmt: skip
+    }
 
 
 def rank(ranker, pairs: list[tuple[Answer, Answer]], output: Output) -> None:
@@ -161,9 +169,11 @@ def show(content: dict) -> None:
     low, high = content["interval"]
     error, length = content["standard_error"], content["mean_length"]
     error = "" if error is None else f" ± {error:.2%}"
-    print(f"{content['wins']} wins, {content['ties']} ties, {content['losses']} losses: win rate "
-          f"{content['win_rate']:.2%}{error} [{low:.1%}, {high:.1%}]; characters {length[0]:.0f} "
-          f"against {length[1]:.0f}")  # fmt: skip
+    print(
+        f"{content['wins']} wins, {content['ties']} ties, {content['losses']} losses: win rate "
+        f"{content['win_rate']:.2%}{error} [{low:.1%}, {high:.1%}]; characters {length[0]:.0f} "
+        f"against {length[1]:.0f}"
+    )
     if content["length_controlled_win_rate"] is None:
         print(f"no length-controlled win rate: {content['why']}")
     else:

@@ -75,9 +75,11 @@ def main(args: Judge) -> None:
         stage="evaluate judge",
         arguments={"model": args.model, "response": args.response},
         inputs={path: records.file_sha256(path) for path in files},
-        identities={"prompt": records.text_sha256(template),
-                    "outputs": records.file_sha256(args.outputs)},
-    )  # fmt: skip
+        identities={
+            "prompt": records.text_sha256(template),
+            "outputs": records.file_sha256(args.outputs),
+        },
+    )
     output = Output.open(args.out, manifest, args.overwrite)
     if output.finished:
         return
@@ -90,11 +92,17 @@ def main(args: Judge) -> None:
     tokens = sum(row["tokens"] for row in kept.values())
     price = sum(row["price_per_example"] for row in rows)
     known = [row["preference"] - 1 for row in rows if row["preference"] is not None]
-    results = {"requests": len(kept), "tokens": tokens, "price": price,
-               "win_rate": 100 * sum(known) / len(known) if known else None}  # fmt: skip
+    results = {
+        "requests": len(kept),
+        "tokens": tokens,
+        "price": price,
+        "win_rate": 100 * sum(known) / len(known) if known else None,
+    }
     output.finish_as(rows, counts, results)
-    print(f"{len(kept)} judgements, {tokens} tokens, ${price:.2f}; now: python -m stages.evaluate "
-          f"score --annotations {shlex.quote(args.out)} --out …")  # fmt: skip
+    print(
+        f"{len(kept)} judgements, {tokens} tokens, ${price:.2f}; now: python -m stages.evaluate "
+        f"score --annotations {shlex.quote(args.out)} --out …"
+    )
 
 
 def official_command(outputs: str, reference: str | None = None) -> str:
@@ -166,8 +174,9 @@ def ask_all(args: Judge, template: str, pairs: list[tuple[Answer, Answer]], outp
         httpx2.Client(headers=headers, timeout=args.timeout) as client,
         ThreadPoolExecutor(args.parallel) as pool,
     ):
-        futures = {pool.submit(ask, args, client, template, *pair, stopping): pair[0].key
-                   for pair in todo}  # fmt: skip
+        futures = {
+            pool.submit(ask, args, client, template, *pair, stopping): pair[0].key for pair in todo
+        }
         end = None
         for future in as_completed(futures):
             try:
@@ -192,9 +201,14 @@ def ask(args: Judge, client, template: str, ours: Answer, theirs: Answer, stoppi
     switched = is_switched(ours.key)
     first, second = (ours.text, theirs.text) if switched else (theirs.text, ours.text)
     body = {
-        "model": args.model, "messages": chat(template, ours.key, first, second),
-        "max_tokens": 1, "temperature": 1, "top_p": 1.0, "logprobs": True, "top_logprobs": 5,
-    }  # fmt: skip
+        "model": args.model,
+        "messages": chat(template, ours.key, first, second),
+        "max_tokens": 1,
+        "temperature": 1,
+        "top_p": 1.0,
+        "logprobs": True,
+        "top_logprobs": 5,
+    }
     start = time.monotonic()
     reply = _post(args, client, body, stopping)
     try:

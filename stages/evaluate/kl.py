@@ -102,8 +102,9 @@ def main(args: Kl) -> None:
     counts["out"] = len(prompts)
     if not prompts:
         raise UserError(f"{args.samples}: no answers can be used")
-    done = processes.from_first(np.array([output is not None and output.has(p.prompt_id)
-                                          for p in prompts]))  # fmt: skip
+    done = processes.from_first(
+        np.array([output is not None and output.has(p.prompt_id) for p in prompts])
+    )
     _compute(args, config, [p for p, is_done in zip(prompts, done) if not is_done], output)
     if output is not None:
         _finish(args, output, prompts, counts, lineage)
@@ -114,16 +115,23 @@ def _finish(args: Kl, output: Output, prompts: list[Answered], counts: Counter, 
     """Write and tell the estimate; of all prompts' log-probs, which `output` holds."""
     known = {row["prompt_id"]: row["logprobs"] for row, _ in output.rows()}
     logprobs = [np.array(known[p.prompt_id]) for p in prompts]
-    drawn = {name: value for name, value in (lineage.arguments if lineage else {}).items()
-             if name in ("temperature", "top_p", "top_k", "min_p")}  # fmt: skip
+    drawn = {
+        name: value
+        for name, value in (lineage.arguments if lineage else {}).items()
+        if name in ("temperature", "top_p", "top_k", "min_p")
+    }
     content = estimate(prompts, logprobs) | {
-        "checkpoint": args.checkpoint, "samples": args.samples, "first_prompts": args.prompts,
+        "checkpoint": args.checkpoint,
+        "samples": args.samples,
+        "first_prompts": args.prompts,
         "drawn_with": drawn,
-    }  # fmt: skip
+    }
     output.finish_as(content, counts, content)
-    print(f"KL a token {content['kl_per_token']:.4f} ± {_number(content['standard_error'])}, an "
-          f"answer {content['kl_per_answer']:.3f} ± "
-          f"{_number(content['standard_error_per_answer'])}")  # fmt: skip
+    print(
+        f"KL a token {content['kl_per_token']:.4f} ± {_number(content['standard_error'])}, an "
+        f"answer {content['kl_per_answer']:.3f} ± "
+        f"{_number(content['standard_error_per_answer'])}"
+    )
     plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     if any(value != plain[name] for name, value in drawn.items()):
         print("(drawn more sharply than the model itself, so of its likelier answers alone)")
@@ -144,10 +152,14 @@ def estimate(prompts: list[Answered], logprobs: list[np.ndarray]) -> dict:
     a_token, token_error = ratio(tokens)
     an_answer, answer_error = ratio(answers)
     return {
-        "kl_per_token": a_token, "standard_error": token_error,
-        "kl_per_answer": an_answer, "standard_error_per_answer": answer_error,
-        "n": int(answers.sum()), "prompts": len(prompts), "tokens": int(tokens.sum()),
-    }  # fmt: skip
+        "kl_per_token": a_token,
+        "standard_error": token_error,
+        "kl_per_answer": an_answer,
+        "standard_error_per_answer": answer_error,
+        "n": int(answers.sum()),
+        "prompts": len(prompts),
+        "tokens": int(tokens.sum()),
+    }
 
 
 def _number(error: float | None) -> str:

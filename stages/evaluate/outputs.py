@@ -96,9 +96,10 @@ def main(args: Outputs) -> None:
         ends = Counter(answer["finish_reason"] for answer in answers)
         characters = sum(len(answer["output"]) for answer in answers) / len(answers)
         output.finish_as(
-            answers, {"in": len(asked), "out": len(answers)},
+            answers,
+            {"in": len(asked), "out": len(answers)},
             {"finish_reasons": dict(ends), "mean_length": characters},
-        )  # fmt: skip
+        )
         print(f"{characters:.0f} characters on average, {ends['stop']} ended by themselves")
     print("AlpacaEval's own judge (it asks OpenAI, and costs money):")
     print(f"  {official_command(args.out)}")
@@ -163,10 +164,26 @@ def write_prompts(args: Outputs, path: str) -> None:
 def sample_arguments(
     args: Outputs, prompts: str, samples: str, place: tuple[str, int, int] | None
 ) -> list[str]:
-    argv = ["--checkpoint", args.checkpoint, "--prompts", prompts, "--out", samples,
-            "--n", str(args.best_of), "--temperature", str(args.temperature),
-            "--top-p", str(args.top_p), "--max-new-tokens", str(args.max_new_tokens),
-            "--seed", str(args.seed), "--dtype", args.dtype]  # fmt: skip
+    argv = [
+        "--checkpoint",
+        args.checkpoint,
+        "--prompts",
+        prompts,
+        "--out",
+        samples,
+        "--n",
+        str(args.best_of),
+        "--temperature",
+        str(args.temperature),
+        "--top-p",
+        str(args.top_p),
+        "--max-new-tokens",
+        str(args.max_new_tokens),
+        "--seed",
+        str(args.seed),
+        "--dtype",
+        args.dtype,
+    ]
     argv += [] if args.mesh is None else ["--mesh", *map(str, args.mesh)]
     argv += [] if args.slots is None else ["--slots", str(args.slots)]
     if place is not None:
@@ -238,8 +255,9 @@ def rank(
     )
     output = Output.open(path, manifest, args.overwrite)
     if not output.finished:
-        requests = (_request(rows[row["prompt_id"]]) for row in asked
-                    if not output.has(row["prompt_id"]))  # fmt: skip
+        requests = (
+            _request(rows[row["prompt_id"]]) for row in asked if not output.has(row["prompt_id"])
+        )
         bar = tqdm(total=len(asked), initial=len(output), unit=" prompts", desc="best of n")
         with bar, records.stop_signal() as check_stop:
             try:
@@ -267,8 +285,12 @@ def _request(row: records.Row) -> Request:
 
 
 def _fields(ranking: Ranking) -> dict:
-    found = {"scores": ranking.scores, "comparisons": ranking.comparisons,
-             "score_terms": ranking.terms, "truncated": ranking.truncated}  # fmt: skip
+    found = {
+        "scores": ranking.scores,
+        "comparisons": ranking.comparisons,
+        "score_terms": ranking.terms,
+        "truncated": ranking.truncated,
+    }
     best = max(range(len(ranking.scores)), key=lambda i: (ranking.scores[i], -i))
     return {name: value for name, value in found.items() if value is not None} | {"best": best}
 

@@ -100,13 +100,24 @@ def compare(asked: Prompts, train: Prompts, threshold: float) -> dict:
         identical += same is not None
         shares[i] = sum(met.values()) / len(grams)
         nearest = met.most_common(1)[0][0] if same is None else same
-        matches.append({"share": float(shares[i]), "prompt": text, "nearest": train.texts[nearest],
-                        "identical": same is not None})  # fmt: skip
+        matches.append(
+            {
+                "share": float(shares[i]),
+                "prompt": text,
+                "nearest": train.texts[nearest],
+                "identical": same is not None,
+            }
+        )
     return {
-        "of": asked.name, "in": train.name, "prompts": len(asked.texts), "identical": identical,
-        "contaminated": int(np.sum(shares >= threshold)), "touched": len(matches),
-        "mean_share": float(shares.mean()), "matches": sorted(matches, key=lambda m: -m["share"]),
-    }  # fmt: skip
+        "of": asked.name,
+        "in": train.name,
+        "prompts": len(asked.texts),
+        "identical": identical,
+        "contaminated": int(np.sum(shares >= threshold)),
+        "touched": len(matches),
+        "mean_share": float(shares.mean()),
+        "matches": sorted(matches, key=lambda m: -m["share"]),
+    }
 
 
 def _read(path: str, name: str, n: int) -> Prompts:

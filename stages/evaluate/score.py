@@ -41,19 +41,24 @@ def main(args: Score) -> None:
     inputs = [path for path in (args.annotations, args.difficulty, args.gamed) if path]
     manifest = Manifest(
         stage="evaluate score",
-        arguments={"difficulty": bool(args.difficulty), "gamed": bool(args.gamed),
-                   "seed": args.seed},
+        arguments={
+            "difficulty": bool(args.difficulty),
+            "gamed": bool(args.gamed),
+            "seed": args.seed,
+        },
         inputs={path: records.file_sha256(path) for path in inputs},
         identities={},
-    )  # fmt: skip
+    )
     output = Output.open(args.out, manifest, args.overwrite)
     if output.finished:
         return
     preferences = np.array([_preference(row, where) for where, row in rows])
-    lengths = np.array([
-        [len(records.field(row, name, str, where)) for name in ("output_2", "output_1")]
-        for where, row in rows
-    ])  # fmt: skip
+    lengths = np.array(
+        [
+            [len(records.field(row, name, str, where)) for name in ("output_2", "output_1")]
+            for where, row in rows
+        ]
+    )
     difficulties = difficulty.read(args.difficulty, len(rows)) if args.difficulty else None
     gamed = difficulty.read_gamed(args.gamed) if args.gamed else None
     known = ~np.isnan(preferences)
@@ -61,16 +66,20 @@ def main(args: Score) -> None:
         raise UserError(f"{args.annotations}: no row has a preference: judge the answers first")
     found = winrates.summary(preferences[known], args.seed)
     controlled = winrates.length_controlled(
-        preferences[known], *lengths[known].T,
-        None if difficulties is None else difficulties[known], gamed,
-    )  # fmt: skip
+        preferences[known],
+        *lengths[known].T,
+        None if difficulties is None else difficulties[known],
+        gamed,
+    )
     content = {
         "model": generator_of_rows(rows, "generator_2"),
         "reference": generator_of_rows(rows, "generator_1"),
         "win_rate": 100 * found.win_rate,
         "standard_error": None if found.standard_error is None else 100 * found.standard_error,
         "interval": [100 * end for end in found.interval],
-        "n_wins": found.wins, "n_wins_base": found.losses, "n_draws": found.ties,
+        "n_wins": found.wins,
+        "n_wins_base": found.losses,
+        "n_draws": found.ties,
         "n_total": found.n,
         "discrete_win_rate": 100 * found.discrete_win_rate,
         "avg_length": int(lengths[:, 0].mean()),  # truncated, as in alpaca_eval
@@ -79,7 +88,7 @@ def main(args: Score) -> None:
         ),
         "why": controlled.why,
         "length_control": "minimal" if difficulties is None else "v1" if gamed else "noreg",
-    }  # fmt: skip
+    }
     counts = {"in": len(rows), "out": found.n}
     if found.n < len(rows):
         counts["set aside: no preference"] = len(rows) - found.n

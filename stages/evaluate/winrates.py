@@ -141,14 +141,22 @@ def _fit(features: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.n
         scorer = make_scorer(_log_loss, response_method="predict_proba", greater_is_better=False)
         scorer = scorer.set_score_request(shares=True, weights=True)
         model = LogisticRegressionCV(
-            cv=GroupKFold(FOLDS), scoring=scorer, random_state=123, l1_ratios=(1.0,),
-            solver="liblinear", fit_intercept=False, use_legacy_attributes=False,
-        ).set_fit_request(sample_weight=True)  # fmt: skip
+            cv=GroupKFold(FOLDS),
+            scoring=scorer,
+            random_state=123,
+            l1_ratios=(1.0,),
+            solver="liblinear",
+            fit_intercept=False,
+            use_legacy_attributes=False,
+        ).set_fit_request(sample_weight=True)
         model.fit(
-            np.concatenate([features, features]), np.repeat([1, 0], n),
-            sample_weight=shares * weights, groups=np.tile(np.arange(n), 2),
-            shares=shares, weights=weights,
-        )  # fmt: skip
+            np.concatenate([features, features]),
+            np.repeat([1, 0], n),
+            sample_weight=shares * weights,
+            groups=np.tile(np.arange(n), 2),
+            shares=shares,
+            weights=weights,
+        )
     return model.coef_[0]
 
 

@@ -113,11 +113,14 @@ def make(args: Args, recipe: Recipe, decoder: Decoder, on: Slice) -> Plan:
         longest_prompt=args.longest_prompt,
     )
     return Plan(
-        recipe, decoder, on, lengths,
+        recipe,
+        decoder,
+        on,
+        lengths,
         prompts=args.prompts or len(recipe.prompts or ()) or 20000,
         heldout=args.heldout or len(recipe.heldout or ()) or 1000,
         efficiency=efficiencies(args.efficiency, on),
-    )  # fmt: skip
+    )
 
 
 def show(lines: Iterator[str]) -> None:
@@ -143,13 +146,17 @@ def show(lines: Iterator[str]) -> None:
 def assumptions(plan: Plan) -> Iterator[str]:
     d, on, lengths, recipe = plan.decoder, plan.on, plan.lengths, plan.recipe
     chip = on.chip
-    yield (f"{recipe.name} on {on}: {on.size} chips, {on.hosts} hosts, each chip "
-           f"{chip.memory / GIB:.1f} GiB, {chip.bf16 / 1e12:.3g} TFLOP/s bf16, "
-           f"{chip.fp32 / 1e12:.3g} fp32, {chip.read / 1e9:.0f} GB/s memory"
-           + (f", {on.exchange / 1e9:.0f} GB/s exchange" if on.size > 1 else ""))  # fmt: skip
-    yield (f"model: {d.parameters:,} parameters; an iteration: {plan.prompts:,} prompts of "
-           f"{lengths.prompt:.0f} tokens, {recipe.sample.n} answers of {lengths.answer:.0f} each; "
-           f"{plan.heldout:,} held out")  # fmt: skip
+    yield (
+        f"{recipe.name} on {on}: {on.size} chips, {on.hosts} hosts, each chip "
+        f"{chip.memory / GIB:.1f} GiB, {chip.bf16 / 1e12:.3g} TFLOP/s bf16, "
+        f"{chip.fp32 / 1e12:.3g} fp32, {chip.read / 1e9:.0f} GB/s memory"
+        + (f", {on.exchange / 1e9:.0f} GB/s exchange" if on.size > 1 else "")
+    )
+    yield (
+        f"model: {d.parameters:,} parameters; an iteration: {plan.prompts:,} prompts of "
+        f"{lengths.prompt:.0f} tokens, {recipe.sample.n} answers of {lengths.answer:.0f} each; "
+        f"{plan.heldout:,} held out"
+    )
     told = ", ".join(f"{name} {value:.0%}" for name, value in plan.efficiency.items())
     where = "measured by scripts.bench, or as given" if on.is_cpu else "assumed, or as given"
     yield f"share of the roofline ({where}): {told}"
@@ -172,8 +179,10 @@ def memory_table(plan: Plan, memory: list[programs.Memory], how: str) -> Iterato
 
 def time_table(plan: Plan, price: float | None) -> Iterator[str]:
     rounds, on = plan.recipe.iterations, plan.on
-    yield (f"Time, {rounds} iterations; per cent of a stage's work: bound by products, by memory, "
-           "or waiting for other chips; PFLOP and TB of one time, one chip:")  # fmt: skip
+    yield (
+        f"Time, {rounds} iterations; per cent of a stage's work: bound by products, by memory, "
+        "or waiting for other chips; PFLOP and TB of one time, one chip:"
+    )
     yield "| stage | times | chips | start s | work s | products | memory | exchange | PFLOP | TB |"
     yield "|-|-|-|-|-|-|-|-|-|-|"
     for stage in plan.stages():
@@ -181,19 +190,28 @@ def time_table(plan: Plan, price: float | None) -> Iterator[str]:
         start = stage.imports + stage.start
         work = plan.seconds(stage) - start
         waited = max(0.0, ideal.total - ideal.compute - ideal.memory)
-        shares = [f"{part / ideal.total:.0%}" if ideal.total else ""
-                  for part in (ideal.compute, ideal.memory, waited)]  # fmt: skip
-        sums = [f"{total(stage.pieces, what) / unit:.3g}" if stage.pieces else ""
-                for what, unit in (("flops", 1e15), ("bytes", 1e12))]  # fmt: skip
-        yield (f"| {stage.name} | {stage.times} | {stage.chips} | {start:.0f} | {work:.0f} | "
-               + " | ".join([*shares, *sums]) + " |")  # fmt: skip
+        shares = [
+            f"{part / ideal.total:.0%}" if ideal.total else ""
+            for part in (ideal.compute, ideal.memory, waited)
+        ]
+        sums = [
+            f"{total(stage.pieces, what) / unit:.3g}" if stage.pieces else ""
+            for what, unit in (("flops", 1e15), ("bytes", 1e12))
+        ]
+        yield (
+            f"| {stage.name} | {stage.times} | {stage.chips} | {start:.0f} | {work:.0f} | "
+            + " | ".join([*shares, *sums])
+            + " |"
+        )
     yield ""
     training = plan.training()
     whole = next(stage for stage in plan.stages() if stage.name == "dpo")
     a_step = seconds(training.step(), on, whole.dtype).total / plan.efficiency["dpo"]
     mfu = training.model_flops() / a_step / on.size / on.chip.flops(whole.dtype)
-    yield (f"a step of {training.args.batch_size} pairs: {a_step:.3g} s, {mfu:.0%} of the peak in "
-           f"useful products; {training.steps:,} steps an iteration")  # fmt: skip
+    yield (
+        f"a step of {training.args.batch_size} pairs: {a_step:.3g} s, {mfu:.0%} of the peak in "
+        f"useful products; {training.steps:,} steps an iteration"
+    )
     for flag, other in plan.others():
         if other.hours() < 0.9 * plan.hours():
             yield f"with {flag} the whole run would take {other.hours():.3g} hours"

@@ -22,9 +22,15 @@ from stages import dpo, rank, sample
 
 # PairRM's encoder, microsoft/deberta-v3-large, with PairRM's markers in the vocabulary.
 PAIRRM = DebertaConfig(
-    vocab_size=128005, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-    num_attention_heads=16, layer_norm_eps=1e-7, position_buckets=256, max_relative_positions=512,
-)  # fmt: skip
+    vocab_size=128005,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    layer_norm_eps=1e-7,
+    position_buckets=256,
+    max_relative_positions=512,
+)
 PAIRRM_TOKENS = 16384  # a call, as model/pairrm.py gives an accelerator
 
 
@@ -258,15 +264,29 @@ class Sampling:
         exchanges = 2 * d.config.num_hidden_layers * rows * d.config.hidden_size * size
         words = rows * d.config.vocab_size
         return [
-            Piece("weights", 2 * weights * rows, weights * size,
-                  gathered=weights * size * mesh.others("fsdp"),
-                  awaited=2 * exchanges * mesh.others("tensor"), times=times),
-            Piece("cache", d.attention * rows * length / mesh.tensor,
-                  self.cache_bytes(slots, length), times=times),
+            Piece(
+                "weights",
+                2 * weights * rows,
+                weights * size,
+                gathered=weights * size * mesh.others("fsdp"),
+                awaited=2 * exchanges * mesh.others("tensor"),
+                times=times,
+            ),
+            Piece(
+                "cache",
+                d.attention * rows * length / mesh.tensor,
+                self.cache_bytes(slots, length),
+                times=times,
+            ),
             # Logits are written, scaled, weighted, searched and summed up: about ten times.
-            Piece("draw", 0, 40 * words / mesh.tensor, awaited=4 * words * mesh.others("tensor"),
-                  times=times),
-        ]  # fmt: skip
+            Piece(
+                "draw",
+                0,
+                40 * words / mesh.tensor,
+                awaited=4 * words * mesh.others("tensor"),
+                times=times,
+            ),
+        ]
 
     def prefill(self, prompts: int, times: float = 1.0) -> list[Piece]:
         """One call; a row of prompts lies whole on every part of the batch axes."""
@@ -275,10 +295,15 @@ class Sampling:
         weights = d.layer_weights / mesh.tensor
         exchanges = 2 * d.config.num_hidden_layers * t * d.config.hidden_size * size
         return [
-            Piece("prompts", 2 * weights * t + d.attention * d.causal(t) / mesh.tensor,
-                  weights * size, gathered=weights * size * mesh.others("fsdp"),
-                  awaited=2 * exchanges * mesh.others("tensor"), times=times),
-        ]  # fmt: skip
+            Piece(
+                "prompts",
+                2 * weights * t + d.attention * d.causal(t) / mesh.tensor,
+                weights * size,
+                gathered=weights * size * mesh.others("fsdp"),
+                awaited=2 * exchanges * mesh.others("tensor"),
+                times=times,
+            ),
+        ]
 
     def pieces(self) -> list[Piece]:
         """All of it: a first filling of the slots, refills one prompt at a time, and the end, when
@@ -467,23 +492,40 @@ class Training:
         traffic = (4 if not backward else 12 + 4 * again) * 4  # scores and weights, fp32
         exchanged = 2 * c.num_hidden_layers * tokens * c.hidden_size * size
         found = [
-            Piece(f"{name}, layers", 2 * weights * tokens * layers, weights * size * layers,
-                  gathered=passes * weights * size * mesh.others("fsdp"),
-                  awaited=2 * exchanged * layers * mesh.others("tensor"), times=times),
-            Piece(f"{name}, attention", d.attention * pairs * keys / mesh.tensor,
-                  pairs * c.num_attention_heads * c.num_hidden_layers * traffic / mesh.tensor,
-                  times=times),
-            Piece(f"{name}, vocabulary", 2 * vocabulary * rows * shape["responses"] * words,
-                  vocabulary * size * words,
-                  gathered=passes * vocabulary * size * mesh.others("fsdp"), times=times),
-        ]  # fmt: skip
+            Piece(
+                f"{name}, layers",
+                2 * weights * tokens * layers,
+                weights * size * layers,
+                gathered=passes * weights * size * mesh.others("fsdp"),
+                awaited=2 * exchanged * layers * mesh.others("tensor"),
+                times=times,
+            ),
+            Piece(
+                f"{name}, attention",
+                d.attention * pairs * keys / mesh.tensor,
+                pairs * c.num_attention_heads * c.num_hidden_layers * traffic / mesh.tensor,
+                times=times,
+            ),
+            Piece(
+                f"{name}, vocabulary",
+                2 * vocabulary * rows * shape["responses"] * words,
+                vocabulary * size * words,
+                gathered=passes * vocabulary * size * mesh.others("fsdp"),
+                times=times,
+            ),
+        ]
         if backward:
             held = d.parameters / mesh.tensor
             found.append(
-                Piece("gradients", 0, 12 * held / mesh.fsdp,  # read, add, write in fp32
-                      gathered=held * size * mesh.others("fsdp")
-                      + 2 * held * size / mesh.fsdp * mesh.others("data"), times=times)
-            )  # fmt: skip
+                Piece(
+                    "gradients",
+                    0,
+                    12 * held / mesh.fsdp,  # read, add, write in fp32
+                    gathered=held * size * mesh.others("fsdp")
+                    + 2 * held * size / mesh.fsdp * mesh.others("data"),
+                    times=times,
+                )
+            )
         return found
 
     def step(self, times: float = 1.0) -> list[Piece]:

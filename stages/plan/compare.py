@@ -9,10 +9,14 @@ from stages.plan.schedule import Plan
 from stages.records import UserError
 
 # The file whose manifest tells, in each folder of the run.
-FILES = {"held-out answers": ["heldout.samples.jsonl"], "sample": ["samples.jsonl"],
-         "rank": ["ranked.jsonl"], "dpo": ["checkpoint"],
-         "compare": ["against_start.json", "against_previous.json"],
-         "kl": ["kl_to_start.json", "kl_to_previous.json"]}  # fmt: skip
+FILES = {
+    "held-out answers": ["heldout.samples.jsonl"],
+    "sample": ["samples.jsonl"],
+    "rank": ["ranked.jsonl"],
+    "dpo": ["checkpoint"],
+    "compare": ["against_start.json", "against_previous.json"],
+    "kl": ["kl_to_start.json", "kl_to_previous.json"],
+}
 
 
 def taken(run: str, iterations: int) -> dict[str, list[float]]:

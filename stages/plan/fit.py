@@ -27,28 +27,46 @@ def compiler_work(plan: Plan) -> dict[str, dict]:
     config = dataclasses.asdict(plan.decoder.config)
     work = {
         "sample": {
-            "config": dict(config), "mesh": dataclasses.astuple(sampling.mesh),
-            "slots": sampling.slots, "length": sampling.cache_length, "prefill": 512,
+            "config": dict(config),
+            "mesh": dataclasses.astuple(sampling.mesh),
+            "slots": sampling.slots,
+            "length": sampling.cache_length,
+            "prefill": 512,
             "dtype": sampling.args.dtype,
             "flags": {name: getattr(sampling.args, name) for name in flags},
         },
         "dpo": {
-            "config": dict(config), "mesh": dataclasses.astuple(plan.training().mesh),
-            "pairs": args.micro_batch_size, "prompt": args.max_prompt_length,
-            "length": args.max_length, "dtype": args.dtype, "remat": args.remat,
+            "config": dict(config),
+            "mesh": dataclasses.astuple(plan.training().mesh),
+            "pairs": args.micro_batch_size,
+            "prompt": args.max_prompt_length,
+            "length": args.max_length,
+            "dtype": args.dtype,
+            "remat": args.remat,
             "several": plan.training().micro_batches > 1,
-            "recipe": {name: getattr(args, name) for name in (
-                "learning_rate", "schedule", "warmup_ratio", "optimizer", "weight_decay",
-                "max_grad_norm",
-            )},
+            "recipe": {
+                name: getattr(args, name)
+                for name in (
+                    "learning_rate",
+                    "schedule",
+                    "warmup_ratio",
+                    "optimizer",
+                    "weight_decay",
+                    "max_grad_norm",
+                )
+            },
         },
-    }  # fmt: skip
+    }
     if plan.pairrm:
         from stages.plan.arithmetic import PAIRRM, PAIRRM_TOKENS
 
         dtype = {"fp32": "float32", "bf16": "bfloat16"}[plan.ranking().dtype]
-        work["rank"] = {"config": dataclasses.asdict(PAIRRM), "dtype": dtype,
-                        "rows": PAIRRM_TOKENS // 2048, "length": 2048}  # fmt: skip
+        work["rank"] = {
+            "config": dataclasses.asdict(PAIRRM),
+            "dtype": dtype,
+            "rows": PAIRRM_TOKENS // 2048,
+            "length": 2048,
+        }
     return work
 
 

@@ -47,15 +47,24 @@ def compiled(on: Slice, work: dict) -> list[Memory]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(INSTALL)
     # No device is looked for, no cloud asked which it is, and no other process kept off a TPU.
-    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
-                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     environment = {**os.environ, **settings}
     asked = json.dumps({"topology": str(on), "size": on.size, "work": work})
     command = [sys.executable, "-m", "stages.plan.programs"]
     found = []
     with tempfile.TemporaryFile("w+") as log:  # libtpu complains of the TPU that is not there
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=log, text=True)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
         process.stdin.write(asked)
         process.stdin.close()
         for line in process.stdout:
@@ -129,8 +138,17 @@ def sampling(config, mesh, slots: int, length: int, prefill: int, dtype: str, fl
         yield f"sample: {prefill} tokens of prompts", prompts, beside
 
 
-def training(config, mesh, pairs: int, prompt: int, length: int, recipe: dict, dtype: str,
-             remat: str, several: bool):  # fmt: skip
+def training(
+    config,
+    mesh,
+    pairs: int,
+    prompt: int,
+    length: int,
+    recipe: dict,
+    dtype: str,
+    remat: str,
+    several: bool,
+):
     """(name, compiled program, its parts) of one micro-batch of so many pairs, each of a prompt
     and two responses up to `length`, and of the update. recipe: flags of train.Recipe but for the
     loss; several: whether a step has more micro-batches, whose gradients are summed."""
@@ -147,8 +165,14 @@ def training(config, mesh, pairs: int, prompt: int, length: int, recipe: dict, d
     lies = placement.training(config, mesh, recipe, pack([pair] * pairs, batch_shards(mesh)))
     params, state, batch = lies["parameters"], lies["optimizer state"], lies["batch"]
     shardings, whole = jax.tree.map(lambda x: x.sharding, params), replicated(mesh)
-    names = ("ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens", "win_probability",
-             "weights")  # fmt: skip
+    names = (
+        "ref_chosen",
+        "ref_rejected",
+        "chosen_tokens",
+        "rejected_tokens",
+        "win_probability",
+        "weights",
+    )
     sides = {n: jax.ShapeDtypeStruct((pairs,), np.float32, sharding=whole) for n in names}
     scalar = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
     # Not under the mesh: optax makes a counter, and these devices run nothing.

@@ -28,21 +28,27 @@ def published(decoder: Decoder) -> Iterator[str]:
     work = a_pair * PAIRS * EPOCHS
     # Checkpointing computes the policy's forward pass again: 10 instead of 8.
     hardware = work * 10 / 8 * PADDED
-    yield (f"The published run's training: {PAIRS * EPOCHS:,} pairs of {tokens:,} tokens in "
-           f"{SECONDS:,.0f} s, {work:.2e} FLOPs of products with weights; with padding and "
-           f"checkpointing {hardware:.2e}.")  # fmt: skip
+    yield (
+        f"The published run's training: {PAIRS * EPOCHS:,} pairs of {tokens:,} tokens in "
+        f"{SECONDS:,.0f} s, {work:.2e} FLOPs of products with weights; with padding and "
+        f"checkpointing {hardware:.2e}."
+    )
     yield "| on | FLOP/s a GPU | MFU | with padding and checkpointing |"
     yield "|-|-|-|-|"
     for name in ("a100-80", "h100"):
         rate, peak = work / SECONDS / GPUS, CHIPS[name].bf16
-        yield (f"| {GPUS} {name} (their number is inferred) | {rate / 1e12:.0f}e12 | "
-               f"{rate / peak:.1%} | {hardware / work * rate / peak:.1%} |")  # fmt: skip
+        yield (
+            f"| {GPUS} {name} (their number is inferred) | {rate / 1e12:.0f}e12 | "
+            f"{rate / peak:.1%} | {hardware / work * rate / peak:.1%} |"
+        )
 
 
 # ------------------------------------------------------------------------------- scaling
 
-POD_SHAPES = {2: {16: (4, 4), 64: (8, 8), 256: (16, 16)},
-              3: {16: (2, 2, 4), 64: (4, 4, 4), 256: (4, 8, 8)}}  # fmt: skip
+POD_SHAPES = {
+    2: {16: (4, 4), 64: (8, 8), 256: (16, 16)},
+    3: {16: (2, 2, 4), 64: (4, 4, 4), 256: (4, 8, 8)},
+}
 
 
 def slices(on: Slice) -> list[Slice]:
@@ -87,12 +93,15 @@ def scaling(plan: Plan) -> Iterator[str]:
             compute, memory = ideal.compute / efficiency, ideal.memory / efficiency
             took = ideal.total / efficiency
             mfu = training.model_flops() / took / on.size / on.chip.bf16
-            bound = max((compute, "products"), (memory, "memory"),
-                        (ideal.exchange / efficiency, "exchange"))[1]  # fmt: skip
+            bound = max(
+                (compute, "products"), (memory, "memory"), (ideal.exchange / efficiency, "exchange")
+            )[1]
             rows.append(took)
-            yield (f"| {on} | 1×{training.mesh.fsdp}×{tensor} | {training.args.micro_batch_size} | "
-                   f"{compute:.2f} | {memory:.2f} | {ideal.exchange / efficiency:.2f} | "
-                   f"{took:.2f} | {mfu:.0%} | {bound} |")  # fmt: skip
+            yield (
+                f"| {on} | 1×{training.mesh.fsdp}×{tensor} | {training.args.micro_batch_size} | "
+                f"{compute:.2f} | {memory:.2f} | {ideal.exchange / efficiency:.2f} | "
+                f"{took:.2f} | {mfu:.0%} | {bound} |"
+            )
         if rows:
             best.append((on.size, min(rows)))
     yield ""

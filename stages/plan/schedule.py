@@ -30,8 +30,15 @@ MEASURED_ON_CPU = {"sample": 0.75, "rank": 0.8, "dpo": 0.6, "kl": 0.7}
 # Seconds beside a stage's work: compiling what the loop's cache of compiled programs does not have,
 # opening and closing files. Python's start and imports come before them.
 START = {"sample": 60.0, "rank": 120.0, "pairs": 1.0, "dpo": 90.0, "kl": 60.0, "report": 5.0}
-START_ON_CPU = {"sample": 8.0, "rank": 0.1, "pairs": 0.1, "dpo": 12.0, "compare": 1.2, "kl": 0.5,
-                "report": 5.0}  # fmt: skip
+START_ON_CPU = {
+    "sample": 8.0,
+    "rank": 0.1,
+    "pairs": 0.1,
+    "dpo": 12.0,
+    "compare": 1.2,
+    "kl": 0.5,
+    "report": 5.0,
+}
 DISK = 1e9  # bytes a second of a checkpoint, one host
 
 
@@ -101,8 +108,15 @@ class Plan:
 
         def sample(name, times, heldout):
             work = self.sampling(heldout)
-            return Stage(name, "sample", times, work.args.dtype, work.pieces(),
-                         start["sample"] + weights, on.size)  # fmt: skip
+            return Stage(
+                name,
+                "sample",
+                times,
+                work.args.dtype,
+                work.pieces(),
+                start["sample"] + weights,
+                on.size,
+            )
 
         def rank(name, times, heldout):
             if not self.pairrm:
@@ -116,14 +130,28 @@ class Plan:
             sample("sample", rounds, False),
             rank("rank", rounds, False),
             Stage("pairs", "pairs", rounds, "fp32", [], start["pairs"], 1),
-            Stage("dpo", "dpo", rounds, training.args.dtype, training.pieces(),
-                  start["dpo"] + (1 + saves) * weights, on.size),
+            Stage(
+                "dpo",
+                "dpo",
+                rounds,
+                training.args.dtype,
+                training.pieces(),
+                start["dpo"] + (1 + saves) * weights,
+                on.size,
+            ),
             # Each model against the start, and from the second on against the one before.
             rank("compare", 2 * rounds - 1, True),
-            Stage("kl", "kl", 2 * rounds - 1, self.recipe.kl.dtype, self.divergence(),
-                  start["kl"] + weights, on.size),
+            Stage(
+                "kl",
+                "kl",
+                2 * rounds - 1,
+                self.recipe.kl.dtype,
+                self.divergence(),
+                start["kl"] + weights,
+                on.size,
+            ),
             Stage("report", "report", rounds, "fp32", [], start["report"], 1),
-        ]  # fmt: skip
+        ]
 
     def divergence(self) -> list[Piece]:
         """Log-probs of held-out answers, in the rows of a training without the second response."""

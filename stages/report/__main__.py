@@ -39,9 +39,12 @@ def main(args: Args) -> None:
     run = gather.read(args.run)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     prompts = answers(run.models)
     shown = min(len(prompts), args.answers)
     content = {
@@ -81,9 +84,10 @@ def drawings(run: gather.Run) -> dict[str, list[str]]:
     for what in ("score", "characters"):
         sides = [
             (f"{t.name}, {side}", colour(t.name), t.pairs[f"{side}_{what}"])
-            for t in run.trained if t.pairs
+            for t in run.trained
+            if t.pairs
             for side in ("chosen", "rejected")
-        ]  # fmt: skip
+        ]
         trained += [plots.histograms(f"The pairs' {what}", sides)] if sides else []
     return {"held_out": held_out, "trained": trained, "curves": curves(run)}
 

@@ -42,8 +42,11 @@ class Model:
     @cached_property
     def scores(self) -> list[float]:
         """A prompt's mean score, for each prompt; empty where scores say nothing of a model."""
-        return [] if self.relative else [float(np.mean(r["scores"])) for r in self.rows
-                                         if r.get("scores")]  # fmt: skip
+        return (
+            []
+            if self.relative
+            else [float(np.mean(r["scores"])) for r in self.rows if r.get("scores")]
+        )
 
     def reward(self) -> tuple[float, float] | None:
         """(mean, half width of its 95% interval) of the prompts' mean scores."""

@@ -15,14 +15,30 @@ SERIES = 7  # colours that the page defines, --series-0 for the start model
 INK, LINE = "#010203", "#010204"
 COLOURS = [f"#0102{10 + i}" for i in range(SERIES)]
 STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", "font.size": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LINE,
-    "axes.labelcolor": INK, "axes.titlesize": 10.5, "axes.titlelocation": "left",
-    "axes.titlecolor": INK, "text.color": INK, "xtick.color": LINE, "ytick.color": LINE,
-    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.grid": True, "grid.color": LINE,
-    "grid.linewidth": 0.5, "axes.axisbelow": True, "legend.frameon": False,
-    "legend.fontsize": 9, "figure.constrained_layout.use": True,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.grid": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "figure.constrained_layout.use": True,
+}
 
 Line = tuple[str, int, str, list[float], list[float]]  # label, colour, matplotlib's style, x, y
 

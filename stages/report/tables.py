@@ -99,30 +99,44 @@ def page(run: Run) -> dict[str, list[Cells]]:
         "iterations": iterations(run.models),
         "terms": [
             {"model": m.name} | {name: f"{value:.3f}" for name, value in m.terms().items()}
-            for m in run.models if m.terms()
+            for m in run.models
+            if m.terms()
         ],
         "trained": [
-            {"iteration": t.name, "answers": f"{len(t.scores):,}",
-             "distinct, of a prompt's": _text(t.distinct, ".0%"),
-             "finished": _text(t.finished, ".0%"),
-             "pairs": f"{len(t.pairs.get('chosen_score', [])):,}"}
+            {
+                "iteration": t.name,
+                "answers": f"{len(t.scores):,}",
+                "distinct, of a prompt's": _text(t.distinct, ".0%"),
+                "finished": _text(t.finished, ".0%"),
+                "pairs": f"{len(t.pairs.get('chosen_score', [])):,}",
+            }
             for t in run.trained
         ],
         "ranker": _ranker(run),
         "stages": [
-            {"file": stage.path, "stage": stage.name, "time": duration(stage.seconds),
-             "tokens": _text(stage.tokens, ","), "tokens a second": _text(stage.rate, ",.0f"),
-             "rows in": _text(stage.took, ","), "rows out": _text(stage.gave, ","),
-             "left out": "; ".join(f"{n:,} {reason}" for reason, n in stage.aside.items())}
+            {
+                "file": stage.path,
+                "stage": stage.name,
+                "time": duration(stage.seconds),
+                "tokens": _text(stage.tokens, ","),
+                "tokens a second": _text(stage.rate, ",.0f"),
+                "rows in": _text(stage.took, ","),
+                "rows out": _text(stage.gave, ","),
+                "left out": "; ".join(f"{n:,} {reason}" for reason, n in stage.aside.items()),
+            }
             for stage in run.stages
         ],
         "lineage": [
-            {"file": node.path, "made by": node.manifest.stage if node.manifest else "not the run",
-             "of": ", ".join(parent.path for parent in node.parents),
-             "identity": node.identity[:12], "changed since": "yes" if node.changed else ""}
+            {
+                "file": node.path,
+                "made by": node.manifest.stage if node.manifest else "not the run",
+                "of": ", ".join(parent.path for parent in node.parents),
+                "identity": node.identity[:12],
+                "changed since": "yes" if node.changed else "",
+            }
             for node in run.graph
         ],
-    }  # fmt: skip
+    }
 
 
 def _ranker(run: Run) -> list[Cells]:
