@@ -1,6 +1,6 @@
 """A checkpoint: one self-contained folder. The only file that imports Orbax.
 
-    params/               the fp32 parameters (Orbax), the tree of model/mistral.py
+    params/               the fp32 parameters (Orbax), the tree of model/decoder.py
     config.json           the architecture, as Hugging Face writes it
     tokenizer files       whatever the tokenizer came with, and its chat template
     manifest.json         identity of the parameters, and where they came from
@@ -23,9 +23,10 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from model import config as model_config
-from model import mistral
-from model.config import MistralConfig
+from model import decoder
+from model.config import DecoderConfig
 from sharding import processes
+from sharding.errors import UserError
 from sharding.mesh import constrain
 
 # What a tokenizer may consist of; copied into every checkpoint as it is.
@@ -43,14 +44,10 @@ TOKENIZER_FILES = (
 MANIFEST = "manifest.json"
 
 
-class CheckpointError(ValueError):
-    """A folder that is no complete checkpoint: the message names the folder and what is wrong."""
-
-
 def save(
     folder: str,
-    config: MistralConfig,
-    params: mistral.Params,
+    config: DecoderConfig,
+    params: decoder.Params,
     tokenizer_from: str,
     origin: dict,
     **known,
@@ -66,7 +63,7 @@ def save(
     """
     temporary = _unfinished(folder)
     if is_taken(folder):
-        raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
+        raise UserError(f"{folder} exists: choose another folder, or remove it")
     processes.wait()  # all have looked
     if processes.is_first():
         if temporary.exists():
@@ -102,7 +99,7 @@ def _in_object_store(path: epath.Path) -> bool:
 
 def _complete(
     temporary,
-    config: MistralConfig,
+    config: DecoderConfig,
     params,
     identity: str,
     tokenizer_from: str,
@@ -123,13 +120,13 @@ def _complete(
 
 
 def read_manifest(folder: str) -> dict:
-    """The manifest of a complete checkpoint; CheckpointError names what is missing."""
+    """The manifest of a complete checkpoint; UserError names what is missing."""
     path = epath.Path(folder)
     if not path.exists():
-        raise CheckpointError(f"checkpoint {folder} does not exist")
+        raise UserError(f"checkpoint {folder} does not exist")
     for name in (MANIFEST, "config.json", "params", "tokenizer_config.json"):
         if not (path / name).exists():
-            raise CheckpointError(
+            raise UserError(
                 f"checkpoint {folder} is incomplete: {name} is missing; "
                 "make it again (python -m scripts.convert, or the stage that wrote it)"
             )
@@ -137,7 +134,7 @@ def read_manifest(folder: str) -> dict:
         manifest = json.loads((path / MANIFEST).read_text())
         manifest["identity"], manifest["parameters"], manifest["origin"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged ({error!r})") from None
+        raise UserError(f"checkpoint {folder}: {MANIFEST} is damaged ({error!r})") from None
     return manifest
 
 
@@ -146,7 +143,7 @@ def identity(folder: str) -> str:
     return read_manifest(folder)["identity"]
 
 
-def load_config(folder: str) -> MistralConfig:
+def load_config(folder: str) -> DecoderConfig:
     read_manifest(folder)
     path = epath.Path(folder)
     try:
@@ -156,13 +153,13 @@ def load_config(folder: str) -> MistralConfig:
             json.loads(generation.read_text()) if generation.exists() else None,
         )
     except ValueError as error:
-        raise CheckpointError(f"checkpoint {folder}: {error}") from None
+        raise UserError(f"checkpoint {folder}: {error}") from None
 
 
-def load(folder: str, shardings=None) -> tuple[MistralConfig, mistral.Params]:
+def load(folder: str, shardings=None) -> tuple[DecoderConfig, decoder.Params]:
     """(config, fp32 parameters), placed by `shardings` (a tree like the parameters, or one)."""
     config = load_config(folder)
-    abstract = mistral.abstract(config)
+    abstract = decoder.abstract(config)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
@@ -178,10 +175,10 @@ def load(folder: str, shardings=None) -> tuple[MistralConfig, mistral.Params]:
     return config, params
 
 
-def load_leaf(folder: str, config: MistralConfig, path: tuple[str, ...]) -> np.ndarray:
+def load_leaf(folder: str, config: DecoderConfig, path: tuple[str, ...]) -> np.ndarray:
     """One parameter, e.g. ("layers", "q"), in host memory: for going through a model that need
     not be there whole."""
-    leaf = mistral.abstract(config)
+    leaf = decoder.abstract(config)
     for key in path:
         leaf = leaf[key]
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
@@ -196,9 +193,9 @@ def load_leaf(folder: str, config: MistralConfig, path: tuple[str, ...]) -> np.n
     return np.asarray(jax.tree.leaves(loaded)[0])
 
 
-def _unreadable(folder: str, error: Exception) -> CheckpointError:
+def _unreadable(folder: str, error: Exception) -> UserError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    return CheckpointError(f"checkpoint {folder}: params cannot be read ({first})")
+    return UserError(f"checkpoint {folder}: params cannot be read ({first})")
 
 
 def save_state(folder: str, state) -> Callable[[], None]:

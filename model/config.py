@@ -1,16 +1,13 @@
 """The architectures as frozen dataclasses: Mistral- or Llama-shaped decoders, DeBERTa encoders.
 
 Field names are Hugging Face's, so that a `config.json` can be read beside the code. What a config
-asks for and this project has not built is refused by name (ConfigError): ignoring it would give
+asks for and this project has not built is refused by name (UserError): ignoring it would give
 a model that runs and answers wrongly.
 """
 
 import dataclasses
 
-
-class ConfigError(ValueError):
-    """A config that cannot be run exactly: the message names the key, its value and the way out."""
-
+from sharding.errors import UserError
 
 # Keys of a config.json that do not change the forward pass of inference and DPO training.
 HARMLESS = {
@@ -38,7 +35,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
-class MistralConfig:
+class DecoderConfig:
     """Shape and constants of one decoder. Sizes are counts, not bytes; ids are token ids."""
 
     vocab_size: int
@@ -72,14 +69,14 @@ class MistralConfig:
         ):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{field} is {value!r}: it must be a positive whole number")
+                raise UserError(f"{field} is {value!r}: it must be a positive whole number")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ConfigError(
+            raise UserError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim {self.head_dim} is odd: RoPE rotates halves")
+            raise UserError(f"head_dim {self.head_dim} is odd: RoPE rotates halves")
 
     @property
     def q_per_kv(self) -> int:
@@ -87,7 +84,7 @@ class MistralConfig:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """Axis letter → size, as model/mistral.py uses the letters."""
+        """Axis letter → size, as model/decoder.py uses the letters."""
         return {
             "v": self.vocab_size,
             "d": self.hidden_size,
@@ -98,16 +95,16 @@ class MistralConfig:
         }
 
 
-def from_hf(hf: dict, generation: dict | None = None) -> MistralConfig:
+def from_hf(hf: dict, generation: dict | None = None) -> DecoderConfig:
     """Read a `config.json` (transformers 4 or 5 spelling) of model type mistral or llama.
 
     `generation`: the `generation_config.json`, whose EOS ids are what sampling stops at.
-    Raises ConfigError for everything that is not built.
+    Raises UserError for everything that is not built.
     """
     hf = dict(hf)
     model_type = hf.pop("model_type", None)
     if model_type not in ("mistral", "llama"):
-        raise ConfigError(f"model_type {model_type!r} is not built: mistral and llama are")
+        raise UserError(f"model_type {model_type!r} is not built: mistral and llama are")
 
     # transformers 5 moved the RoPE base into rope_parameters; 4 had rope_theta and rope_scaling.
     rope = dict(hf.pop("rope_parameters", None) or {})
@@ -116,7 +113,7 @@ def from_hf(hf: dict, generation: dict | None = None) -> MistralConfig:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         extra = {k: v for k, v in scaling.items() if k not in ("rope_type", "type", "rope_theta")}
         if kind != "default" or extra:
-            raise ConfigError(f"{name} {scaling} is not built: only plain RoPE is")
+            raise UserError(f"{name} {scaling} is not built: only plain RoPE is")
     theta = rope.get("rope_theta", hf.pop("rope_theta", 10000.0))
     hf.pop("rope_theta", None)
     for key, built in (
@@ -128,37 +125,37 @@ def from_hf(hf: dict, generation: dict | None = None) -> MistralConfig:
     ):
         value = hf.pop(key, built)
         if value != built:
-            raise ConfigError(f"{key} {value!r} is not built: {built!r} is")
+            raise UserError(f"{key} {value!r} is not built: {built!r} is")
     # Keys that are left out have the defaults of transformers' classes.
     window = hf.pop("sliding_window", 4096 if model_type == "mistral" else None)
     layer_types = hf.pop("layer_types", None)
     if layer_types is not None:
         kinds = set(layer_types)
         if kinds - {"full_attention", "sliding_attention"} or len(kinds) > 1:
-            raise ConfigError(f"layer_types {sorted(kinds)} is not built: one kind for all is")
+            raise UserError(f"layer_types {sorted(kinds)} is not built: one kind for all is")
         if kinds == {"full_attention"}:
             window = None
     if model_type == "llama" and window is not None:
-        raise ConfigError(f"sliding_window {window} in a llama config is not built")
+        raise UserError(f"sliding_window {window} in a llama config is not built")
 
     def take(key, *default):
         if key not in hf and not default:
-            raise ConfigError(f"{key} is missing")
+            raise UserError(f"{key} is missing")
         return hf.pop(key, *default)
 
     hidden, heads = take("hidden_size"), take("num_attention_heads")
     head_dim = take("head_dim", None)
     if head_dim is None:
         if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
-            raise ConfigError(f"hidden_size {hidden} does not divide into {heads} heads")
+            raise UserError(f"hidden_size {hidden} does not divide into {heads} heads")
         head_dim = hidden // heads
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
-        raise ConfigError(f"torch_dtype {dtype!r} is not built: {', '.join(DTYPES)} are")
+        raise UserError(f"torch_dtype {dtype!r} is not built: {', '.join(DTYPES)} are")
     kv_heads = take("num_key_value_heads", 8 if model_type == "mistral" else None)
     eos = (generation or {}).get("eos_token_id", None)
     eos = hf.get("eos_token_id", 2) if eos is None else eos
-    config = MistralConfig(
+    config = DecoderConfig(
         vocab_size=take("vocab_size"),
         hidden_size=hidden,
         intermediate_size=take("intermediate_size"),
@@ -185,14 +182,14 @@ def from_hf(hf: dict, generation: dict | None = None) -> MistralConfig:
             continue
         if value is None or value is False:
             continue
-        raise ConfigError(
+        raise UserError(
             f"{key} {value!r} is not known here and might change the model; "
             "remove the key from config.json if it does not"
         )
     return config
 
 
-def to_hf(config: MistralConfig, dtype: str) -> dict:
+def to_hf(config: DecoderConfig, dtype: str) -> dict:
     """The `config.json` of the model with its weights stored as `dtype` (one of DTYPES).
 
     Written in the spelling of transformers 4 (rope_theta, torch_dtype), which 5 reads too.
@@ -232,7 +229,7 @@ def to_hf(config: MistralConfig, dtype: str) -> dict:
 # ------------------------------------------------------------------------------- DeBERTa
 
 
-# What a DeBERTa config may say, and nothing else, for the encoder of model/deberta.py.
+# What a DeBERTa config may say, and nothing else, for the encoder of model/rankers/deberta.py.
 DEBERTA_BUILT = {
     "model_type": "deberta-v2",
     "hidden_act": "gelu",
@@ -271,9 +268,9 @@ class DebertaConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name != "layer_norm_eps" and (type(value) is not int or value < 1):
-                raise ConfigError(f"{field.name} is {value!r}: it must be a positive whole number")
+                raise UserError(f"{field.name} is {value!r}: it must be a positive whole number")
         if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
+            raise UserError(
                 f"hidden_size {self.hidden_size} does not divide into "
                 f"{self.num_attention_heads} heads"
             )
@@ -284,7 +281,7 @@ class DebertaConfig:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """Axis letter → size, as model/deberta.py uses the letters."""
+        """Axis letter → size, as model/rankers/deberta.py uses the letters."""
         return {
             "v": self.vocab_size,
             "d": self.hidden_size,
@@ -296,7 +293,7 @@ class DebertaConfig:
 
 
 def deberta_from_hf(hf: dict) -> DebertaConfig:
-    """Read the `config.json` of a DeBERTa-v2 or v3 encoder. Raises ConfigError by name for what is
+    """Read the `config.json` of a DeBERTa-v2 or v3 encoder. Raises UserError by name for what is
     not built: a convolution (v2-xlarge), absolute positions, keys of their own for positions."""
     for key, built in DEBERTA_BUILT.items():
         value = hf.get(key, DEBERTA_DEFAULTS.get(key, built))
@@ -306,7 +303,7 @@ def deberta_from_hf(hf: dict) -> DebertaConfig:
         else:
             same = value == built
         if not same:
-            raise ConfigError(f"{key} {value!r} is not built: {built!r} is")
+            raise UserError(f"{key} {value!r} is not built: {built!r} is")
     for key in (
         "vocab_size",
         "hidden_size",
@@ -315,11 +312,11 @@ def deberta_from_hf(hf: dict) -> DebertaConfig:
         "intermediate_size",
     ):
         if key not in hf:
-            raise ConfigError(f"{key} is missing")
+            raise UserError(f"{key} is missing")
     head_dim = hf["hidden_size"] // hf["num_attention_heads"]
     for key, built in (("embedding_size", hf["hidden_size"]), ("attention_head_size", head_dim)):
         if hf.get(key) not in (None, built):
-            raise ConfigError(f"{key} {hf[key]!r} is not built: {built!r} is")
+            raise UserError(f"{key} {hf[key]!r} is not built: {built!r} is")
     furthest = hf.get("max_relative_positions", -1)
     return DebertaConfig(
         vocab_size=hf["vocab_size"],

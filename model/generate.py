@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import mistral
-from model.config import MistralConfig
+from model import decoder
+from model.config import DecoderConfig
 from model.packing import coarse_bucket
 from sharding.mesh import constrain
 
@@ -222,8 +222,8 @@ class Sampler:
 
     def __init__(
         self,
-        config: MistralConfig,
-        params: mistral.Params,
+        config: DecoderConfig,
+        params: decoder.Params,
         decode_text: Callable[[list[int]], str],
         sampling: Sampling,
         slots: int,
@@ -231,7 +231,7 @@ class Sampler:
         dtype=jnp.float32,
     ):
         self.config, self.sampling, self.decode_text = config, sampling, decode_text
-        self.params = mistral.unstack_layers(params)
+        self.params = decoder.unstack_layers(params)
         self.slots, self.dtype = slots, dtype
         self.group = min(sampling.n, slots)  # answers that share one prefill
         self.longest_prompt = longest_prompt
@@ -428,11 +428,11 @@ class Sampler:
 # ------------------------------------------------------------- what runs on the device
 
 
-def _empty(config: MistralConfig, slots: int, length: int, sampling: Sampling, dtype) -> dict:
+def _empty(config: DecoderConfig, slots: int, length: int, sampling: Sampling, dtype) -> dict:
     """The state of all slots, none in use. `tokens`, `logprobs`: drawn so far, EOS included."""
     # numpy: the same on every process, wherever the devices of the mesh are.
     return {
-        "cache": mistral.empty_cache(config, slots, length, dtype),
+        "cache": decoder.empty_cache(config, slots, length, dtype),
         "active": np.zeros(slots, bool),
         "keys": np.zeros((slots, 2), np.uint32),
         "prompt_lengths": np.zeros(slots, np.int32),
@@ -448,10 +448,10 @@ def _replicated(state: dict) -> dict:
     return state | {name: constrain(x, *[None] * x.ndim) for name, x in rest.items()}
 
 
-def _prefill(params, config: MistralConfig, row, dtype):
+def _prefill(params, config: DecoderConfig, row, dtype):
     """(hidden states [1, t, d] of a row of prompts, the keys and values of each layer)."""
     same_1tt = row["prompts"][:, :, None] == row["prompts"][:, None, :]
-    return mistral.prefill(params, config, row["tokens"], row["positions"], same_1tt, dtype)
+    return decoder.prefill(params, config, row["tokens"], row["positions"], same_1tt, dtype)
 
 
 @partial(jax.jit, donate_argnums=(0, 1))
@@ -463,7 +463,7 @@ def _copy_prompts(k_bkhs, v_bksh, prompts_k, prompts_v, slots_g, starts_g):
     from_gs = jnp.minimum(from_gs, prompts_k.shape[-1] - 1)
     new_k = jnp.moveaxis(prompts_k[0][:, :, from_gs], 2, 0)
     new_v = jnp.moveaxis(prompts_v[0][:, from_gs], 1, 0)
-    return mistral.constrain_cache(
+    return decoder.constrain_cache(
         k_bkhs.at[slots_g].set(new_k, mode="drop"), v_bksh.at[slots_g].set(new_v, mode="drop")
     )
 
@@ -471,7 +471,7 @@ def _copy_prompts(k_bkhs, v_bksh, prompts_k, prompts_v, slots_g, starts_g):
 def _admit(params, state, hidden_1td, starting, *, config, sampling) -> dict:
     """Start answers in their slots, but for the cache: draw their first tokens."""
     slots_g, starts_g, lengths_g = (starting[name] for name in ("slots", "starts", "lengths"))
-    logits_gv = mistral.logits(params, config, hidden_1td[0, starts_g + lengths_g - 1])
+    logits_gv = decoder.logits(params, config, hidden_1td[0, starts_g + lengths_g - 1])
     first_g = jnp.zeros_like(slots_g)
     tokens_g, logprobs_g = draw(logits_gv, uniforms(starting["keys"], first_g), sampling)
     active_g = ~_is_eos(tokens_g, config) & (sampling.max_new_tokens > 1)
@@ -503,10 +503,10 @@ def _advance(params, state, stop_at_active, *, config, sampling, dtype) -> dict:
         steps_b, active_b = state["steps"], state["active"]
         last_b = state["tokens"][rows, steps_b - 1]
         positions_b = state["prompt_lengths"] + steps_b - 1
-        hidden_bd, cache = mistral.decode(
+        hidden_bd, cache = decoder.decode(
             params, config, state["cache"], last_b, positions_b, dtype
         )
-        logits_bv = mistral.logits(params, config, hidden_bd)
+        logits_bv = decoder.logits(params, config, hidden_bd)
         tokens_b, logprobs_b = draw(logits_bv, uniforms(state["keys"], steps_b), sampling)
         at_b = jnp.where(active_b, steps_b, sampling.max_new_tokens)  # beyond: written nowhere
         steps_b = steps_b + active_b
@@ -528,7 +528,7 @@ def _resize_layer(k_bkhs, v_bksh, slots_b, length):
     if slots_b is not None:
         k_bkhs, v_bksh = k_bkhs[slots_b], v_bksh[slots_b]
     extra = max(length - k_bkhs.shape[-1], 0)
-    return mistral.constrain_cache(
+    return decoder.constrain_cache(
         jnp.pad(k_bkhs[..., :length], ((0, 0),) * 3 + ((0, extra),)),
         jnp.pad(v_bksh[:, :, :length], ((0, 0), (0, 0), (0, extra), (0, 0))),
     )
@@ -538,5 +538,5 @@ def _release(state, mask_b) -> dict:
     return {**state, "active": state["active"] & ~mask_b}
 
 
-def _is_eos(tokens: jax.Array, config: MistralConfig) -> jax.Array:
+def _is_eos(tokens: jax.Array, config: DecoderConfig) -> jax.Array:
     return jnp.isin(tokens, jnp.array(config.eos_token_ids, jnp.int32))

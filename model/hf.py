@@ -5,7 +5,7 @@ directions use it, and model/gguf.py does too. Tensors go through one at a time:
 fp32 parameters and one tensor, writing the same. The numbers themselves are never computed with:
 a folder read and written in its own dtype comes out bit for bit.
 
-Axis letters as in model/mistral.py: v vocabulary, d width, n query head, k key/value head,
+Axis letters as in model/decoder.py: v vocabulary, d width, n query head, k key/value head,
 h head width, f MLP width.
 """
 
@@ -21,7 +21,8 @@ from etils import epath
 
 from model import checkpoint
 from model import config as model_config
-from model.config import ConfigError, MistralConfig
+from model.config import DecoderConfig
+from sharding.errors import UserError
 
 # HF name → our path, HF's axes, ours. Letters written together are one axis over there: the rows
 # of a q_proj.weight [nh, d] are n heads of h each.
@@ -43,10 +44,6 @@ SAFETENSORS_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bf
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-class HfError(ValueError):
-    """A folder that cannot be converted: the message names file and tensor, and how to mend."""
-
-
 # ---------------------------------------------------------------------- the table, applied
 
 
@@ -60,7 +57,7 @@ class Slot:
     our_axes: tuple[str, ...]
 
 
-def slots(config: MistralConfig) -> dict[str, Slot]:
+def slots(config: DecoderConfig) -> dict[str, Slot]:
     """Every tensor of the model by its HF name, in the order in which they are written."""
     found = table_slots(TABLE, config.num_hidden_layers)
     if config.tie_word_embeddings:
@@ -88,7 +85,7 @@ def hf_shape(config, slot: Slot) -> tuple[int, ...]:
     return tuple(math.prod(sizes[letter] for letter in axis) for axis in slot.hf_axes)
 
 
-def empty_params(config: MistralConfig) -> dict:
+def empty_params(config: DecoderConfig) -> dict:
     """The parameters' tree as uninitialised fp32 numpy arrays."""
     sizes, params = config.axis_sizes, {}
     for slot in slots(config).values():
@@ -100,7 +97,7 @@ def empty_params(config: MistralConfig) -> dict:
     return params
 
 
-def put(params: dict, config: MistralConfig, slot: Slot, tensor: np.ndarray):
+def put(params: dict, config: DecoderConfig, slot: Slot, tensor: np.ndarray):
     """Write one HF tensor (fp32, fp16 or bf16: all exact in fp32) into its place, in place."""
     _place(params, slot)[...] = to_ours(config, slot, tensor)
 
@@ -112,7 +109,7 @@ def to_ours(config, slot: Slot, tensor: np.ndarray) -> np.ndarray:
     return split.transpose([letters.index(axis) for axis in slot.our_axes])
 
 
-def get(params: dict, config: MistralConfig, slot: Slot, dtype) -> np.ndarray:
+def get(params: dict, config: DecoderConfig, slot: Slot, dtype) -> np.ndarray:
     """One HF tensor, contiguous, rounded to `dtype` (to nearest, ties to even)."""
     letters = "".join(slot.hf_axes)
     ours = _cast(_place(params, slot), dtype)
@@ -132,28 +129,28 @@ def _place(params: dict, slot: Slot) -> np.ndarray:
 
 def local_folder(src: str, files: list[str], revision: str = "main") -> tuple[str, str | None]:
     """(local folder, commit on the hub or None) of a folder or a hub id, ORG/NAME, of which those
-    `files` (patterns) are downloaded that it has. Raises HfError."""
+    `files` (patterns) are downloaded that it has. Raises UserError."""
     if epath.Path(src).is_dir():
         return src, None
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", src):
-        raise HfError(f"{src} is neither a folder nor a hub id of the form ORG/NAME")
+        raise UserError(f"{src} is neither a folder nor a hub id of the form ORG/NAME")
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(src, revision=revision, allow_patterns=files)
     except Exception as error:  # of many kinds: no such model, gated, no network, no space
         line = next((s.strip() for s in str(error).splitlines() if s.strip()), repr(error))
-        raise HfError(
+        raise UserError(
             f"{src} is no folder here, and the hub does not give it (revision {revision}): {line}"
         ) from None
     return folder, epath.Path(folder).name
 
 
-def read_hf(folder: str) -> tuple[MistralConfig, dict]:
+def read_hf(folder: str) -> tuple[DecoderConfig, dict]:
     """(config, fp32 numpy parameters) of a folder as the hub holds it.
 
     `config.torch_dtype` becomes the dtype that the tensors really have, so that writing the model
-    back by default gives the same bits. Raises HfError (ConfigError for an unbuilt architecture).
+    back by default gives the same bits. Raises UserError (UserError for an unbuilt architecture).
     """
     config = read_config(folder)
     wanted, stored = slots(config), stored_tensors(folder)
@@ -163,7 +160,7 @@ def read_hf(folder: str) -> tuple[MistralConfig, dict]:
     for name, slot in wanted.items():
         put(params, config, slot, stored[name].read())
     if tied_copy is not None and not np.array_equal(tied_copy.read(), params["embed"]):
-        raise HfError(
+        raise UserError(
             f"{tied_copy.file}: lm_head.weight differs from the embedding, though config.json ties "
             "the two: set tie_word_embeddings to false if both were trained"
         )
@@ -173,35 +170,35 @@ def read_hf(folder: str) -> tuple[MistralConfig, dict]:
 
 
 def check_tensors(folder: str, config, wanted: dict[str, Slot], stored: dict, more: set[str]):
-    """HfError, naming the tensor, unless `stored` (name → StoredTensor or its like) has what is
+    """UserError, naming the tensor, unless `stored` (name → StoredTensor or its like) has what is
     `wanted`, each in the shape that the config makes it, and beside them only those in `more`."""
     for name, slot in wanted.items():
         if name not in stored:
-            raise HfError(f"{folder}: tensor {name} is missing: download the folder again")
+            raise UserError(f"{folder}: tensor {name} is missing: download the folder again")
         shape, expected = tuple(stored[name].shape), hf_shape(config, slot)
         if shape != expected:
-            raise HfError(
+            raise UserError(
                 f"{stored[name].file}: tensor {name} is {list(shape)}, config.json makes it "
                 f"{list(expected)}: the two belong to different models"
             )
     for name in sorted(stored.keys() - wanted.keys() - more):
         if not _is_harmless(name):
-            raise HfError(
+            raise UserError(
                 f"{stored[name].file}: tensor {name} has no place in this architecture "
                 "(a bias, an adapter, another model?): remove it only if it is not used"
             )
 
 
-def read_config(folder: str) -> MistralConfig:
+def read_config(folder: str) -> DecoderConfig:
     path = epath.Path(folder)
     if not (path / "config.json").exists():
-        raise HfError(f"{folder}: config.json is missing: give the folder of a downloaded model")
+        raise UserError(f"{folder}: config.json is missing: give the folder of a downloaded model")
     generation = path / "generation_config.json"
     hf = read_json(path / "config.json")
     try:
         return model_config.from_hf(hf, read_json(generation) if generation.exists() else None)
-    except ConfigError as error:
-        raise ConfigError(f"{path / 'config.json'}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path / 'config.json'}: {error}") from None
 
 
 def weight_files(folder: str) -> list[epath.Path]:
@@ -210,17 +207,17 @@ def weight_files(folder: str) -> list[epath.Path]:
     if (path / "model.safetensors").exists():
         return [path / "model.safetensors"]
     if not (path / "model.safetensors.index.json").exists():
-        raise HfError(
+        raise UserError(
             f"{folder}: neither model.safetensors nor model.safetensors.index.json is there "
             "(other formats are not read: save the model with safe serialization)"
         )
     index = read_json(path / "model.safetensors.index.json")
     if not isinstance(index.get("weight_map"), dict):
-        raise HfError(f"{path / 'model.safetensors.index.json'}: weight_map is missing")
+        raise UserError(f"{path / 'model.safetensors.index.json'}: weight_map is missing")
     files = [path / name for name in sorted(set(index["weight_map"].values()))]
     for file in files:
         if not file.exists():
-            raise HfError(f"{file} is missing, and the index names it: download the folder again")
+            raise UserError(f"{file} is missing, and the index names it: download the folder again")
     return files
 
 
@@ -240,7 +237,7 @@ class StoredTensor:
             file.seek(self.start)
             data = file.read(size)
         if len(data) != size:
-            raise HfError(f"{self.file} became shorter while it was read")
+            raise UserError(f"{self.file} became shorter while it was read")
         return np.frombuffer(data, self.dtype).reshape(self.shape)
 
 
@@ -250,7 +247,7 @@ def stored_tensors(folder: str) -> dict[str, StoredTensor]:
         for tensor in read_header(file):
             if tensor.name in found:
                 other = found[tensor.name].file
-                raise HfError(f"{file}: tensor {tensor.name} is in {other} too: keep one of them")
+                raise UserError(f"{file}: tensor {tensor.name} is in {other} too: keep one of them")
             found[tensor.name] = tensor
     return found
 
@@ -265,7 +262,7 @@ def read_header(file: epath.Path) -> list[StoredTensor]:
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or length > size - 8:
-            raise HfError(f"{file} ({size} bytes): {again}")
+            raise UserError(f"{file} ({size} bytes): {again}")
         try:
             header = json.loads(opened.read(length))
             header.pop("__metadata__", None)
@@ -274,20 +271,20 @@ def read_header(file: epath.Path) -> list[StoredTensor]:
                 for name, entry in header.items()
             ]
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise HfError(f"{file} ({size} bytes): {again}") from None
+            raise UserError(f"{file} ({size} bytes): {again}") from None
     tensors = []
     for name, kind, shape, begin, end in entries:
         where = f"{file}: tensor {name}"
         if 8 + length + end > size:
-            raise HfError(f"{where} ends at byte {8 + length + end}, the file at {size}: {again}")
+            raise UserError(f"{where} ends at byte {8 + length + end}, the file at {size}: {again}")
         if kind not in SAFETENSORS_DTYPES:
             if _is_harmless(name):
                 continue
             built = ", ".join(SAFETENSORS_DTYPES)
-            raise HfError(f"{where} is {kind}; {built} are built: take the unquantized model")
+            raise UserError(f"{where} is {kind}; {built} are built: take the unquantized model")
         dtype = SAFETENSORS_DTYPES[kind]
         if math.prod(shape) * np.dtype(dtype).itemsize != end - begin:
-            raise HfError(f"{where}: {end - begin} bytes do not make {list(shape)}: {again}")
+            raise UserError(f"{where}: {end - begin} bytes do not make {list(shape)}: {again}")
         tensors.append(StoredTensor(str(file), name, dtype, shape, 8 + length + begin))
     return tensors
 
@@ -301,9 +298,9 @@ def read_json(path: epath.Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise HfError(f"{path} is not JSON ({error}): download it again") from None
+        raise UserError(f"{path} is not JSON ({error}): download it again") from None
     if not isinstance(content, dict):
-        raise HfError(f"{path} holds no JSON object: download it again")
+        raise UserError(f"{path} holds no JSON object: download it again")
     return content
 
 
@@ -326,7 +323,7 @@ def write_hf(
     config = checkpoint.load_config(folder)
     dtype = dtype or config.torch_dtype
     if epath.Path(dst).exists():
-        raise HfError(f"{dst} exists: choose another folder, or remove it")
+        raise UserError(f"{dst} exists: choose another folder, or remove it")
     temporary = epath.Path(f"{str(dst).rstrip('/')}.tmp")
     if temporary.exists():
         temporary.rmtree()
@@ -363,7 +360,7 @@ def write_hf(
     return dtype
 
 
-def _split(config: MistralConfig, dtype: str, max_shard_bytes: int) -> list[list[str]]:
+def _split(config: DecoderConfig, dtype: str, max_shard_bytes: int) -> list[list[str]]:
     """Names by file: filled in order, none above the size unless one tensor alone is."""
     itemsize, shards, room = np.dtype(NUMPY_DTYPES[dtype]).itemsize, [], -1
     for name, slot in slots(config).items():
@@ -392,7 +389,7 @@ def _write_safetensors(path, params: dict, config, dtype: str, names: list[str])
         for name in names:
             tensor = get(params, config, model_slots[name], NUMPY_DTYPES[dtype])
             if dtype != "float32" and not np.isfinite(tensor).all():
-                raise HfError(f"{name} does not fit into {dtype} (or is not finite): use fp32")
+                raise UserError(f"{name} does not fit into {dtype} (or is not finite): use fp32")
             file.write(tensor.view(np.uint8).data)
     return end
 
@@ -412,7 +409,7 @@ def rounded_away(folder: str, base: str, dtype: str) -> tuple[int, int]:
     """
     config, before = checkpoint.load_config(folder), checkpoint.load_config(base)
     if config.axis_sizes != before.axis_sizes or slots(config).keys() != slots(before).keys():
-        raise HfError(f"{base} is another architecture than {folder}: give the one trained from")
+        raise UserError(f"{base} is another architecture than {folder}: give the one trained from")
     lost = changed = 0
     for path in dict.fromkeys(slot.path for slot in slots(config).values()):
         ours, theirs = (checkpoint.load_leaf(f, config, path) for f in (folder, base))

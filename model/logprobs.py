@@ -9,28 +9,28 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from model import mistral
+from model import decoder
 from model.attention import matmul_precision
-from model.config import MistralConfig
+from model.config import DecoderConfig
 from sharding.mesh import batch_shards, constrain
 
 CHUNK = 256  # tokens a device holds the logits of: 50 MB of fp32 at 49,152 words
 
 
 def response_logprobs(
-    params: mistral.Params,
-    config: MistralConfig,
+    params: decoder.Params,
+    config: DecoderConfig,
     batch: dict[str, jax.Array],
     responses: int,
     dtype=jnp.float32,
-    remat: mistral.Remat = "none",
+    remat: decoder.Remat = "none",
 ) -> jax.Array:
     """Summed log π(response | prompt), fp32 [responses]; 0 for one that is not in the batch.
 
     batch: the arrays of model/packing.py. Only response tokens see the vocabulary product.
     Sums, no means (Rafailov et al. 2023).
     """
-    hidden_btd = mistral.forward(
+    hidden_btd = decoder.forward(
         params, config, batch["tokens"], batch["positions"], None, dtype, remat, layout=batch
     )
     hidden_btd = jnp.take_along_axis(hidden_btd, batch["predictors"][..., None], axis=1)

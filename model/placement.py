@@ -7,20 +7,20 @@ Nothing is allocated, and the mesh may be one without devices (`sharding.mesh.ab
 import jax
 import jax.numpy as jnp
 
-from model import mistral, train
-from model.config import MistralConfig
+from model import decoder, train
+from model.config import DecoderConfig
 from sharding.mesh import abstract, batch_shardings, replicated, tree_shardings
 
 
-def parameters(config: MistralConfig, mesh, dtype=jnp.float32) -> mistral.Params:
+def parameters(config: DecoderConfig, mesh, dtype=jnp.float32) -> decoder.Params:
     """The stacked parameters."""
-    shapes = mistral.abstract(config)
-    placed = abstract(shapes, tree_shardings(mesh, mistral.logical_axes(config), shapes))
+    shapes = decoder.abstract(config)
+    placed = abstract(shapes, tree_shardings(mesh, decoder.logical_axes(config), shapes))
     return jax.tree.map(lambda x: x.update(dtype=dtype), placed)
 
 
-def unstacked(params: mistral.Params) -> mistral.Params:
-    """The same parameters as `mistral.unstack_layers` leaves them."""
+def unstacked(params: decoder.Params) -> decoder.Params:
+    """The same parameters as `decoder.unstack_layers` leaves them."""
 
     def of_layer(x):
         sharding = jax.NamedSharding(x.sharding.mesh, jax.P(*x.sharding.spec[1:]))
@@ -30,13 +30,13 @@ def unstacked(params: mistral.Params) -> mistral.Params:
     return params | {"layers": [jax.tree.map(of_layer, params["layers"])] * count}
 
 
-def cache(config: MistralConfig, mesh, rows: int, length: int, dtype=jnp.float32) -> list:
+def cache(config: DecoderConfig, mesh, rows: int, length: int, dtype=jnp.float32) -> list:
     """The KV cache: [(k_bkhs, v_bksh)] a layer."""
-    shapes = jax.eval_shape(lambda: mistral.empty_cache(config, rows, length, dtype))
-    return abstract(shapes, tree_shardings(mesh, [mistral.CACHE_AXES] * len(shapes), shapes))
+    shapes = jax.eval_shape(lambda: decoder.empty_cache(config, rows, length, dtype))
+    return abstract(shapes, tree_shardings(mesh, [decoder.CACHE_AXES] * len(shapes), shapes))
 
 
-def training(config: MistralConfig, mesh, recipe: train.Recipe, batch: dict) -> dict:
+def training(config: DecoderConfig, mesh, recipe: train.Recipe, batch: dict) -> dict:
     """By title, what a training holds beside what it computes. batch: arrays of model/packing.py,
     or their shapes."""
     params = parameters(config, mesh)
@@ -51,7 +51,7 @@ def training(config: MistralConfig, mesh, recipe: train.Recipe, batch: dict) -> 
     }
 
 
-def sampling(config: MistralConfig, mesh, slots: int, length: int, dtype=jnp.float32) -> dict:
+def sampling(config: DecoderConfig, mesh, slots: int, length: int, dtype=jnp.float32) -> dict:
     """By title, what a sampler holds: parameters in the dtype of computation, and the cache of so
     many slots of `length` positions."""
     keys, values = zip(*cache(config, mesh, slots, length, dtype))

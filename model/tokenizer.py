@@ -29,12 +29,10 @@ import sentencepiece
 from etils import epath
 from transformers import PreTrainedTokenizerFast
 
+from sharding.errors import UserError
+
 # Cut by every tokenizer when its identity is taken: shows how it splits, not only what it knows.
 PROBE = "Hello, world!  [INST] déjà  vu\n\n\tx = 3.14159;  ﬁn① 你好 😀 </s> it's   2024"
-
-
-class TokenizerError(ValueError):
-    """A tokenizer or a conversation that cannot be used; the message says how to mend it."""
 
 
 class ChatTokenizer:
@@ -50,7 +48,7 @@ class ChatTokenizer:
         self._hf = tokenizer
         self._sentencepiece = tokenizer_model and _open_sentencepiece(tokenizer_model)
         if not tokenizer.is_fast:
-            raise TokenizerError(
+            raise UserError(
                 f"a {type(tokenizer).__name__} is not built: bring a tokenizer.json or a "
                 "sentencepiece tokenizer.model"
             )
@@ -86,7 +84,7 @@ class ChatTokenizer:
 
     @classmethod
     def from_folder(cls, folder: str, eos_ids: Iterable[int]) -> "ChatTokenizer":
-        """The tokenizer of a checkpoint folder. Raises TokenizerError; asks no hub."""
+        """The tokenizer of a checkpoint folder. Raises UserError; asks no hub."""
         if "://" in folder:  # what reads the files wants them on a disk
             with tempfile.TemporaryDirectory() as local:
                 for file in epath.Path(folder).iterdir():
@@ -94,11 +92,11 @@ class ChatTokenizer:
                         file.copy(os.path.join(local, file.name))
                 return cls.from_folder(local, eos_ids)
         if not os.path.isdir(folder):
-            raise TokenizerError(f"{folder} is not a folder: give a checkpoint's folder")
+            raise UserError(f"{folder} is not a folder: give a checkpoint's folder")
         tokenizer_model = os.path.join(folder, "tokenizer.model")
         has_model = os.path.isfile(tokenizer_model)
         if not has_model and not os.path.isfile(os.path.join(folder, "tokenizer.json")):
-            raise TokenizerError(
+            raise UserError(
                 f"{folder} has no tokenizer.json and no tokenizer.model: "
                 "copy the tokenizer's files from where the model came"
             )
@@ -110,13 +108,13 @@ class ChatTokenizer:
             else:  # a tokenizer.json says it all; AutoTokenizer would import torch for 5 seconds
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises whatever its parsers raise
-            raise TokenizerError(
+            raise UserError(
                 f"{folder}: the tokenizer cannot be read ({_one_line(error)}): copy its files again"
             ) from error
         try:
             return cls(tokenizer, eos_ids, tokenizer_model if has_model else None)
-        except TokenizerError as error:
-            raise TokenizerError(f"{folder}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
 
     def __len__(self) -> int:
         """One more than the highest id; the model's vocabulary must be at least as large."""
@@ -129,7 +127,7 @@ class ChatTokenizer:
 
         messages: [{"role", "content"}, …]. Earlier assistant turns are tokenised apart, as they
         were when they were sampled. Starts with exactly one BOS where the model has one.
-        Raises TokenizerError with the template's own words where it refuses the conversation.
+        Raises UserError with the template's own words where it refuses the conversation.
         """
         ids: list[int] = []
         for kind, text in self._segments(messages):
@@ -137,7 +135,7 @@ class ChatTokenizer:
         if self._bos is not None and ids[:1] != [self._bos]:
             ids.insert(0, self._bos)
         if self._hf.bos_token_id is not None and ids[:2] == [self._hf.bos_token_id] * 2:
-            raise TokenizerError("the chat template writes BOS twice: write it once")
+            raise UserError("the chat template writes BOS twice: write it once")
         return ids
 
     def response_ids(self, text: str) -> list[int]:
@@ -214,7 +212,7 @@ class ChatTokenizer:
         skeleton = [int(part) if i % 2 else part for i, part in enumerate(parts)]
         for i, message in enumerate(messages):
             if i not in skeleton:
-                raise TokenizerError(
+                raise UserError(
                     f"the chat template leaves out message {i} (role {message['role']})"
                 )
         return skeleton
@@ -225,7 +223,7 @@ class ChatTokenizer:
                 messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
             )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-            raise TokenizerError(
+            raise UserError(
                 f"the chat template refuses the conversation: {_one_line(error)}"
             ) from None
 
@@ -261,14 +259,14 @@ def _open_sentencepiece(path: str) -> sentencepiece.SentencePieceProcessor:
     try:
         return sentencepiece.SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError) as error:
-        raise TokenizerError(f"{path} is no sentencepiece model ({_one_line(error)})") from None
+        raise UserError(f"{path} is no sentencepiece model ({_one_line(error)})") from None
 
 
 def _template_of(tokenizer) -> str:
     try:
         return tokenizer.get_chat_template()
     except ValueError:
-        raise TokenizerError(
+        raise UserError(
             "no chat template: add it as chat_template.jinja, or as chat_template in "
             "tokenizer_config.json"
         ) from None
@@ -288,7 +286,7 @@ def _special_pattern(special: dict[str, int], added) -> re.Pattern:
 def _contents_as_rendered(skeleton: list[str | int], contents: list[str], text: str) -> list[str]:
     """The contents as the template shows them: as they are, or stripped of white space.
 
-    Raises TokenizerError where it changes them in any other way: the ids would not be the text's.
+    Raises UserError where it changes them in any other way: the ids would not be the text's.
     """
     shown, at = list(contents), 0
     following = [*skeleton[1:], ""]
@@ -308,7 +306,7 @@ def _contents_as_rendered(skeleton: list[str | int], contents: list[str], text: 
     else:
         if at == len(text):
             return shown
-    raise TokenizerError(
+    raise UserError(
         "the chat template changes what the messages say (beyond stripping white space), so that "
         "its own text cannot be told from theirs: use a template that shows contents as they are"
     )

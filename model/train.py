@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from model import mistral
-from model.config import MistralConfig
+from model import decoder
+from model.config import DecoderConfig
 from model.logprobs import response_logprobs
 from model.losses import Loss, Pairs, implicit_rewards
 
@@ -72,7 +72,7 @@ def optimizer(recipe: Recipe, total_steps: int) -> optax.GradientTransformation:
     )
 
 
-def _is_matrix(params: mistral.Params):
+def _is_matrix(params: decoder.Params):
     return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path[-1].key, params)
 
 
@@ -92,7 +92,7 @@ def optimizer_shardings(tx: optax.GradientTransformation, params, shardings, rep
 
 
 def pair_logprobs(
-    params, config: MistralConfig, batch: Batch, pairs: int, dtype, remat: mistral.Remat
+    params, config: DecoderConfig, batch: Batch, pairs: int, dtype, remat: decoder.Remat
 ):
     """Summed log-probs (chosen_p, rejected_p), fp32 [p], of a micro-batch of up to `pairs` pairs:
     the sequences of model/packing.py with two responses each, chosen and rejected."""
@@ -159,14 +159,14 @@ class Trainer:
         shardings,
         replicated,
         dtype=jnp.float32,
-        remat: mistral.Remat = "none",
+        remat: decoder.Remat = "none",
     ):
         tx = optimizer(recipe, total_steps)
         self.schedule = learning_rate(recipe, total_steps)
         self.optimizer_shardings = optimizer_shardings(
-            tx, mistral.abstract(config), shardings, replicated
+            tx, decoder.abstract(config), shardings, replicated
         )
-        self.optimizer_shapes = jax.eval_shape(tx.init, mistral.abstract(config))
+        self.optimizer_shapes = jax.eval_shape(tx.init, decoder.abstract(config))
         self.logprobs = jax.jit(
             partial(pair_logprobs, config=config, dtype=dtype, remat="none"),
             static_argnames="pairs",

@@ -18,8 +18,10 @@ from typing import Literal
 import tyro
 from etils import epath
 
-from stages import cards
-from stages.records import UserError, file_sha256, run
+from scripts import cards
+from sharding.errors import UserError
+from stages.files.paths import file_sha256
+from stages.files.run import run_main
 
 HUB_FILES = [
     "README.md",
@@ -106,7 +108,7 @@ Command = FromHf | FromGguf | ToHf | FromParquet | Prompts
 
 def main(args: Command):
     if isinstance(args, FromParquet | Prompts):
-        from stages.parquet import read_dataset, read_prompts_dataset
+        from stages.files.formats import read_dataset, read_prompts_dataset
 
         if isinstance(args, FromParquet):
             read_dataset(args.directory, args.out, args.split)
@@ -117,15 +119,11 @@ def main(args: Command):
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the accelerator alone
-    from model.checkpoint import CheckpointError
-    from model.config import ConfigError
-    from model.gguf import GgufError
-    from model.hf import HfError
 
     convert = {FromHf: from_hf, FromGguf: from_gguf, ToHf: to_hf}[type(args)]
     try:
         convert(args)
-    except (CheckpointError, ConfigError, GgufError, HfError) as error:
+    except UserError as error:
         raise UserError(str(error)) from None
 
 
@@ -277,4 +275,4 @@ def _size(path: epath.Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, Command))
+    sys.exit(run_main(main, Command))

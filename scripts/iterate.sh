@@ -139,7 +139,7 @@ compare() { # FOLDER OTHER NAME: its held-out answers against OTHER's, and how f
 }
 show() { # what the run is worth so far
   python -m scripts.table show "$run"
-  python -m stages.report "$run"
+  python -m scripts.report "$run"
 }
 finish() { # the last model for transformers, and what to know of the run
   [[ -d $run/final-hf ]] || python -m scripts.convert to-hf "$model" "$run/final-hf" \

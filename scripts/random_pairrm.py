@@ -16,9 +16,9 @@ from pathlib import Path
 
 import tyro
 
-from model.blender import import_blender
-from stages import records
-from stages.records import UserError
+from model.rankers.blender import import_blender
+from sharding.errors import UserError
+from stages.files.run import run_main
 
 PROMPTS = Path(__file__).parent / "recipes" / "demo"
 # microsoft/deberta-v3-large's config.json, PairRM's encoder.
@@ -178,4 +178,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(records.run(main, Args))
+    sys.exit(run_main(main, Args))

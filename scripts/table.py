@@ -3,7 +3,8 @@
     python -m scripts.table show runs/demo --terms      the table of iterations
     python -m scripts.table ready runs/demo --iterations 3 --ranker reward.py:reward
 
-The table is that of `python -m stages.report`, whose page explains its columns. Rewards, words, the
+The table is that of `python -m scripts.report`, whose page explains its columns. Rewards, words,
+the
 answers that the model ended itself and the distinct ones among them are means over the held-out
 prompts; intervals are 95%.
 """
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import tyro
 
-from model.rankers import RankerError, open_ranker
-from stages import records
-from stages.records import UserError
-from stages.report import gather, tables
+from model.rankers.opening import open_ranker
+from scripts.report import gather, tables
+from sharding.errors import UserError
+from stages.files.run import run_main
 
 
 @dataclasses.dataclass
@@ -69,7 +70,7 @@ def check_ready(args: Ready) -> None:
     """
     try:
         open_ranker(args.ranker)
-    except RankerError as error:
+    except UserError as error:
         raise UserError(str(error)) from error
     run = Path(args.run)
     manifest = json.loads((run / "start/checkpoint/manifest.json").read_text())
@@ -88,4 +89,4 @@ def check_ready(args: Ready) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(records.run(main, Show | Ready))
+    sys.exit(run_main(main, Show | Ready))

@@ -32,14 +32,16 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from model.ahead import ahead
 from model.packing import Sequence, pack
+from scripts.cards import provenance
+from sharding.errors import UserError
 from sharding.watch import Flags
-from stages import records
-from stages.ahead import ahead
-from stages.cards import provenance
-from stages.examples import Example, read_pairs
-from stages.records import Manifest, UserError
-from stages.work import Work, save_array
+from stages.files.examples import Example, read_pairs
+from stages.files.output import Manifest, read_lineage
+from stages.files.paths import file_sha256, is_remote
+from stages.files.run import STOPPED_TOGETHER, Stopped, run_main, stop_signal
+from stages.files.work import Work, save_array
 
 # Of log-prob a token, mean over the pairs, between sampler and trainer: what one of them being in
 # bfloat16 may bring about, and what only another model, template or text can.
@@ -91,7 +93,7 @@ class Args(Flags):
 
 def main(args: Args) -> None:
     from model import checkpoint
-    from model.tokenizer import ChatTokenizer, TokenizerError
+    from model.tokenizer import ChatTokenizer
     from sharding import processes
 
     _check(args)
@@ -108,7 +110,7 @@ def main(args: Args) -> None:
         }
         if checkpoint.load_config(reference) != config:
             raise UserError(f"--reference {reference} is of another architecture than --checkpoint")
-    except (ValueError, TokenizerError) as error:
+    except (ValueError, UserError) as error:
         raise UserError(str(error)) from error
     print(f"reference: {reference} ({identities['reference'][:12]})")
 
@@ -121,7 +123,7 @@ def main(args: Args) -> None:
             for field in dataclasses.fields(args)
             if field.name not in NOT_CONTENT
         },
-        inputs={file: records.file_sha256(file) for file in files},
+        inputs={file: file_sha256(file) for file in files},
         identities=identities,
     )
     if not processes.agree(json.dumps(manifest.key())):
@@ -210,7 +212,7 @@ def _counts(counts: Counter) -> str:
 
 def _check_lineage(path: str, identities: dict, args: Args) -> bool:
     """Refuse pairs whose lineage contradicts the arguments; True if the reference sampled them."""
-    lineage = records.read_lineage(path) if epath.Path(path).exists() else None
+    lineage = read_lineage(path) if epath.Path(path).exists() else None
     theirs = lineage.identities if lineage else {}
     for name in ("tokenizer", "chat_template"):
         if theirs.get(name, identities[name]) != identities[name]:
@@ -259,7 +261,7 @@ class Run:
         import jax
         import jax.numpy as jnp
 
-        from model import checkpoint, mistral
+        from model import checkpoint, decoder
         from model import train as training
         from sharding.mesh import (
             batch_shards,
@@ -285,10 +287,10 @@ class Run:
             raise UserError(str(error)) from error
         self.shards = batch_shards(self.mesh)
         self.shardings = tree_shardings(
-            self.mesh, mistral.logical_axes(config), mistral.abstract(config)
+            self.mesh, decoder.logical_axes(config), decoder.abstract(config)
         )
         self.layer_weights = sum(
-            math.prod(x.shape) for x in jax.tree.leaves(mistral.abstract(config)["layers"])
+            math.prod(x.shape) for x in jax.tree.leaves(decoder.abstract(config)["layers"])
         )
         self.steps_per_epoch = math.ceil(len(train) / args.batch_size)
         self.total_steps = self.steps_per_epoch * args.epochs
@@ -329,9 +331,9 @@ class Run:
         work = self.work
 
         def check_together():  # so that all stop after the same step
-            processes.all_check(check_stop, records.STOPPED_TOGETHER)
+            processes.all_check(check_stop, STOPPED_TOGETHER)
 
-        with jax.set_mesh(self.mesh), records.stop_signal() as check_stop:
+        with jax.set_mesh(self.mesh), stop_signal() as check_stop:
             params, references = self._references()
             check_together()
             step, params, optimizer_state = self._start(params)
@@ -373,7 +375,7 @@ class Run:
                     progress.update()
                     try:
                         check_together()
-                    except records.Stopped:
+                    except Stopped:
                         self._save(step, params, optimizer_state)
                         work.finish_saving()
                         raise
@@ -433,7 +435,7 @@ class Run:
         ]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
         beside = epath.Path(f"{pairs}.reference")
-        writable = records.is_remote(pairs) or os.access(Path(pairs).parent, os.W_OK)
+        writable = is_remote(pairs) or os.access(Path(pairs).parent, os.W_OK)
         return (beside if writable else self.work.folder / "reference") / f"{key}.npy"
 
     def _load(self, folder: str):
@@ -441,14 +443,14 @@ class Run:
 
         try:
             return checkpoint.load(folder, self.shardings)[1]
-        except checkpoint.CheckpointError as error:
+        except checkpoint.UserError as error:
             raise UserError(str(error)) from error
 
     def _start(self, params):
         """(steps done, parameters, optimizer state): from the saved state, else the start."""
         import jax
 
-        from model import checkpoint, mistral
+        from model import checkpoint, decoder
 
         states = self.work.states()
         if not states:
@@ -456,7 +458,7 @@ class Run:
             return 0, params, self.trainer.init_optimizer(params)
         del params
         abstract = {
-            "params": mistral.abstract(self.config),
+            "params": decoder.abstract(self.config),
             "optimizer": self.trainer.optimizer_shapes,
         }
         shardings = {"params": self.shardings, "optimizer": self.trainer.optimizer_shardings}
@@ -714,4 +716,4 @@ def _check_finite(step: int, values: dict[str, list], prompt_ids: list[str]) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(records.run(main, Args))
+    sys.exit(run_main(main, Args))

@@ -8,11 +8,11 @@ aside with its reason, where fewer than two answers have text, all their scores 
 and the worst read the same.
 
 With --length-penalty L each score counts as its standard score among the prompt's answers, less L
-times the standard score of its length in characters (stages/lengths.py); the rejected answer still
-has to score below the chosen one, so no pair contradicts the ranker, and `all_rm_scores` stay the
-ranker's. The stage says what this does to the gap between chosen and rejected, and warns where it
-does not narrow it. The manifest's results have the lengths of sampled, chosen and rejected answers
-and how scores go with length.
+times the standard score of its length in characters (model/rankers/lengths.py); the rejected answer
+still has to score below the chosen one, so no pair contradicts the ranker, and `all_rm_scores` stay
+the ranker's. The stage says what this does to the gap between chosen and rejected, and warns where
+it does not narrow it. The manifest's results have the lengths of sampled, chosen and rejected
+answers and how scores go with length.
 """
 
 import dataclasses
@@ -21,9 +21,13 @@ import sys
 from collections import Counter
 from typing import Literal
 
-from stages import parquet, records
-from stages.lengths import LengthReport, penalised
-from stages.records import UserError, field
+from model.rankers.lengths import LengthReport, penalised
+from sharding.errors import UserError
+from stages.files import formats as parquet
+from stages.files.output import Manifest, Output, read_lineage
+from stages.files.paths import file_sha256, text_sha256
+from stages.files.rows import Row, field, messages_of, prompt_text, read_prompts
+from stages.files.run import run_main, stop_signal
 
 # The columns made here; the rest of a row is carried through.
 MADE = ("prompt", "chosen", "rejected", "all_generated_responses", "all_rm_scores")
@@ -68,8 +72,8 @@ class Args:
 
 def main(args: Args) -> None:
     test_out = _check(args)
-    lineage = records.read_lineage(args.ranked)
-    inputs = {args.ranked: records.file_sha256(args.ranked)}
+    lineage = read_lineage(args.ranked)
+    inputs = {args.ranked: file_sha256(args.ranked)}
     identities = lineage.identities if lineage else {}
     counts: Counter = Counter()
     ids = []
@@ -81,13 +85,13 @@ def main(args: Args) -> None:
     splits = [("train", args.out, test_ids)]  # name, file, the prompts that go to the other one
     if test_out is not None:
         splits.append(("test", test_out, set(ids) - test_ids))
-    with records.stop_signal() as check_stop:
+    with stop_signal() as check_stop:
         for split, path, elsewhere in splits:
             arguments = {"split": split, "strategy": args.strategy, "seed": args.seed}
             arguments |= {"length_penalty": args.length_penalty}
             arguments |= {"test_fraction": args.test_fraction, "test_count": args.test_count}
-            manifest = records.Manifest("pairs", arguments, inputs, identities)
-            output = records.Output.open(path, manifest, args.overwrite)
+            manifest = Manifest("pairs", arguments, inputs, identities)
+            output = Output.open(path, manifest, args.overwrite)
             if not output.finished:
                 _write_pairs(args, output, elsewhere, check_stop)
             if args.parquet is not None:
@@ -97,7 +101,7 @@ def main(args: Args) -> None:
             parquet.write_card(args.parquet)
 
 
-def _write_pairs(args: Args, output: records.Output, elsewhere: set[str], check_stop) -> None:
+def _write_pairs(args: Args, output: Output, elsewhere: set[str], check_stop) -> None:
     counts: Counter = Counter()
     order: list[str] = []
     other = f"split off: {'train' if output.manifest.arguments['split'] == 'test' else 'test'}"
@@ -131,7 +135,7 @@ def _write_pairs(args: Args, output: records.Output, elsewhere: set[str], check_
     _show_lengths(results)
 
 
-def _gap(row: records.Row, args: Args) -> list[int]:
+def _gap(row: Row, args: Args) -> list[int]:
     """[characters of chosen less rejected as they would be without the penalty], or [], no pair."""
     texts = [response["text"] for response in row["responses"]]
     picked = choose(texts, row["scores"], row["prompt_id"], args.strategy, args.seed, 0.0)
@@ -165,8 +169,8 @@ def _show_lengths(results: dict) -> None:
 
 
 def make_pair(
-    row: records.Row, where: str, strategy: str, seed: int, length_penalty: float = 0.0
-) -> tuple[records.Row | None, str | None]:
+    row: Row, where: str, strategy: str, seed: int, length_penalty: float = 0.0
+) -> tuple[Row | None, str | None]:
     """(the pairs.jsonl row, None), or (None, why the prompt makes no pair). Raises UserError."""
     taken = [name for name in MADE if name in row and name != "prompt"]
     if taken:
@@ -178,8 +182,8 @@ def make_pair(
         return None, picked
     best, worst = picked
 
-    conversation = records.messages_of(row, where)
-    pair = {"prompt_id": row["prompt_id"], "prompt": records.prompt_text(row, where)}
+    conversation = messages_of(row, where)
+    pair = {"prompt_id": row["prompt_id"], "prompt": prompt_text(row, where)}
     if "messages" in row:
         pair["messages"] = conversation
     for side, i in (("chosen", best), ("rejected", worst)):
@@ -220,7 +224,7 @@ def choose(
     return best, worst
 
 
-def _answers(row: records.Row, where: str) -> tuple[list[dict], list[float]]:
+def _answers(row: Row, where: str) -> tuple[list[dict], list[float]]:
     """The checked `responses` and `scores` of a ranked row."""
     responses, scores = field(row, "responses", list, where), field(row, "scores", list, where)
     if len(scores) != len(responses):
@@ -245,11 +249,11 @@ def _answers(row: records.Row, where: str) -> tuple[list[dict], list[float]]:
 
 
 def _read(path: str, counts: Counter):
-    return records.read_prompts(path, counts, agree=("responses", "scores"))
+    return read_prompts(path, counts, agree=("responses", "scores"))
 
 
 def _hash(prompt_id: str, seed: int, purpose: str) -> str:
-    return records.text_sha256(f"{purpose}/{seed}/{prompt_id}")
+    return text_sha256(f"{purpose}/{seed}/{prompt_id}")
 
 
 def _test_ids(ids: list[str], args: Args) -> set[str]:
@@ -289,4 +293,4 @@ def _check(args: Args) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(records.run(main, Args))
+    sys.exit(run_main(main, Args))

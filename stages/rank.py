@@ -3,7 +3,7 @@
     python -m stages.rank --ranker llm-blender/PairRM --samples samples.jsonl --out ranked.jsonl
     python -m stages.rank --ranker reward.py:reward --samples samples.jsonl --out ranked.jsonl
 
-The ranker is PairRM (its folder or hub id), or a reward function in a Python file (model/rankers.py
+The ranker is PairRM (its folder or hub id), or a reward function in a Python file (opening.py
 has its signature). Each row gains `scores`, one per response, higher is better; from PairRM also
 `comparisons`, the n×n matrix of logits ([i][j]: how far i beats j when i stands first; null where
 the two were not compared), and `truncated`, which texts were cut to PairRM's length (llm-blender
@@ -29,12 +29,15 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from model.comparisons import Ranking, Report
-from model.rankers import RankerError, Request, as_comparison, open_ranker
+from model.rankers.comparisons import Ranking, Report
+from model.rankers.opening import Request, as_comparison, open_ranker
+from sharding.errors import UserError
 from sharding.watch import Flags
-from stages import records
-from stages.records import Manifest, Output, UserError
-from stages.shares import check_same, join, merge
+from stages.files.output import Manifest, Output, read_lineage, read_manifest
+from stages.files.paths import file_sha256
+from stages.files.rows import field, messages_of, prompt_text, read_rows
+from stages.files.run import run_main, stop_signal
+from stages.files.shares import check_same, join, merge
 
 
 @dataclasses.dataclass
@@ -93,13 +96,13 @@ def main(args: Args) -> None:
     order = [row["prompt_id"] for _, row in _read(args.samples, counts)]
     try:
         ranker = open_ranker(args.ranker, **options)
-    except RankerError as error:
+    except UserError as error:
         raise UserError(str(error)) from error
-    lineage = records.read_lineage(args.samples)
+    lineage = read_lineage(args.samples)
     manifest = Manifest(
         stage="rank",
         arguments={name: value for name, value in options.items() if name != "device"},
-        inputs={args.samples: records.file_sha256(args.samples)},
+        inputs={args.samples: file_sha256(args.samples)},
         identities={**(lineage.identities if lineage else {}), "ranker": ranker.identity},
     )
     if shares > 1:
@@ -118,7 +121,7 @@ def main(args: Args) -> None:
         if share == 0:
             merge(args.out, manifest, shares, order, counts, results)
         processes.wait()
-    found = records.read_manifest(args.out).results
+    found = read_manifest(args.out).results
     shown = [f"{name} {x:.4g}" for name, x in found.items() if not isinstance(x, str)]
     if shown:
         print(", ".join(shown))
@@ -127,7 +130,7 @@ def main(args: Args) -> None:
 def _rank(args: Args, ranker, output: Output, mine: list[str], pairwise: bool) -> None:
     """Write the rankings of the rows whose prompt_ids are `mine`."""
     bar = tqdm(total=len(mine), initial=len(output), unit=" prompts", desc="rank")
-    with bar, records.stop_signal() as check_stop:
+    with bar, stop_signal() as check_stop:
         made = 0
 
         def done(count: int):
@@ -145,7 +148,7 @@ def _rank(args: Args, ranker, output: Output, mine: list[str], pairwise: bool) -
                 output.write(request.row | _fields(ranking))
                 bar.update(len(output) - bar.n)
                 check_stop()
-        except RankerError as error:
+        except UserError as error:
             raise UserError(str(error)) from error
         elapsed = bar.format_dict["elapsed"]
     if pairwise and made:
@@ -171,7 +174,7 @@ def _requests(args: Args, output: Output, mine: set[str], pairwise: bool):
         if row["prompt_id"] not in mine or output.has(row["prompt_id"]):
             continue
         row = {name: value for name, value in row.items() if name not in MADE}
-        messages, responses = records.messages_of(row, where), row["responses"]
+        messages, responses = messages_of(row, where), row["responses"]
         if not responses:
             output.set_aside(row, "no responses")
             continue
@@ -184,7 +187,7 @@ def _requests(args: Args, output: Output, mine: set[str], pairwise: bool):
         yield Request(
             where=where,
             prompt_id=row["prompt_id"],
-            prompt=records.prompt_text(row, where),
+            prompt=prompt_text(row, where),
             messages=messages,
             responses=[response["text"] for response in responses],
             finish_reasons=[response.get("finish_reason", "stop") for response in responses],
@@ -205,14 +208,14 @@ def _fields(ranking: Ranking) -> dict:
 def _read(path: str, counts: Counter):
     """(where, row) of each checked row; a prompt_id that comes twice is an error."""
     seen = set()
-    for where, row in records.read_rows(path):
-        prompt_id = records.field(row, "prompt_id", str, where)
-        records.messages_of(row, where)
-        for i, response in enumerate(records.field(row, "responses", list, where)):
+    for where, row in read_rows(path):
+        prompt_id = field(row, "prompt_id", str, where)
+        messages_of(row, where)
+        for i, response in enumerate(field(row, "responses", list, where)):
             at = f"{where}, responses[{i}]"
             if not isinstance(response, dict):
                 raise UserError(f"{at}: {type(response).__name__}, not an object with a text")
-            records.field(response, "text", str, at)
+            field(response, "text", str, at)
         if prompt_id in seen:
             raise UserError(f"{where}: prompt_id {prompt_id!r} stood above: remove one of them")
         seen.add(prompt_id)
@@ -221,4 +224,4 @@ def _read(path: str, counts: Counter):
 
 
 if __name__ == "__main__":
-    sys.exit(records.run(main, Args))
+    sys.exit(run_main(main, Args))

@@ -24,10 +24,13 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from sharding.errors import UserError
 from sharding.watch import Flags
-from stages import records
-from stages.records import Manifest, Output, UserError
-from stages.shares import merge
+from stages.files.output import Manifest, Output, read_lineage
+from stages.files.paths import file_sha256
+from stages.files.rows import Row, messages_of, read_prompts
+from stages.files.run import STOPPED_TOGETHER, parse_bytes, run_main, stop_signal
+from stages.files.shares import merge
 
 
 @dataclasses.dataclass
@@ -62,7 +65,7 @@ def main(args: Args) -> None:
     import jax
 
     from model import checkpoint, generate
-    from model.tokenizer import ChatTokenizer, TokenizerError
+    from model.tokenizer import ChatTokenizer
     from sharding import processes
     from sharding.mesh import decoding_sizes, make_mesh
 
@@ -85,7 +88,7 @@ def main(args: Args) -> None:
         identity = checkpoint.identity(args.checkpoint)
         tokenizer = ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
         mesh = make_mesh(*args.mesh or decoding_sizes(jax.device_count(), config))
-    except (ValueError, TokenizerError) as error:
+    except (ValueError, UserError) as error:
         raise UserError(str(error)) from error
 
     limit = config.max_position_embeddings - args.max_new_tokens
@@ -96,17 +99,17 @@ def main(args: Args) -> None:
         )
     counts: Counter = Counter()
     order, longest = [], 1
-    for where, row in records.read_prompts(args.prompts, counts):
+    for where, row in read_prompts(args.prompts, counts):
         order.append(row["prompt_id"])
         length = len(_token_ids(tokenizer, row, where))
         longest = max(longest, length if length <= limit else 1)
     if not order:
         raise UserError(f"{args.prompts} holds no prompts: write one a line")
-    records.read_lineage(args.prompts)
+    read_lineage(args.prompts)
     manifest = Manifest(
         stage="sample",
         arguments={**dataclasses.asdict(sampling), "dtype": args.dtype},
-        inputs={args.prompts: records.file_sha256(args.prompts)},
+        inputs={args.prompts: file_sha256(args.prompts)},
         identities={
             "model": identity,
             "tokenizer": tokenizer.identity,
@@ -139,16 +142,16 @@ def _sample(
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, generate, mistral, placement
+    from model import checkpoint, decoder, generate, placement
     from sharding import processes, table
     from sharding.mesh import tree_shardings
 
-    rows: dict[str, records.Row] = {}  # prompts whose answers are in the making
+    rows: dict[str, Row] = {}  # prompts whose answers are in the making
     done = processes.from_first(np.array([output is not None and output.has(i) for i in mine]))
     todo = {prompt_id for prompt_id, is_done in zip(mine, done) if not is_done}
 
     def prompts() -> Iterator[tuple[str, list[int]]]:
-        for where, row in records.read_prompts(args.prompts, Counter()):
+        for where, row in read_prompts(args.prompts, Counter()):
             if row["prompt_id"] not in todo:
                 continue
             row["prompt_token_ids"] = _token_ids(tokenizer, row, where)
@@ -162,7 +165,7 @@ def _sample(
             yield row["prompt_id"], row["prompt_token_ids"]
 
     def check_together():  # so that all stop between the same two calls
-        processes.all_check(check_stop, records.STOPPED_TOGETHER)
+        processes.all_check(check_stop, STOPPED_TOGETHER)
 
     progress = tqdm(
         total=len(mine),
@@ -171,16 +174,16 @@ def _sample(
         desc="sample",
         disable=output is None,
     )
-    with progress, jax.set_mesh(mesh), records.stop_signal() as check_stop:
-        shardings = tree_shardings(mesh, mistral.logical_axes(config), mistral.abstract(config))
+    with progress, jax.set_mesh(mesh), stop_signal() as check_stop:
+        shardings = tree_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
         try:
             params = checkpoint.load(args.checkpoint, shardings)[1]
-        except checkpoint.CheckpointError as error:
+        except checkpoint.UserError as error:
             raise UserError(str(error)) from error
         dtype = jnp.dtype(args.dtype)
         if dtype != jnp.float32:
-            params = mistral.cast(params, dtype)
-        a_slot = mistral.cache_bytes(config, longest + args.max_new_tokens, dtype)
+            params = decoder.cast(params, dtype)
+        a_slot = decoder.cache_bytes(config, longest + args.max_new_tokens, dtype)
         slots = min(processes.from_all(_slots(args, mesh, a_slot, args.n * len(mine))))
         progress.write(f"{slots} slots, a KV cache of at most {slots * a_slot / 1e9:.2f} GB")
         tell = table.table if args.shardings else table.summary
@@ -211,7 +214,7 @@ def _check_slots(args: Args) -> None:
     if args.slots is not None and args.cache_memory is not None:
         raise UserError("--slots and --cache-memory say the same thing twice: give one of them")
     if args.cache_memory is not None:
-        records.parse_bytes(args.cache_memory, "--cache-memory")
+        parse_bytes(args.cache_memory, "--cache-memory")
 
 
 def _slots(args: Args, mesh, a_slot: int, answers: int) -> int:
@@ -223,7 +226,7 @@ def _slots(args: Args, mesh, a_slot: int, answers: int) -> int:
     slots, cpu = args.slots, mesh.devices.flat[0].platform == "cpu"
     if slots is None:
         if args.cache_memory is not None:
-            memory = records.parse_bytes(args.cache_memory, "--cache-memory")
+            memory = parse_bytes(args.cache_memory, "--cache-memory")
         else:
             memory = free_memory(mesh) * (0.25 if cpu else 0.8)
         slots = int(memory / (a_slot * shards)) * shards
@@ -237,14 +240,13 @@ def _slots(args: Args, mesh, a_slot: int, answers: int) -> int:
     return -(-max(1, min(slots, answers)) // shards) * shards
 
 
-def _token_ids(tokenizer, row: records.Row, where: str) -> list[int]:
-    from model.tokenizer import TokenizerError
+def _token_ids(tokenizer, row: Row, where: str) -> list[int]:
 
     try:
-        return tokenizer.prompt_ids(records.messages_of(row, where))
-    except TokenizerError as error:
+        return tokenizer.prompt_ids(messages_of(row, where))
+    except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
 if __name__ == "__main__":
-    sys.exit(records.run(main, Args))
+    sys.exit(run_main(main, Args))

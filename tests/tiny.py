@@ -8,8 +8,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from model import checkpoint, mistral
-from model.config import MistralConfig
+from model import checkpoint, decoder
+from model.config import DecoderConfig
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -40,7 +40,7 @@ def write_tokenizer(folder: Path, template: str = TEMPLATE) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def config(**changes) -> MistralConfig:
+def config(**changes) -> DecoderConfig:
     fields = dict(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -57,7 +57,7 @@ def config(**changes) -> MistralConfig:
         initializer_range=0.2,
         model_type="llama",
     )
-    return MistralConfig(**fields | changes)
+    return DecoderConfig(**fields | changes)
 
 
 def write_checkpoint(folder: Path, seed: int = 0, **changes) -> str:
@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path, seed: int = 0, **changes) -> str:
     source = folder.parent / f"{folder.name}-tokenizer"
     write_tokenizer(source)
     c = config(**changes)
-    return checkpoint.save(str(folder), c, mistral.init(c, seed), str(source), {})
+    return checkpoint.save(str(folder), c, decoder.init(c, seed), str(source), {})
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:

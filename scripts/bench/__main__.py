@@ -3,7 +3,7 @@
     python -m scripts.bench rank      PairRM: ours and llm-blender
     python -m scripts.bench sample    the sampling engine: ours and transformers' generate
     python -m scripts.bench dpo       training: ours and TRL's DPOTrainer (pip install trl)
-    python -m scripts.bench shares    what `stages.plan demo --efficiency` divides by
+    python -m scripts.bench shares    what `scripts.plan demo --efficiency` divides by
     python -m scripts.bench gemm      the rate of fp32 matrix products
 
 Everything is timed in one run, side by side in turns, since machines are noisy: trust the ratios.
@@ -14,7 +14,7 @@ import sys
 
 from scripts.bench import dpo, rank, sample, shares
 from sharding import chips
-from stages import records
+from stages.files.run import run_main
 
 
 @dataclasses.dataclass
@@ -39,4 +39,4 @@ def main(args: Command) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(records.run(main, Command))
+    sys.exit(run_main(main, Command))

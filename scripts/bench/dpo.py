@@ -14,7 +14,7 @@ import numpy as np
 
 from scripts.bench.machine import Side, peak_memory, timed, two_formats
 from sharding.chips import gemm_rate
-from stages.records import UserError
+from sharding.errors import UserError
 
 
 @dataclasses.dataclass
@@ -123,15 +123,15 @@ def _rows(data: Path, tokenizer, args: Dpo) -> list[dict]:
 def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
     import jax
 
-    from model import checkpoint, losses, mistral, train
+    from model import checkpoint, decoder, losses, train
     from model.packing import Sequence, pack
     from sharding.mesh import make_mesh, replicated, tree_shardings
 
     pipe.recv()
     config = checkpoint.load_config(folder)
     mesh = make_mesh()
-    shapes = mistral.abstract(config)
-    shardings = tree_shardings(mesh, mistral.logical_axes(config), shapes)
+    shapes = decoder.abstract(config)
+    shardings = tree_shardings(mesh, decoder.logical_axes(config), shapes)
     recipe = train.Recipe(losses.Loss(), 5e-7, "linear", 0.0, "adamw", 0.0, 1.0)
     batches = [
         pack(

@@ -14,8 +14,8 @@ import numpy as np
 
 from scripts.bench.machine import Side, peak_memory, timed
 from sharding.chips import gemm_rate
-from stages import records
-from stages.records import UserError
+from sharding.errors import UserError
+from stages.files.rows import prompt_text, read_rows
 
 
 @dataclasses.dataclass
@@ -97,8 +97,8 @@ def _rows(args: Rank) -> list[tuple[str, list[str]]]:
     """(prompt, answers), the same number of answers each."""
     if args.samples is not None:
         rows = [
-            (records.prompt_text(row, where), [r["text"] for r in row["responses"]])
-            for where, row in records.read_rows(args.samples)
+            (prompt_text(row, where), [r["text"] for r in row["responses"]])
+            for where, row in read_rows(args.samples)
         ]
     else:
         data = Path(os.environ.get("ALIGN_TEST_DATA", "../shared/data")) / "alpaca_eval"
@@ -115,7 +115,7 @@ def _rows(args: Rank) -> list[tuple[str, list[str]]]:
 
 def _report_bubble(prompts, matrices) -> None:
     """What bubble would have asked for, and found, of the logits that were computed."""
-    from model.comparisons import strategy
+    from model.rankers.comparisons import strategy
 
     asked = best = worst = every = 0
     for (source, answers), matrix in zip(prompts, matrices):
@@ -156,8 +156,8 @@ class Tally:
 def our_worker(pipe, folder: str):
     import jax.numpy as jnp
 
-    from model import deberta, pairrm
-    from model.rankers import PairwiseRanker, Request
+    from model.rankers import deberta, pairrm
+    from model.rankers.opening import PairwiseRanker, Request
 
     model = pairrm.PairRM(folder)
     config, params = model.config.encoder, model.copies[0]["encoder"]
@@ -218,7 +218,7 @@ def our_worker(pipe, folder: str):
 
 
 def _blender_worker(pipe, folder: str):
-    from model.blender import BlenderRanker
+    from model.rankers.blender import BlenderRanker
 
     with contextlib.redirect_stdout(sys.stderr):
         blender = BlenderRanker(folder).blender

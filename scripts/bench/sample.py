@@ -14,8 +14,8 @@ import numpy as np
 
 from scripts.bench.machine import Side, peak_memory, timed, two_formats
 from sharding.chips import gemm_rate, read_rate
-from stages import records
-from stages.records import UserError
+from sharding.errors import UserError
+from stages.files.rows import prompt_text, read_rows
 
 
 @dataclasses.dataclass
@@ -88,7 +88,7 @@ def _best(batches: dict[int, tuple[float, int]]) -> int:
 
 def _prompts(args: Sample) -> list[str]:
     if args.prompts is not None:
-        texts = [records.prompt_text(row, where) for where, row in records.read_rows(args.prompts)]
+        texts = [prompt_text(row, where) for where, row in read_rows(args.prompts)]
     else:
         data = Path(os.environ.get("ALIGN_TEST_DATA", "../shared/data")) / "alpaca_eval"
         if not data.is_dir():
@@ -189,7 +189,7 @@ def _step(config, params, sampling, slots: int, length: int) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from model import generate, mistral
+    from model import decoder, generate
 
     steps = generate.STEPS_A_CALL
     state = generate._empty(config, slots, length, sampling, jnp.float32)
@@ -212,13 +212,13 @@ def _step(config, params, sampling, slots: int, length: int) -> dict:
         times.append((time.perf_counter() - begun) / drawn)
     assert drawn <= steps
     tokens_b, uniform_b = state["tokens"][:, 0], jnp.full(slots, 0.5)
-    cache, short = state["cache"], mistral.empty_cache(config, slots, 32)
+    cache, short = state["cache"], decoder.empty_cache(config, slots, 32)
 
     def best(function, *given):
         jax.block_until_ready(function(*given))
         return min(timed(lambda: jax.block_until_ready(function(*given)))[0] for _ in range(5))
 
-    decode = jax.jit(partial(mistral.decode, config=config), donate_argnames="cache")
+    decode = jax.jit(partial(decoder.decode, config=config), donate_argnames="cache")
 
     def decode_time(cache, at):
         took, positions_b = [], jnp.full(slots, at)
@@ -233,14 +233,14 @@ def _step(config, params, sampling, slots: int, length: int) -> dict:
 
     whole, hidden_bd = decode_time(cache, length - 1)
     products, _ = decode_time(short, 31)
-    logits = jax.jit(lambda params, hidden_bd: mistral.logits(params, config, hidden_bd))
+    logits = jax.jit(lambda params, hidden_bd: decoder.logits(params, config, hidden_bd))
     draw = jax.jit(lambda logits_bv, u_b: generate.draw(logits_bv, u_b, sampling))
     head = {k: v for k, v in params.items() if k != "layers"}
     logits_bv = logits(head, hidden_bd)
     weights = sum(x.size for x in jax.tree.leaves(params["layers"]))
     vocabulary = config.vocab_size * config.hidden_size
     heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    size = mistral.cache_bytes(config, length)
+    size = decoder.cache_bytes(config, length)
     return {
         "slots": slots,
         "length": length,

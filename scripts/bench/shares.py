@@ -8,17 +8,17 @@ from pathlib import Path
 
 from scripts.bench import dpo, sample
 from scripts.bench.machine import Side, two_formats
+from scripts.plan.arithmetic import Decoder, Lengths, seconds
+from scripts.plan.recipe import RECIPES, read
+from scripts.plan.schedule import Plan
 from sharding.chips import gemm_rate, parse, read_rate
-from stages import records
-from stages.plan.arithmetic import Decoder, Lengths, seconds
-from stages.plan.recipe import RECIPES, read
-from stages.plan.schedule import Plan
-from stages.records import UserError
+from sharding.errors import UserError
+from stages.files.rows import prompt_text, read_rows
 
 
 @dataclasses.dataclass
 class Shares:
-    """The shares of the roofline that `stages.plan demo --efficiency` divides by.
+    """The shares of the roofline that `scripts.plan demo --efficiency` divides by.
 
     The demo's model answers its first prompts and trains on pairs of such lengths, each once to
     compile and then timed in turns, the rates of products and memory measured before each turn.
@@ -40,8 +40,8 @@ def bench(args: Shares) -> None:
 
     recipe = read("demo")
     drawn, pairs = recipe.sample, recipe.dpo.micro_batch_size
-    rows = records.read_rows(str(RECIPES / "demo" / "train_1.jsonl"))
-    texts = [records.prompt_text(row, where) for where, row in rows][: len(recipe.prompts)]
+    rows = read_rows(str(RECIPES / "demo" / "train_1.jsonl"))
+    texts = [prompt_text(row, where) for where, row in rows][: len(recipe.prompts)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = two_formats(None, temporary)[0]
         config = checkpoint.load_config(folder)
@@ -109,6 +109,6 @@ def bench(args: Shares) -> None:
         json.dump(shares, file)
     gemm, memory = (statistics.median(each) / 1e9 for each in zip(*all_rates))
     print(
-        f"{args.out}: {json.dumps(shares)}\npython -m stages.plan demo --efficiency {args.out} "
+        f"{args.out}: {json.dumps(shares)}\npython -m scripts.plan demo --efficiency {args.out} "
         f"--cpu-rates {gemm:.0f} {memory:.0f}"
     )

@@ -13,7 +13,7 @@
 #   ZEPHYR    2023: β 0.1, linear, RMSprop, 3 epochs, batch 64 (fits Snorkel's published metrics)
 #             2024: β 0.01, cosine, AdamW, 1 epoch, batch 128
 # mistral-v5e-16, -v5p-8, -v6e-8, -gpu-141gb and -gpu-8x80gb set, for such a machine,
-#   PLAN         its topology, for stages.plan
+#   PLAN         its topology, for scripts.plan
 #   MESH         devices along data, fsdp and tensor in training
 #   SAMPLE_MESH  in sampling: along tensor no step moves the weights
 #   SLOTS        answers in the making at a time

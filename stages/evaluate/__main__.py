@@ -12,8 +12,8 @@ Each explains itself: python -m stages.evaluate compare --help
 
 import sys
 
-from stages import records
 from stages.evaluate import compare, judge, kl, outputs, overlap, score
+from stages.files.run import run_main
 
 COMMANDS = {
     outputs.Outputs: outputs.main,
@@ -32,4 +32,4 @@ def main(args: Command) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(records.run(main, Command))
+    sys.exit(run_main(main, Command))

@@ -11,8 +11,8 @@ from collections import Counter
 
 from etils import epath
 
-from stages import records
-from stages.records import UserError
+from sharding.errors import UserError
+from stages.files.rows import Row, field, messages_of, prompt_text, read_rows
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ def read_answers(path: str, response: int = 0) -> dict[str, Answer]:
     Raises UserError where an instruction comes twice.
     """
     answers: dict[str, Answer] = {}
-    rows = read_json_list(path) if is_json_list(path) else records.read_rows(path)
+    rows = read_json_list(path) if is_json_list(path) else read_rows(path)
     for where, row in rows:
         answer = _from_outputs(row, where) if "instruction" in row else None
         answer = answer or _from_samples(row, where, response)
@@ -50,23 +50,23 @@ def read_answers(path: str, response: int = 0) -> dict[str, Answer]:
     return answers
 
 
-def _from_outputs(row: records.Row, where: str) -> Answer:
-    instruction = records.field(row, "instruction", str, where)
+def _from_outputs(row: Row, where: str) -> Answer:
+    instruction = field(row, "instruction", str, where)
     return Answer(
         where=where,
         key=instruction,
         messages=[{"role": "user", "content": instruction}],
         prompt=instruction,
-        text=records.field(row, "output", str, where),
+        text=field(row, "output", str, where),
         finish_reason=row.get("finish_reason") or "stop",
         dataset=row.get("dataset"),
         generator=row.get("generator"),
     )
 
 
-def _from_samples(row: records.Row, where: str, response: int) -> Answer:
-    messages = records.messages_of(row, where)
-    responses = records.field(row, "responses", list, where)
+def _from_samples(row: Row, where: str, response: int) -> Answer:
+    messages = messages_of(row, where)
+    responses = field(row, "responses", list, where)
     if not 0 <= response < len(responses):
         raise UserError(
             f"{where}: there is no response {response}, but {len(responses)} of them, from 0 on"
@@ -78,8 +78,8 @@ def _from_samples(row: records.Row, where: str, response: int) -> Answer:
         where=where,
         key=conversation_key(messages),
         messages=messages,
-        prompt=records.prompt_text(row, where),
-        text=records.field(responses[response], "text", str, at),
+        prompt=prompt_text(row, where),
+        text=field(responses[response], "text", str, at),
         finish_reason=responses[response].get("finish_reason") or "stop",
         dataset=row.get("dataset"),
     )
@@ -129,7 +129,7 @@ def generator_of(answers: dict[str, Answer], path: str) -> str:
     return named.pop() if len(named) == 1 else epath.Path(path).stem
 
 
-def generator_of_rows(rows: list[tuple[str, records.Row]], name: str) -> str | None:
+def generator_of_rows(rows: list[tuple[str, Row]], name: str) -> str | None:
     """The one value of a field of annotations that names a model; None where there is none."""
     named = {str(row[name]) for _, row in rows if row.get(name)}
     if len(named) > 1:
@@ -151,7 +151,7 @@ def is_json_list(path: str) -> bool:
         return opened.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
-def read_json_list(path: str) -> list[tuple[str, records.Row]]:
+def read_json_list(path: str) -> list[tuple[str, Row]]:
     """(where, row) of a JSON file that holds a list of objects."""
     if not is_json_list(path):
         raise UserError(f"{path}: not a JSON list [{{…}}, …]")

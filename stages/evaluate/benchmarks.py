@@ -11,9 +11,10 @@ from collections import Counter
 
 from etils import epath
 
-from stages import records
+from sharding.errors import UserError
 from stages.evaluate.answers import conversation_key, is_json_list, read_json_list
-from stages.records import UserError
+from stages.files.paths import text_sha256
+from stages.files.rows import Row, field, messages_of, prompt_key, read_rows
 
 HUB, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
 
@@ -36,20 +37,20 @@ def local_file(benchmark: str) -> str:
     return benchmark
 
 
-def read_instructions(path: str, counts: Counter) -> list[records.Row]:
+def read_instructions(path: str, counts: Counter) -> list[Row]:
     """Rows of {prompt or messages, prompt_id, dataset}, each instruction once, and their counts."""
     rows, seen, ids = [], {}, set()
-    for where, row in read_json_list(path) if is_json_list(path) else records.read_rows(path):
+    for where, row in read_json_list(path) if is_json_list(path) else read_rows(path):
         counts["in"] += 1
         found = _prompt(row, where, counts)
-        key = conversation_key(records.messages_of(found, where))
+        key = conversation_key(messages_of(found, where))
         if not key.strip():
             raise UserError(f"{where}: the instruction is empty: write one, or remove it")
         if key in seen:
             raise UserError(f"{where}: this instruction stood above ({seen[key]}): remove one")
         seen[key] = where
-        found.setdefault("prompt_id", records.text_sha256(records.prompt_key(found, where)))
-        if records.field(found, "prompt_id", str, where) in ids:
+        found.setdefault("prompt_id", text_sha256(prompt_key(found, where)))
+        if field(found, "prompt_id", str, where) in ids:
             raise UserError(f"{where}: prompt_id {found['prompt_id']!r} stood above: change one")
         ids.add(found["prompt_id"])
         rows.append(found)
@@ -59,12 +60,12 @@ def read_instructions(path: str, counts: Counter) -> list[records.Row]:
     return rows
 
 
-def _prompt(row: records.Row, where: str, counts: Counter) -> records.Row:
+def _prompt(row: Row, where: str, counts: Counter) -> Row:
     kept = {name: row[name] for name in ("prompt_id", "dataset") if row.get(name) is not None}
     if "messages" in row:
-        return kept | {"messages": records.messages_of(row, where)}
+        return kept | {"messages": messages_of(row, where)}
     if "turns" in row:
-        turns = records.field(row, "turns", list, where)
+        turns = field(row, "turns", list, where)
         if not turns or not isinstance(turns[0], str):
             raise UserError(f"{where}: field 'turns' must be a list of texts")
         counts["second turns not asked"] += len(turns) > 1
@@ -74,4 +75,4 @@ def _prompt(row: records.Row, where: str, counts: Counter) -> records.Row:
             "prompt": turns[0],
         }
     name = "instruction" if "instruction" in row and "prompt" not in row else "prompt"
-    return kept | {"prompt": records.field(row, name, str, where)}
+    return kept | {"prompt": field(row, name, str, where)}

@@ -6,14 +6,17 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from model.comparisons import Ranking, Report
-from model.rankers import RankerError, Request, open_ranker
+from model.rankers.comparisons import Ranking, Report
+from model.rankers.opening import Request, open_ranker
+from sharding.errors import UserError
 from sharding.watch import Flags
-from stages import records
 from stages.evaluate import difficulty, winrates
 from stages.evaluate.answers import Answer, align, generator_of, read_answers
-from stages.records import Manifest, Output, UserError
-from stages.shares import check_same, join, merge_as
+from stages.files.output import Manifest, Output
+from stages.files.paths import file_sha256
+from stages.files.rows import Row
+from stages.files.run import stop_signal
+from stages.files.shares import check_same, join, merge_as
 
 # What of --out the manifest's results leave out.
 LONG = ("outputs", "baseline", "ranker", "generators", "per_instruction")
@@ -60,16 +63,16 @@ def main(args: Compare) -> None:
     difficulties = difficulty.read(args.difficulty, len(pairs)) if args.difficulty else None
     try:
         ranker = open_ranker(args.ranker)
-    except RankerError as error:
+    except UserError as error:
         raise UserError(str(error)) from error
     inputs = [*files, *([args.difficulty] if args.difficulty else [])]
     manifest = Manifest(
         stage="evaluate compare",
         arguments={"response": args.response, "common_only": args.common_only, "seed": args.seed},
-        inputs={path: records.file_sha256(path) for path in inputs},
+        inputs={path: file_sha256(path) for path in inputs},
         identities={
-            "outputs": records.file_sha256(args.outputs),
-            "baseline": records.file_sha256(args.baseline),
+            "outputs": file_sha256(args.outputs),
+            "baseline": file_sha256(args.baseline),
             "ranker": ranker.identity,
         },
     )
@@ -100,7 +103,7 @@ def main(args: Compare) -> None:
         processes.wait()
 
 
-def _summary(args: Compare, rows: list[records.Row], generators: list[str], difficulties) -> dict:
+def _summary(args: Compare, rows: list[Row], generators: list[str], difficulties) -> dict:
     """What --out holds, of the judged rows."""
     preferences = np.array([row["preference"] for row in rows])
     lengths = np.array([row["lengths"] for row in rows])
@@ -137,12 +140,12 @@ def rank(ranker, pairs: list[tuple[Answer, Answer]], output: Output) -> None:
     """Write a row for each pair: {prompt_id, texts, lengths, scores, comparisons, preference}."""
     requests = (_request(a, b) for a, b in pairs if not output.has(a.key))
     bar = tqdm(total=len(pairs), initial=len(output), unit=" pairs", desc="compare")
-    with bar, records.stop_signal() as check_stop:
+    with bar, stop_signal() as check_stop:
         try:
             for request, ranking in ranker.rank_all(requests, lambda _: check_stop()):
                 output.write(request.row | _judged(ranking))
                 bar.update(len(output) - bar.n)
-        except RankerError as error:
+        except UserError as error:
             raise UserError(str(error)) from error
 
 

@@ -10,8 +10,8 @@ import json
 import numpy as np
 from etils import epath
 
+from sharding.errors import UserError
 from stages.evaluate.winrates import Gamed
-from stages.records import UserError
 
 
 def read(path: str, instructions: int) -> np.ndarray:

@@ -15,9 +15,11 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 import httpx2
 from tqdm import tqdm
 
-from stages import records
+from sharding.errors import UserError
 from stages.evaluate.answers import Answer, align, generator_of, read_answers
-from stages.records import Manifest, Output, UserError
+from stages.files.output import Manifest, Output
+from stages.files.paths import file_sha256, text_sha256
+from stages.files.run import Stopped, stop_signal
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 PROMPT = "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
@@ -74,10 +76,10 @@ def main(args: Judge) -> None:
     manifest = Manifest(
         stage="evaluate judge",
         arguments={"model": args.model, "response": args.response},
-        inputs={path: records.file_sha256(path) for path in files},
+        inputs={path: file_sha256(path) for path in files},
         identities={
-            "prompt": records.text_sha256(template),
-            "outputs": records.file_sha256(args.outputs),
+            "prompt": text_sha256(template),
+            "outputs": file_sha256(args.outputs),
         },
     )
     output = Output.open(args.out, manifest, args.overwrite)
@@ -170,7 +172,7 @@ def ask_all(args: Judge, template: str, pairs: list[tuple[Answer, Answer]], outp
     bar = tqdm(total=len(pairs), initial=len(pairs) - len(todo), unit=" pairs", desc="judge")
     with (
         bar,
-        records.stop_signal() as check_stop,
+        stop_signal() as check_stop,
         httpx2.Client(headers=headers, timeout=args.timeout) as client,
         ThreadPoolExecutor(args.parallel) as pool,
     ):
@@ -188,7 +190,7 @@ def ask_all(args: Judge, template: str, pairs: list[tuple[Answer, Answer]], outp
                 check_stop()
             except CancelledError:
                 continue
-            except (UserError, records.Stopped) as error:  # what is asked already is still kept
+            except (UserError, Stopped) as error:  # what is asked already is still kept
                 end = end or error
                 stopping.set()
                 for other in futures:

@@ -13,10 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from model.packing import Sequence, pack
+from sharding.errors import UserError
 from sharding.watch import Flags
-from stages import records
 from stages.evaluate.winrates import standard_error
-from stages.records import Manifest, Output, UserError
+from stages.files.output import Manifest, Output, read_lineage
+from stages.files.paths import file_sha256
+from stages.files.rows import Row, field, read_rows
+from stages.files.run import STOPPED_TOGETHER, stop_signal
 
 
 @dataclasses.dataclass
@@ -62,7 +65,7 @@ class Answered:
 
 def main(args: Kl) -> None:
     from model import checkpoint
-    from model.tokenizer import ChatTokenizer, TokenizerError
+    from model.tokenizer import ChatTokenizer
     from sharding import processes
 
     if args.batch_size < 1:
@@ -74,9 +77,9 @@ def main(args: Kl) -> None:
         config = checkpoint.load_config(args.checkpoint)
         identity = checkpoint.identity(args.checkpoint)
         tokenizer = ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
-    except (ValueError, TokenizerError) as error:
+    except (ValueError, UserError) as error:
         raise UserError(str(error)) from error
-    lineage = records.read_lineage(args.samples)
+    lineage = read_lineage(args.samples)
     sampler = lineage.identities if lineage else {}
     if sampler.get("tokenizer", tokenizer.identity) != tokenizer.identity:
         raise UserError(
@@ -86,7 +89,7 @@ def main(args: Kl) -> None:
     manifest = Manifest(
         stage="evaluate kl",
         arguments={"dtype": args.dtype, "prompts": args.prompts},
-        inputs={args.samples: records.file_sha256(args.samples)},
+        inputs={args.samples: file_sha256(args.samples)},
         identities={"sampler": sampler.get("model", "unknown"), "model": identity},
     )
     if not processes.agree(json.dumps(manifest.key())):
@@ -167,19 +170,19 @@ def _number(error: float | None) -> str:
 
 
 def _read(args: Kl, tokenizer, config, counts: Counter) -> Iterator[Answered]:
-    for where, row in islice(records.read_rows(args.samples), args.prompts):
+    for where, row in islice(read_rows(args.samples), args.prompts):
         counts["in"] += 1
-        prompt_id = records.field(row, "prompt_id", str, where)
+        prompt_id = field(row, "prompt_id", str, where)
         prompt = _token_ids(row, "prompt_token_ids", config, where)
         responses, logprobs = [], []
-        for i, response in enumerate(records.field(row, "responses", list, where)):
+        for i, response in enumerate(field(row, "responses", list, where)):
             at = f"{where}, responses[{i}]"
             if not isinstance(response, dict):
                 raise UserError(f"{at}: {type(response).__name__}, not an object")
             ids = _token_ids(response, "token_ids", config, at)
             ended = response.get("finish_reason") == "stop" and tokenizer.eos_ids
             responses.append(ids + [tokenizer.eos_ids[0]] if ended else ids)
-            logprobs.append(float(records.field(response, "logprob", (int, float), at)))
+            logprobs.append(float(field(response, "logprob", (int, float), at)))
         longest = max(map(len, responses), default=0)
         if not prompt or not responses or not all(responses):
             counts["set aside: empty prompt or response"] += 1
@@ -189,8 +192,8 @@ def _read(args: Kl, tokenizer, config, counts: Counter) -> Iterator[Answered]:
             yield Answered(prompt_id, Sequence(prompt, responses), logprobs)
 
 
-def _token_ids(row: records.Row, name: str, config, where: str) -> list[int]:
-    ids = records.field(row, name, list, where)
+def _token_ids(row: Row, name: str, config, where: str) -> list[int]:
+    ids = field(row, name, list, where)
     if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
         raise UserError(f"{where}: field {name!r} holds what is no token id of this model")
     return ids
@@ -204,7 +207,7 @@ def _compute(args: Kl, config, prompts: list[Answered], output: Output | None) -
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, logprobs, mistral
+    from model import checkpoint, decoder, logprobs
     from sharding import processes
     from sharding.mesh import (
         batch_shards,
@@ -220,11 +223,11 @@ def _compute(args: Kl, config, prompts: list[Answered], output: Output | None) -
     except ValueError as error:
         raise UserError(str(error)) from error
     most = max(args.batch_size, max(len(p.logprobs) for p in prompts))
-    with jax.set_mesh(mesh), records.stop_signal() as check_stop:
-        shardings = tree_shardings(mesh, mistral.logical_axes(config), mistral.abstract(config))
+    with jax.set_mesh(mesh), stop_signal() as check_stop:
+        shardings = tree_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
         try:
             params = checkpoint.load(args.checkpoint, shardings)[1]
-        except checkpoint.CheckpointError as error:
+        except checkpoint.UserError as error:
             raise UserError(str(error)) from error
         dtype = jnp.dtype(args.dtype)
 
@@ -240,7 +243,7 @@ def _compute(args: Kl, config, prompts: list[Answered], output: Output | None) -
             for i, mine in zip(indices, np.split(values[: ends[-1]], ends[:-1])):
                 if output is not None:
                     output.write({"prompt_id": prompts[i].prompt_id, "logprobs": mine.tolist()})
-            processes.all_check(check_stop, records.STOPPED_TOGETHER)
+            processes.all_check(check_stop, STOPPED_TOGETHER)
 
 
 def _batches(prompts: list[Answered], most: int) -> list[list[int]]:

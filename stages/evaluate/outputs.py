@@ -11,14 +11,17 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from model.comparisons import Ranking
-from model.rankers import RankerError, Request, open_ranker
+from model.rankers.comparisons import Ranking
+from model.rankers.opening import Request, open_ranker
+from sharding.errors import UserError
 from sharding.watch import Flags
-from stages import records
 from stages.evaluate.answers import conversation_key
 from stages.evaluate.benchmarks import local_file, read_instructions
 from stages.evaluate.judge import official_command
-from stages.records import Manifest, Output, UserError
+from stages.files.output import Manifest, Output, read_manifest
+from stages.files.paths import file_sha256
+from stages.files.rows import Row, messages_of, prompt_text, read_prompts, read_rows
+from stages.files.run import Stopped, stop_signal
 
 
 @dataclasses.dataclass
@@ -77,17 +80,17 @@ def main(args: Outputs) -> None:
     run_stage("stages.sample", sample_arguments(args, prompts, samples, place))
     if not first:
         return
-    rows = {row["prompt_id"]: row for _, row in records.read_rows(samples)}
-    asked = [row for _, row in records.read_prompts(prompts, Counter())]
+    rows = {row["prompt_id"]: row for _, row in read_rows(samples)}
+    asked = [row for _, row in read_prompts(prompts, Counter())]
     _check_all_answered(args, asked, rows, samples)
-    lineage, best, source = records.read_manifest(samples), {}, samples
+    lineage, best, source = read_manifest(samples), {}, samples
     identities = dict(lineage.identities)
     if args.best_of > 1:
         source, identities["ranker"], best = rank(args, f"{stem}.ranked.jsonl", asked, rows)
     manifest = Manifest(
         stage="evaluate outputs",
         arguments={"generator": _generator(args), "best_of": args.best_of},
-        inputs={source: records.file_sha256(source)},
+        inputs={source: file_sha256(source)},
         identities=identities,
     )
     output = Output.open(args.out, manifest, args.overwrite)
@@ -118,7 +121,7 @@ def _check(args: Outputs) -> None:
         if _is_function(args.ranker):
             open_ranker(args.ranker)
         else:
-            from model.pairrm import open_folder
+            from model.rankers.pairrm import open_folder
 
             open_folder(args.ranker)
     except ValueError as error:
@@ -152,7 +155,7 @@ def write_prompts(args: Outputs, path: str) -> None:
     file = local_file(args.benchmark)
     counts: Counter = Counter()
     rows = read_instructions(file, counts)
-    manifest = Manifest("evaluate outputs: prompts", {}, {file: records.file_sha256(file)}, {})
+    manifest = Manifest("evaluate outputs: prompts", {}, {file: file_sha256(file)}, {})
     output = Output.open(path, manifest, args.overwrite)
     if not output.finished:
         for row in rows:
@@ -195,9 +198,9 @@ def sample_arguments(
 def run_stage(module: str, argv: list[str]) -> None:
     """Run a stage as its own process, so that it leaves no memory taken, and stop it with this one.
     Its messages are its own; its exit code becomes ours."""
-    root = str(Path(records.__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    with records.stop_signal() as check_stop:
+    with stop_signal() as check_stop:
         child = subprocess.Popen(
             [sys.executable, "-m", module, *argv], env=os.environ | {"PYTHONPATH": path}
         )
@@ -205,7 +208,7 @@ def run_stage(module: str, argv: list[str]) -> None:
         while child.poll() is None:
             try:
                 check_stop()
-            except records.Stopped:
+            except Stopped:
                 if not told:
                     child.send_signal(signal.SIGTERM)
                 told = True
@@ -215,7 +218,7 @@ def run_stage(module: str, argv: list[str]) -> None:
                 continue
         check_stop()
     if child.returncode == 75:
-        raise records.Stopped(f"{module} was stopped, its work is saved")
+        raise Stopped(f"{module} was stopped, its work is saved")
     if child.returncode == 2:
         raise UserError(f"{module} could not do its part: mend what it says above")
     if child.returncode:
@@ -238,20 +241,20 @@ def _check_all_answered(args: Outputs, asked: list, rows: dict, samples: str) ->
 
 
 def rank(
-    args: Outputs, path: str, asked: list[records.Row], rows: dict[str, records.Row]
+    args: Outputs, path: str, asked: list[Row], rows: dict[str, Row]
 ) -> tuple[str, str, dict[str, int]]:
     """(file with all answers and their scores, ranker's identity, prompt_id → the best one)."""
     kind = "full" if args.comparisons == "full" else "best"
     try:
         ranker = open_ranker(args.ranker, comparisons=kind)
-    except RankerError as error:
+    except UserError as error:
         raise UserError(str(error)) from error
     samples = path.replace(".ranked.jsonl", ".samples.jsonl")
     manifest = Manifest(
         stage="evaluate outputs: best of n",
         arguments={} if _is_function(args.ranker) else {"comparisons": args.comparisons},
-        inputs={samples: records.file_sha256(samples)},
-        identities={**records.read_manifest(samples).identities, "ranker": ranker.identity},
+        inputs={samples: file_sha256(samples)},
+        identities={**read_manifest(samples).identities, "ranker": ranker.identity},
     )
     output = Output.open(path, manifest, args.overwrite)
     if not output.finished:
@@ -259,25 +262,25 @@ def rank(
             _request(rows[row["prompt_id"]]) for row in asked if not output.has(row["prompt_id"])
         )
         bar = tqdm(total=len(asked), initial=len(output), unit=" prompts", desc="best of n")
-        with bar, records.stop_signal() as check_stop:
+        with bar, stop_signal() as check_stop:
             try:
                 for request, ranking in ranker.rank_all(requests, lambda _: check_stop()):
                     output.write(request.row | _fields(ranking))
                     bar.update(len(output) - bar.n)
-            except RankerError as error:
+            except UserError as error:
                 raise UserError(str(error)) from error
         output.finish([row["prompt_id"] for row in asked], Counter({"in": len(asked)}))
-    best = {row["prompt_id"]: row["best"] for _, row in records.read_rows(path)}
+    best = {row["prompt_id"]: row["best"] for _, row in read_rows(path)}
     return path, ranker.identity, best
 
 
-def _request(row: records.Row) -> Request:
+def _request(row: Row) -> Request:
     where = f"prompt_id {row['prompt_id']!r}"
     return Request(
         where=where,
         prompt_id=row["prompt_id"],
-        prompt=records.prompt_text(row, where),
-        messages=records.messages_of(row, where),
+        prompt=prompt_text(row, where),
+        messages=messages_of(row, where),
         responses=[response["text"] for response in row["responses"]],
         finish_reasons=[response["finish_reason"] for response in row["responses"]],
         row=row,
@@ -295,9 +298,9 @@ def _fields(ranking: Ranking) -> dict:
     return {name: value for name, value in found.items() if value is not None} | {"best": best}
 
 
-def _answer(args: Outputs, row: records.Row, best: dict[str, int]) -> dict:
+def _answer(args: Outputs, row: Row, best: dict[str, int]) -> dict:
     response = row["responses"][best.get(row["prompt_id"], 0)]
-    messages = records.messages_of(row, row["prompt_id"])
+    messages = messages_of(row, row["prompt_id"])
     return {
         "instruction": conversation_key(messages),
         "output": response["text"],

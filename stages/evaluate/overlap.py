@@ -8,10 +8,12 @@ from collections import Counter
 
 import numpy as np
 
-from stages import records
+from sharding.errors import UserError
 from stages.evaluate.answers import is_json_list, read_json_list
 from stages.evaluate.benchmarks import local_file
-from stages.records import Manifest, Output, UserError
+from stages.files.output import Manifest, Output
+from stages.files.paths import file_sha256
+from stages.files.rows import Row, field, messages_of, read_rows
 
 
 @dataclasses.dataclass
@@ -59,7 +61,7 @@ def main(args: Overlap) -> None:
     manifest = Manifest(
         stage="evaluate overlap",
         arguments={"n": args.n, "threshold": args.threshold, "slices": len(args.train)},
-        inputs={path: records.file_sha256(path) for path in files},
+        inputs={path: file_sha256(path) for path in files},
         identities={},
     )
     output = Output.open(args.out, manifest, args.overwrite)
@@ -121,7 +123,7 @@ def compare(asked: Prompts, train: Prompts, threshold: float) -> dict:
 
 
 def _read(path: str, name: str, n: int) -> Prompts:
-    rows = read_json_list(path) if is_json_list(path) else records.read_rows(path)
+    rows = read_json_list(path) if is_json_list(path) else read_rows(path)
     texts = [text for where, row in rows for text in _texts(row, where)]
     if not texts:
         raise UserError(f"{path} holds no prompts")
@@ -133,17 +135,17 @@ def _read(path: str, name: str, n: int) -> Prompts:
     return Prompts(name, texts, grams, found_in)
 
 
-def _texts(row: records.Row, where: str) -> list[str]:
+def _texts(row: Row, where: str) -> list[str]:
     """What a row asks: its user turns."""
     if "turns" in row:
-        turns = records.field(row, "turns", list, where)
+        turns = field(row, "turns", list, where)
         if not all(isinstance(turn, str) for turn in turns):
             raise UserError(f"{where}: field 'turns' must be a list of texts")
         return turns
     if "messages" in row and "prompt" not in row:
-        return [m["content"] for m in records.messages_of(row, where) if m["role"] == "user"]
+        return [m["content"] for m in messages_of(row, where) if m["role"] == "user"]
     name = "instruction" if "instruction" in row and "prompt" not in row else "prompt"
-    return [records.field(row, name, str, where)]
+    return [field(row, name, str, where)]
 
 
 def ngrams(text: str, n: int) -> set[tuple[str, ...]]:

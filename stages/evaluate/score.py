@@ -4,10 +4,12 @@ import dataclasses
 
 import numpy as np
 
-from stages import records
+from sharding.errors import UserError
 from stages.evaluate import difficulty, winrates
 from stages.evaluate.answers import generator_of_rows, read_json_list
-from stages.records import Manifest, Output, UserError
+from stages.files.output import Manifest, Output
+from stages.files.paths import file_sha256
+from stages.files.rows import Row, field
 
 
 @dataclasses.dataclass
@@ -46,7 +48,7 @@ def main(args: Score) -> None:
             "gamed": bool(args.gamed),
             "seed": args.seed,
         },
-        inputs={path: records.file_sha256(path) for path in inputs},
+        inputs={path: file_sha256(path) for path in inputs},
         identities={},
     )
     output = Output.open(args.out, manifest, args.overwrite)
@@ -55,7 +57,7 @@ def main(args: Score) -> None:
     preferences = np.array([_preference(row, where) for where, row in rows])
     lengths = np.array(
         [
-            [len(records.field(row, name, str, where)) for name in ("output_2", "output_1")]
+            [len(field(row, name, str, where)) for name in ("output_2", "output_1")]
             for where, row in rows
         ]
     )
@@ -98,12 +100,12 @@ def main(args: Score) -> None:
             print(f"  {name:<26} {f'{value:.4f}' if isinstance(value, float) else value}")
 
 
-def _preference(row: records.Row, where: str) -> float:
+def _preference(row: Row, where: str) -> float:
     """Between 0 and 1; NaN where the judge gave none."""
     value = row.get("preference")
     if value is None or value != value:
         return np.nan
-    value = records.field(row, "preference", (int, float), where)
+    value = field(row, "preference", (int, float), where)
     value = 1.5 if value == 0 else value  # as early files wrote a draw
     if not 1 <= value <= 2:
         raise UserError(f"{where}: preference is {value}, not between 1 and 2: correct the file")

@@ -1,0 +1,241 @@
+"""The DeBERTa-v3 encoder: disentangled attention over content and relative position.
+
+The score of a query for a key has three terms (He et al. 2021, arXiv 2006.03654, Eq. 4): content to
+content, content to position and position to content,
+
+    score[q, k] = (Q_q·K_k + Q_q·PK[B(q − k)] + K_k·PQ[B(q − k)]) / √(3h)
+
+where PK and PQ are the layer's own key and query projections of one table of relative positions,
+and B gives near distances a row each and far ones a shared row. PK and PQ hang on weights alone, so
+`prepare` computes them once, not at every forward. Mirrors transformers' modeling_deberta_v2.py.
+
+The parameters are a nested dict of fp32 arrays, `layers` a list of one dict a layer:
+
+    embed [v, d]   embed_norm, embed_shift [d]   relative [p, d]   relative_norm, relative_shift [d]
+    layers/i/{q, k, v: [d, n, h], q_bias, k_bias, v_bias: [n, h], o: [n, h, d], o_bias [d],
+              attn_norm, attn_shift [d], up [d, f], up_bias [f], down [f, d], down_bias [d],
+              mlp_norm, mlp_shift [d]}
+
+Axis letters: b sequence, t query token, s key token, d width, n head, h head width, f MLP width,
+p row of the table of relative positions, v vocabulary, r token that is read out.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.attention import matmul_precision
+from model.config import DebertaConfig
+from model.rankers import deberta_tpu
+
+Params = dict
+
+# HF name → our path, HF's axes, ours; as in model/hf.py, whose functions read them.
+TABLE = {
+    "embeddings.word_embeddings.weight": ("embed", "v d", "v d"),
+    "embeddings.LayerNorm.weight": ("embed_norm", "d", "d"),
+    "embeddings.LayerNorm.bias": ("embed_shift", "d", "d"),
+    "encoder.rel_embeddings.weight": ("relative", "p d", "p d"),
+    "encoder.LayerNorm.weight": ("relative_norm", "d", "d"),
+    "encoder.LayerNorm.bias": ("relative_shift", "d", "d"),
+    "encoder.layer.{}.attention.self.query_proj.weight": ("layers/{}/q", "nh d", "d n h"),
+    "encoder.layer.{}.attention.self.query_proj.bias": ("layers/{}/q_bias", "nh", "n h"),
+    "encoder.layer.{}.attention.self.key_proj.weight": ("layers/{}/k", "nh d", "d n h"),
+    "encoder.layer.{}.attention.self.key_proj.bias": ("layers/{}/k_bias", "nh", "n h"),
+    "encoder.layer.{}.attention.self.value_proj.weight": ("layers/{}/v", "nh d", "d n h"),
+    "encoder.layer.{}.attention.self.value_proj.bias": ("layers/{}/v_bias", "nh", "n h"),
+    "encoder.layer.{}.attention.output.dense.weight": ("layers/{}/o", "d nh", "n h d"),
+    "encoder.layer.{}.attention.output.dense.bias": ("layers/{}/o_bias", "d", "d"),
+    "encoder.layer.{}.attention.output.LayerNorm.weight": ("layers/{}/attn_norm", "d", "d"),
+    "encoder.layer.{}.attention.output.LayerNorm.bias": ("layers/{}/attn_shift", "d", "d"),
+    "encoder.layer.{}.intermediate.dense.weight": ("layers/{}/up", "f d", "d f"),
+    "encoder.layer.{}.intermediate.dense.bias": ("layers/{}/up_bias", "f", "f"),
+    "encoder.layer.{}.output.dense.weight": ("layers/{}/down", "d f", "f d"),
+    "encoder.layer.{}.output.dense.bias": ("layers/{}/down_bias", "d", "d"),
+    "encoder.layer.{}.output.LayerNorm.weight": ("layers/{}/mlp_norm", "d", "d"),
+    "encoder.layer.{}.output.LayerNorm.bias": ("layers/{}/mlp_shift", "d", "d"),
+}
+
+
+# ------------------------------------------------------------------------- positions
+
+
+def relative_rows(config: DebertaConfig, length: int) -> np.ndarray:
+    """B(δ) for δ = −(length−1) … length−1: rows of the table of relative positions, int32.
+
+    Distances up to half the buckets have a row each, further ones share logarithmically more, and
+    all beyond the last share that. fp32, as make_log_bucket_position computes it in torch: where
+    the logarithm falls on a bucket's border, rounding decides.
+    """
+    half = config.position_buckets // 2
+    distance = np.arange(-(length - 1), length)
+    far = np.maximum(np.abs(distance), half).astype(np.float32)
+    scale = np.log(np.float32((config.max_relative_positions - 1) / half))
+    logarithm = np.log(far / np.float32(half)) / scale * np.float32(half - 1)
+    bucket = np.where(far <= half, np.abs(distance), np.ceil(logarithm) + half)
+    rows = np.sign(distance) * bucket.astype(np.int64) + config.position_buckets
+    return np.clip(rows, 0, 2 * config.position_buckets - 1).astype(np.int32)
+
+
+def prepare(params: Params, config: DebertaConfig, dtype=jnp.float32) -> Params:
+    """The parameters in `dtype`, ready for `encode`: each layer has its projections of the table of
+    relative positions, `position_k` [n, h, p] and `position_q` [n, p, h], in place of the table.
+    Empties `params["layers"]` on the way."""
+    relative_pd = layer_norm(
+        params["relative"], params["relative_norm"], params["relative_shift"], config
+    )
+
+    @jax.jit
+    def project(w_dnh, bias_nh):
+        return matmul("pd,dnh->nph", relative_pd, w_dnh) + bias_nh[:, None]
+
+    ready = {name: params[name].astype(dtype) for name in ("embed", "embed_norm", "embed_shift")}
+    ready["layers"] = []
+    while params["layers"]:  # taken out one by one, so that only one layer exists twice
+        w = params["layers"].pop(0)
+        w["position_k"] = jnp.swapaxes(project(w["k"], w["k_bias"]), 1, 2)
+        w["position_q"] = project(w["q"], w["q_bias"])
+        ready["layers"].append({name: array.astype(dtype) for name, array in w.items()})
+    return ready
+
+
+# ---------------------------------------------------------------------------- pieces
+
+
+def matmul(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, w, precision=matmul_precision(x.dtype))
+
+
+def layer_norm(x: jax.Array, weight_d, bias_d, config: DebertaConfig) -> jax.Array:
+    """(x − mean) / std · weight + bias over the last axis, in fp32, the variance biased."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    normal = x32 * jax.lax.rsqrt(variance + config.layer_norm_eps)
+    return (normal * weight_d.astype(jnp.float32) + bias_d.astype(jnp.float32)).astype(x.dtype)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x·Φ(x), exact: Hugging Face's "gelu"."""
+    return x * (0.5 * (1 + jax.lax.erf(x * np.float32(0.5**0.5)))).astype(x.dtype)
+
+
+def take(matrix: jax.Array, places: jax.Array) -> jax.Array:
+    """Elements by their places in the flattened matrix, all within it: on CPU several times as fast
+    as take_along_axis, which checks each index in both dimensions."""
+    return matrix.reshape(-1).at[places].get(mode="promise_in_bounds")
+
+
+def attention(q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows_bts, real_bs):
+    """Disentangled attention, [n, b, t, h]. rows_bts: the row of the position tables for each query
+    and key (b may be 1); real_bs: which keys are text and not padding.
+
+    On CPU one head of one sequence after the other, so that what is as large as all queries times
+    all keys stays small enough for the cache; elsewhere all at once. (TPUs: deberta_tpu.py.)
+    """
+    dot = partial(
+        jnp.dot, precision=matmul_precision(q_nbth.dtype), preferred_element_type=jnp.float32
+    )
+    scale = np.float32((3 * q_nbth.shape[-1]) ** -0.5)
+    rows_bts = jnp.broadcast_to(rows_bts, (q_nbth.shape[1], *rows_bts.shape[1:]))
+
+    def all_heads(over, arrays):
+        def one_head(head):
+            *sequences, position_k_hp, position_q_ph = head
+
+            def one_sequence(sequence):
+                q_th, k_hs, v_sh, rows_ts, real_s = sequence
+                c2p_tp, p2c_ps = dot(q_th, position_k_hp), dot(position_q_ph, k_hs)
+                scores_ts = dot(q_th, k_hs)
+                (t, p), s = c2p_tp.shape, p2c_ps.shape[1]
+                scores_ts += take(c2p_tp, jnp.arange(t)[:, None] * p + rows_ts)
+                scores_ts += take(p2c_ps, rows_ts * s + jnp.arange(s))
+                scores_ts = jnp.where(real_s, scores_ts * scale, -1e30)
+                weights_ts = jnp.exp(scores_ts - jnp.max(scores_ts, axis=-1, keepdims=True))
+                out_th = dot(weights_ts.astype(v_sh.dtype), v_sh)
+                # Divided last, over h numbers a query instead of s.
+                return (out_th / jnp.sum(weights_ts, axis=-1)[:, None]).astype(q_th.dtype)
+
+            return over(one_sequence)((*sequences, rows_bts, real_bs))
+
+        return over(one_head)(arrays)
+
+    arrays = (q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph)
+    return jax.lax.platform_dependent(
+        arrays,
+        cpu=partial(all_heads, lambda function: partial(jax.lax.map, function)),
+        default=partial(all_heads, jax.vmap),
+    )
+
+
+@partial(jax.jit, static_argnames="config")
+def embed(params: Params, config: DebertaConfig, tokens_bt: jax.Array) -> jax.Array:
+    x_btd = params["embed"][tokens_bt]
+    return layer_norm(x_btd, params["embed_norm"], params["embed_shift"], config)
+
+
+@partial(jax.jit, static_argnames=("config", "kernel"))
+def layer(
+    w: Params, config: DebertaConfig, x_btd, real_bt, read_br=None, kernel: bool = False
+) -> jax.Array:
+    """One layer over all tokens; with `read_br` its output at those tokens alone, [b, r, d].
+    kernel: attention of all tokens by that of deberta_tpu.py, if it takes so many: that is quicker
+    on a TPU than to look up positions even for the few that are read."""
+    t = x_btd.shape[1]
+    kernel = kernel and deberta_tpu.takes(t)
+    by_distance = relative_rows(config, t)
+    rows, keys = jnp.asarray(by_distance), jnp.arange(t)
+    if read_br is None:
+        y_btd, rows_bts = x_btd, rows[t - 1 + keys[:, None] - keys][None]
+    else:
+        y_btd = jnp.take_along_axis(x_btd, read_br[:, :, None], axis=1)
+        rows_bts = rows[t - 1 + read_br[:, :, None] - keys]
+    with jax.named_scope("attention"):
+        q_btnh = matmul("btd,dnh->btnh", x_btd if kernel else y_btd, w["q"]) + w["q_bias"]
+        k_bsnh = matmul("btd,dnh->btnh", x_btd, w["k"]) + w["k_bias"]
+        v_bsnh = matmul("btd,dnh->btnh", x_btd, w["v"]) + w["v_bias"]
+        arrays = (
+            jnp.transpose(q_btnh, (2, 0, 1, 3)),
+            jnp.transpose(k_bsnh, (2, 0, 3, 1)),
+            jnp.transpose(v_bsnh, (2, 0, 1, 3)),
+            w["position_k"],
+            w["position_q"],
+        )
+        if kernel:
+            out_nbth = deberta_tpu.attention(*arrays, by_distance, real_bt)
+            if read_br is not None:
+                out_nbth = jnp.take_along_axis(out_nbth, read_br[None, :, :, None], axis=2)
+        else:
+            out_nbth = attention(*arrays, rows_bts, real_bt)
+        out_btnh = jnp.transpose(out_nbth, (1, 2, 0, 3))
+        out_bte = out_btnh.reshape(*out_btnh.shape[:2], -1)
+        out_btd = matmul("bte,ed->btd", out_bte, w["o"].reshape(-1, w["o"].shape[-1]))
+        y_btd = layer_norm(y_btd + out_btd + w["o_bias"], w["attn_norm"], w["attn_shift"], config)
+    with jax.named_scope("mlp"):
+        hidden_btf = gelu(matmul("btd,df->btf", y_btd, w["up"]) + w["up_bias"])
+        out_btd = matmul("btf,fd->btd", hidden_btf, w["down"]) + w["down_bias"]
+        return layer_norm(y_btd + out_btd, w["mlp_norm"], w["mlp_shift"], config)
+
+
+def encode(
+    params: Params,
+    config: DebertaConfig,
+    tokens_bt: jax.Array,
+    lengths_b: jax.Array,
+    read_br: jax.Array,
+    kernel: bool = False,
+) -> jax.Array:
+    """The last layer's hidden states at the tokens `read_br`: [b, r, d] in the parameters' dtype.
+
+    params: from `prepare`. tokens_bt: int ids, text first, padding behind; lengths_b: how many are
+    text; kernel: see `layer`. The last layer computes what is read and no more (with the kernel,
+    but for attention). Runs inside jit, or op by op: then each layer is one call of one compiled
+    program, which neither copies its weights nor compiles the layers one by one.
+    """
+    real_bt = jnp.arange(tokens_bt.shape[1]) < lengths_b[:, None]
+    x_btd = embed({k: v for k, v in params.items() if k != "layers"}, config, tokens_bt)
+    for w in params["layers"][:-1]:
+        x_btd = layer(w, config, x_btd, real_bt, kernel=kernel)
+    return layer(params["layers"][-1], config, x_btd, real_bt, read_br, kernel)

@@ -1,0 +1,162 @@
+"""A run's tables, as texts: that of its iterations for the terminal, all of them for the page."""
+
+import textwrap
+
+from scripts.report.gather import Model, Run
+
+Cells = dict[str, str]  # column → text; every row of a table has all of its columns
+
+
+# ----------------------------------------------------------------------------- the iterations
+
+
+def iterations(models: list[Model]) -> list[Cells]:
+    """A row for each model. A win rate is of 100 prompts, ties counting half, with its 95%
+    bootstrap interval; KL is a token's."""
+    rows = [_cells(model) for model in models]
+    # With a pairwise ranker no answer has a reward of its own.
+    columns = [
+        c for c in (rows[0] if rows else {}) if c != "reward" or any(row[c] != "–" for row in rows)
+    ]
+    return [{column: row[column] for column in columns} for row in rows]
+
+
+def _cells(model: Model) -> Cells:
+    reward = model.reward()
+    return {
+        "model": model.name,
+        "reward": "–" if reward is None else f"{reward[0]:.3f} ± {reward[1]:.3f}",
+        "won against start": _win_rate(model.against_start),
+        "won against previous": _win_rate(model.against_previous),
+        "words": _text(model.words(), ".0f"),
+        "finished": _text(model.finished(), ".0%"),
+        "distinct": _text(model.distinct(), ".0%"),
+        "KL to start": _text((model.kl_to_start or {}).get("kl_per_token"), ".3f"),
+        "KL to previous": _text((model.kl_to_previous or {}).get("kl_per_token"), ".3f"),
+        "DPO loss": _text(model.training("loss"), ".3f"),
+        "DPO accuracy": _text(model.training("rewards/accuracies"), ".0%"),
+    }
+
+
+def _win_rate(compared: dict | None) -> str:
+    if compared is None:
+        return "–"
+    low, high = compared["interval"]
+    return f"{100 * compared['win_rate']:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _text(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+def in_lines(rows: list[Cells]) -> str:
+    """Columns below each other, a heading of two words or more in as many lines as it needs."""
+    columns = []
+    for name in rows[0]:
+        cells = [row[name] for row in rows]
+        width = max(map(len, [*cells, *name.split()]))
+        heading = textwrap.wrap(name, width)
+        columns.append((width, heading, cells))
+    deepest = max(len(heading) for _, heading, _ in columns)
+    lines = []
+    for i in range(deepest + len(rows)):
+        texts = []
+        for width, heading, cells in columns:
+            column = [""] * (deepest - len(heading)) + heading + cells
+            texts.append(f"{column[i]:<{width}}")
+        lines.append("  ".join(texts).rstrip())
+    return "\n".join(lines)
+
+
+def verdict(models: list[Model]) -> list[str]:
+    """What the table says of the newest model, and which one is best, a line each."""
+    judged = [model for model in models if model.against_start]
+    if not judged:
+        return []
+    lines, newest = [], judged[-1]
+    if newest.against_previous and newest.against_previous["win_rate"] < 0.5:
+        lines.append(f"warning: {newest.name} loses to the model before it more often than it wins")
+    best = max(judged, key=lambda m: m.against_start["win_rate"])
+    if best.against_start["win_rate"] < 0.5:
+        best = models[0]
+    return [*lines, f"best so far: {best.name}"]
+
+
+# ------------------------------------------------------------------------------- of the page
+
+RANKER = {  # of the manifests' results, as stages.rank explains them
+    "pairs": "pairs compared",
+    "swap_consistency": "both orders agree",
+    "tie_rate": "ties",
+    "truncation_rate": "lost text to its length",
+    "score_length_correlation": "score with length",
+}
+
+
+def page(run: Run) -> dict[str, list[Cells]]:
+    """Name → table; empty where there is nothing to show yet."""
+    return {
+        "iterations": iterations(run.models),
+        "terms": [
+            {"model": m.name} | {name: f"{value:.3f}" for name, value in m.terms().items()}
+            for m in run.models
+            if m.terms()
+        ],
+        "trained": [
+            {
+                "iteration": t.name,
+                "answers": f"{len(t.scores):,}",
+                "distinct, of a prompt's": _text(t.distinct, ".0%"),
+                "finished": _text(t.finished, ".0%"),
+                "pairs": f"{len(t.pairs.get('chosen_score', [])):,}",
+            }
+            for t in run.trained
+        ],
+        "ranker": _ranker(run),
+        "stages": [
+            {
+                "file": stage.path,
+                "stage": stage.name,
+                "time": duration(stage.seconds),
+                "tokens": _text(stage.tokens, ","),
+                "tokens a second": _text(stage.rate, ",.0f"),
+                "rows in": _text(stage.took, ","),
+                "rows out": _text(stage.gave, ","),
+                "left out": "; ".join(f"{n:,} {reason}" for reason, n in stage.aside.items()),
+            }
+            for stage in run.stages
+        ],
+        "lineage": [
+            {
+                "file": node.path,
+                "made by": node.manifest.stage if node.manifest else "not the run",
+                "of": ", ".join(parent.path for parent in node.parents),
+                "identity": node.identity[:12],
+                "changed since": "yes" if node.changed else "",
+            }
+            for node in run.graph
+        ],
+    }
+
+
+def _ranker(run: Run) -> list[Cells]:
+    """What the rankings of each file have in common."""
+    found = []
+    for node in run.graph:
+        if node.manifest is None or node.manifest.stage not in ("rank", "evaluate compare"):
+            continue
+        results = node.manifest.results
+        values = {title: results.get(name) for name, title in RANKER.items()}
+        if any(value is not None for value in values.values()):
+            found.append({"file": node.path} | {t: _text(v, ".3g") for t, v in values.items()})
+    return found
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,245 @@
+"""The sampling engine: what it draws, and that nothing but (seed, prompt, index) decides it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from model import decoder, generate
+from model.generate import Sampler, Sampling
+from model.logprobs import response_logprobs
+from model.packing import Sequence, pack
+from sharding.mesh import make_mesh, tree_shardings
+from tests import tiny
+
+RNG = np.random.default_rng(0)
+PROMPTS = [
+    (f"p{i}", RNG.integers(3, 320, size=length).tolist())
+    for i, length in enumerate((5, 70, 3, 20, 64, 65, 9))
+]
+
+
+def as_text(ids):
+    return " ".join(map(str, ids))
+
+
+def answers(sampling, slots=8, prompts=PROMPTS, seed=0, params=None, **changes):
+    config = tiny.config(**changes)
+    params = decoder.init(config, seed) if params is None else params
+    longest = max(len(ids) for _, ids in prompts)
+    sampler = Sampler(config, params, as_text, sampling, slots, longest)
+    return dict(sampler.run(prompts))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7, top_p=1.0),
+        Sampling(temperature=1.3, top_p=0.9),
+        Sampling(temperature=1.0, top_p=0.05),
+        Sampling(temperature=0.7, top_p=1.0, top_k=7),
+        Sampling(temperature=2.0, top_p=0.8, top_k=150),
+        Sampling(temperature=1.5, top_p=1.0, min_p=0.05),
+        Sampling(temperature=1.5, top_p=0.9, top_k=300, min_p=0.02),
+        Sampling(temperature=5.0, top_p=0.99),  # more tokens than the head of the top-p search
+    ],
+)
+def test_filters_leave_the_tokens_and_probabilities_that_transformers_leaves(sampling):
+    logits = RNG.normal(0, 3, size=(64, 1000)).astype(np.float32)
+    expected = TemperatureLogitsWarper(sampling.temperature)(None, torch.tensor(logits))
+    if sampling.top_k:
+        expected = TopKLogitsWarper(sampling.top_k)(None, expected)
+    if sampling.top_p < 1:
+        expected = TopPLogitsWarper(sampling.top_p)(None, expected)
+    if sampling.min_p:
+        expected = MinPLogitsWarper(sampling.min_p)(None, expected)
+    expected = torch.softmax(expected, -1).numpy()
+    weights = np.asarray(generate.filtered_weights(jnp.array(logits), sampling))
+    probabilities = weights / weights.sum(-1, keepdims=True)
+    assert ((probabilities > 0) == (expected > 0)).all()
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+def test_drawn_frequencies_are_the_probabilities():
+    logits = jnp.array([[2.0, 0.5, 0.0, -1.0, 1.0, -3.0, 0.2]])
+    n = 20_000
+    keys = jnp.stack([jnp.array(generate.answer_key(0, "p", i)) for i in range(100)])
+    keys = jnp.repeat(keys, n // 100, axis=0)
+    uniform = generate.uniforms(keys, jnp.tile(jnp.arange(n // 100), 100))
+    tokens, _ = generate.draw(jnp.repeat(logits, n, 0), uniform, Sampling(temperature=1, top_p=1))
+    counts = np.bincount(np.asarray(tokens), minlength=7)
+    expected = n * np.asarray(jax.nn.softmax(logits[0]))
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 22.46  # 99.9% quantile at 6 degrees of freedom
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_uniform_range_never_draw_a_filtered_token(uniform):
+    logits = jnp.array(RNG.normal(0, 3, size=(32, 700)), jnp.float32)
+    sampling = Sampling(temperature=1, top_p=0.7, top_k=20)
+    tokens, _ = generate.draw(logits, jnp.full(32, uniform), sampling)
+    weights = generate.filtered_weights(logits, sampling)
+    assert (np.take_along_axis(np.asarray(weights), np.asarray(tokens)[:, None], 1) > 0).all()
+
+
+def test_greedy_answers_are_the_argmax_of_the_full_forward_pass():
+    config = tiny.config(eos_token_ids=())
+    params = decoder.init(config)
+    found = answers(Sampling(n=1, temperature=0, max_new_tokens=12), eos_token_ids=())
+    for prompt_id, prompt in PROMPTS[:4]:
+        drawn = found[prompt_id][0].token_ids
+        assert len(drawn) == 12
+        row = np.zeros((1, 96), np.int32)  # one shape for all: what comes later is not seen
+        row[0, : len(prompt) + 12] = prompt + drawn
+        logits = decoder.logits(params, config, decoder.forward(params, config, jnp.array(row)))[0]
+        for i, token in enumerate(drawn):
+            assert token == int(jnp.argmax(logits[len(prompt) + i - 1]))
+
+
+def test_cache_and_slots_are_fitted_to_the_answers_in_the_making(monkeypatch):
+    sizes = []
+    resize = Sampler._resize
+
+    def spy(self, *args):
+        before = self.length
+        resize(self, *args)
+        sizes.append((self.rows, before, self.length))
+
+    monkeypatch.setattr(Sampler, "_resize", spy)
+    # The long prompt comes first: once its answers have ended, the cache can be halved.
+    lengths = (200, 5, 9, 30, 12, 20)
+    prompts = [(f"p{i}", RNG.integers(14, 300, n).tolist()) for i, n in enumerate(lengths)]
+    sampling = Sampling(n=4, temperature=1.0, top_p=1.0, max_new_tokens=70)
+    often = {"eos_token_ids": tuple(range(2, 14))}  # so that answers end at different steps
+    found = answers(sampling, slots=8, prompts=prompts, **often)
+    assert {rows for rows, *_ in sizes} == {8, 4, 2}
+    assert (8, 256, 272) in sizes  # grown, but not beyond the longest possible answer
+    assert any(after <= before // 2 for _, before, after in sizes)  # and halved
+    # and each answer is what it is alone
+    for prompt in prompts:
+        for one, other in zip(found[prompt[0]], answers(sampling, 1, [prompt], **often)[prompt[0]]):
+            assert one.token_ids == other.token_ids and one.finish_reason == other.finish_reason
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_answers_do_not_depend_on_slots_order_or_company():
+    sampling = Sampling(n=3, temperature=1.0, top_p=0.9, max_new_tokens=20, seed=5)
+    base = answers(sampling, slots=8)
+    for slots, prompts in ((2, PROMPTS), (21, PROMPTS[::-1]), (3, PROMPTS[3:5])):
+        for prompt_id, other in answers(sampling, slots, prompts).items():
+            for a, b in zip(base[prompt_id], other):
+                assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+                assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+def test_answers_are_the_same_on_four_devices():
+    sampling = Sampling(n=2, temperature=1.0, top_p=0.9, max_new_tokens=10)
+    base = answers(sampling, prompts=PROMPTS[:3])
+    config = tiny.config()
+    for shape in ((1, 4, 1), (2, 1, 2), (1, 2, 2)):
+        mesh = make_mesh(*shape)
+        axes, shapes = decoder.logical_axes(config), decoder.abstract(config)
+        params = jax.device_put(decoder.init(config), tree_shardings(mesh, axes, shapes))
+        with jax.set_mesh(mesh):
+            sharded = answers(sampling, prompts=PROMPTS[:3], params=params)
+        assert {k: [a.token_ids for a in v] for k, v in sharded.items()} == {
+            k: [a.token_ids for a in v] for k, v in base.items()
+        }
+
+
+def test_seed_prompt_and_index_each_change_the_draw():
+    sampling = Sampling(n=4, temperature=1.5, top_p=1.0, max_new_tokens=8)
+    same_prompt = [("a", PROMPTS[0][1]), ("b", PROMPTS[0][1])]
+    one = answers(sampling, prompts=same_prompt)
+    texts = [a.text for v in one.values() for a in v]
+    assert len(set(texts)) == 8
+    other = answers(
+        Sampling(n=4, temperature=1.5, top_p=1.0, max_new_tokens=8, seed=1), prompts=same_prompt
+    )
+    assert all(a.text != b.text for k in one for a, b in zip(one[k], other[k]))
+
+
+def test_recorded_logprobs_are_what_the_trainer_computes_for_the_same_tokens():
+    config, sampling = tiny.config(), Sampling(n=4, temperature=1.0, top_p=0.9, max_new_tokens=40)
+    params = decoder.init(config)
+    reasons = set()
+    for prompt_id, found in answers(sampling).items():
+        prompt = dict(PROMPTS)[prompt_id]
+        for answer in found:
+            reasons.add(answer.finish_reason)
+            ids = answer.token_ids + ([2] if answer.finish_reason == "stop" else [])
+            logprob = response_logprobs(params, config, pack([Sequence(prompt, [ids])]), 1)
+            assert answer.logprob == pytest.approx(float(logprob[0]), abs=1e-3)
+    assert reasons == {"stop", "length"}
+
+
+def test_finish_reason_tells_how_an_answer_ended():
+    found = answers(Sampling(n=8, temperature=1.0, top_p=1.0, max_new_tokens=30))
+    each = [a for v in found.values() for a in v]
+    assert {a.finish_reason for a in each} == {"stop", "length"}
+    for answer in each:
+        assert 2 not in answer.token_ids
+        assert (len(answer.token_ids) == 30) == (answer.finish_reason == "length")
+
+
+def test_one_new_token_is_allowed():
+    found = answers(Sampling(n=2, max_new_tokens=1))
+    assert all(len(a.token_ids) <= 1 for v in found.values() for a in v)
+
+
+def test_stop_strings_end_an_answer_before_them_also_across_tokens():
+    sampling = Sampling(n=3, temperature=1.0, top_p=1.0, max_new_tokens=30)
+    whole = answers(sampling, eos_token_ids=())
+    words = whole["p0"][0].text.split()
+    stop = f"{words[5][-1]} {words[6][0]}"  # spans two tokens
+    cut = answers(
+        Sampling(n=3, temperature=1.0, top_p=1.0, max_new_tokens=30, stop_strings=(stop,)),
+        eos_token_ids=(),
+    )
+    hit = 0
+    for prompt_id, found in cut.items():
+        for a, b in zip(found, whole[prompt_id]):
+            if stop in b.text:
+                hit += 1
+                assert a.finish_reason == "stop_string"
+                assert a.text == b.text[: b.text.index(stop)]
+                assert a.token_ids == b.token_ids[: len(a.token_ids)]
+                assert a.text.startswith(as_text(a.token_ids))
+                assert a.logprob >= b.logprob
+            else:
+                assert a == b
+    assert hit >= 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"min_p": 1},
+        {"min_p": -0.1},
+        {"max_new_tokens": 0},
+        {"stop_strings": ("",)},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_a_prompt_that_does_not_fit_the_cache_is_refused():
+    config = tiny.config()
+    sampler = Sampler(config, decoder.init(config), as_text, Sampling(), 4, longest_prompt=10)
+    with pytest.raises(ValueError, match="longest_prompt is 10"):
+        list(sampler.run([("p", [5] * 65)]))

@@ -1,0 +1,194 @@
+"""The dpo stage against TRL's DPOTrainer: the same weights, the same tokenised real pairs, fp32."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from model import checkpoint
+from model.tokenizer import ChatTokenizer
+from scripts import convert
+from stages import dpo
+from stages.files.examples import read_pairs
+from stages.files.run import run_main
+from tests import tiny
+
+STEPS, PAIRS_A_STEP = 20, 4
+# Weights large enough for log-probs that differ from token to token.
+SIZE = dict(
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    initializer_range=0.08,
+    model_type="mistral",
+    max_position_embeddings=1024,
+    tie_word_embeddings=False,
+)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, data):
+    """(folder, examples): a small random Mistral, and real pairs as token ids."""
+    folder = tmp_path_factory.mktemp("trl")
+    tiny.write_checkpoint(folder / "model", **SIZE)
+    lines = (data / "preferences" / "ultrafeedback_1000.jsonl").read_text().splitlines()
+    rows = []
+    for i, line in enumerate(lines):
+        row = json.loads(line)
+        prompt, chosen, rejected = (row[k] for k in ("prompt", "chosen", "rejected"))
+        if chosen != rejected and chosen.strip() and rejected.strip():
+            user = {"role": "user", "content": prompt}
+            sides = {
+                side: [user, {"role": "assistant", "content": row[side]}]
+                for side in ("chosen", "rejected")
+            }
+            rows.append({"prompt_id": str(i), "prompt": prompt} | sides)
+    # The shortest: this tokenizer makes a token of nearly every letter.
+    rows.sort(key=lambda row: sum(len(row[k][-1]["content"]) for k in ("chosen", "rejected")))
+    rows = rows[: STEPS * PAIRS_A_STEP]
+    assert len(rows) == STEPS * PAIRS_A_STEP
+    tiny.write_jsonl(folder / "pairs.jsonl", rows)
+    tokenizer = ChatTokenizer.from_folder(str(folder / "model"), (2,))
+    path = str(folder / "pairs.jsonl")
+    examples, _ = read_pairs(path, tokenizer, tiny.VOCABULARY, 1024, 512, [])
+    convert.main(convert.ToHf(str(folder / "model"), str(folder / "hf"), dtype="fp32"))
+    return folder, examples
+
+
+def ours(folder, out, *more):
+    argv = ["--checkpoint", f"{folder}/model", "--pairs", f"{folder}/pairs.jsonl"]
+    argv += [
+        "--out",
+        str(out),
+        "--learning-rate",
+        "1e-4",
+        "--batch-size",
+        str(PAIRS_A_STEP),
+        "--micro-batch-size",
+        "2",
+        "--warmup-ratio",
+        "0.1",
+        "--mesh",
+        "1",
+        "1",
+        "-1",
+        *more,
+    ]
+    assert run_main(dpo.main, dpo.Args, argv) == 0
+    return [r for r in tiny.read_jsonl(f"{out}.log/metrics.jsonl") if "loss" in r]
+
+
+def theirs(folder, examples, **changes):
+    """(TRL's rows of metrics, the model it trained)."""
+    from trl import DPOConfig
+
+    from scripts.bench.trl_trainer import Plain
+
+    losses = []
+
+    class Keeping(Plain):
+        """Keeps the losses unrounded."""
+
+        def compute_loss(self, *args, **kwargs):
+            found = super().compute_loss(*args, **kwargs)
+            losses.append((found[0] if isinstance(found, tuple) else found).item())
+            return found
+
+    order = dpo.epoch_order(0, 0, len(examples))
+    rows = [
+        {f"{name}_ids": getattr(e, name).tolist() for name in ("prompt", "chosen", "rejected")}
+        for e in (examples[i] for i in order)
+    ]
+    arguments = dict(
+        output_dir=str(folder / "trl-out"),
+        per_device_train_batch_size=PAIRS_A_STEP,
+        max_steps=STEPS,
+        learning_rate=1e-4,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        report_to="none",
+        beta=0.1,
+        max_length=None,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer = Keeping(
+        model=model,
+        args=DPOConfig(**arguments | changes),
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(rows),
+    )
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "rewards/chosen" in row]
+    return [row | {"loss": loss} for row, loss in zip(logged, losses, strict=True)], trainer.model
+
+
+def flat(model) -> np.ndarray:
+    return np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "flags,changes",
+    [
+        pytest.param((), {}, id="sigmoid"),
+        pytest.param(
+            ("--loss", "ipo", "--beta", "0.5"),
+            {"loss_type": ["ipo"], "beta": 0.5},
+            id="ipo",
+            marks=pytest.mark.heavy,
+        ),
+        pytest.param(
+            ("--loss", "robust", "--label-smoothing", "0.1"),
+            {"loss_type": ["robust"], "label_smoothing": 0.1},
+            id="robust",
+            marks=pytest.mark.heavy,
+        ),
+    ],
+)
+def test_twenty_steps_are_trls_steps(start, tmp_path, flags, changes):
+    folder, examples = start
+    found = ours(folder, tmp_path / "out", *flags)
+    expected, model = theirs(folder, examples, **changes)
+    assert len(found) == len(expected) == STEPS
+    tolerances = {"loss": 1e-5, "logps/chosen": 1e-3, "logps/rejected": 1e-3}
+    tolerances |= {f"rewards/{n}": 1e-4 for n in ("chosen", "rejected", "margins", "accuracies")}
+    furthest = dict.fromkeys(tolerances, 0.0)
+    for a, b in zip(found, expected):
+        for name, tolerance in tolerances.items():
+            if name == "rewards/accuracies" and a["step"] <= 2:
+                continue  # warm-up begins at 0: margins are rounding, and so are their signs
+            furthest[name] = max(furthest[name], abs(a[name] - b[name]))
+            scale = max(1.0, abs(b[name])) if name == "loss" and "ipo" in flags else 1.0
+            assert abs(a[name] - b[name]) < tolerance * scale, (name, a["step"])
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["learning_rate"] == pytest.approx(b["learning_rate"], rel=1e-5, abs=1e-12)
+
+    hf = str(tmp_path / "hf")
+    convert.main(convert.ToHf(str(tmp_path / "out"), hf, dtype="fp32"))
+    begin, ours_end = (
+        flat(transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+        for path in (folder / "hf", hf)
+    )
+    update = flat(model) - begin
+    apart = np.linalg.norm(ours_end - flat(model)) / np.linalg.norm(update)
+    said = ", ".join(f"{name} {value:.1e}" for name, value in furthest.items())
+    print(f"{changes.get('loss_type', ['sigmoid'])[0]}: furthest {said}; update {apart:.1e}")
+    assert apart < 1e-3
+    assert abs(found[-1]["loss"] - found[0]["loss"]) > 1e-3  # it moved
+    assert checkpoint.identity(str(tmp_path / "out")) != checkpoint.identity(f"{folder}/model")

@@ -1,0 +1,292 @@
+"""The launchers, on a gcloud that works on local folders and an srun that works here; the
+recipes for kinds of machines; what a linter says of every shell file."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# A slice is a folder with its state and a home folder a worker; what would be sent there runs here.
+GCLOUD = r"""#!/usr/bin/env bash
+set -euo pipefail
+echo "$*" >>"$CLOUD/calls"
+shift 3
+verb=$1 tpu= worker=0 command= files=()
+for argument in "${@:2}"; do
+  case $argument in
+    --worker=*) worker=${argument#*=} ;;
+    --command=*) command=${argument#*=} ;;
+    --*) ;;
+    *) files+=("$argument") ;;
+  esac
+done
+workers=$CLOUD/worker-$worker
+[[ $worker != all ]] || workers=$(echo "$CLOUD"/worker-*)
+case $verb in
+  list) cat "$CLOUD/state" 2>/dev/null || true ;;
+  create) mkdir -p "$CLOUD"/worker-{0,1}; echo READY >"$CLOUD/state" ;;
+  delete) rm -r "$CLOUD"/worker-* "$CLOUD/state" ;;
+  ssh) [[ -f $CLOUD/state ]] || exit 255
+    for home in $workers; do (cd "$home"; HOME=$home bash -c "$command"); done ;;
+  scp) to=${files[-1]}; unset 'files[-1]'
+    for home in $workers; do
+      for file in "${files[@]}"; do cp "${file/#align:/$home/}" "${to/#align:/$home/}"; done
+    done ;;
+esac
+"""
+
+
+def stub(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+
+
+def script(name: str, *arguments: str, cwd: Path = ROOT, **environment):
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME")}
+    return subprocess.run(
+        ["bash", f"scripts/{name}", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=inherited | environment,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The scripts in a git folder of their own, to put another loop in."""
+    tree = tmp_path / "tree"
+    shutil.copytree(
+        ROOT / "scripts", tree / "scripts", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    subprocess.run(["git", "init", "-q", tree], check=True)
+    return tree
+
+
+def test_no_shell_file_has_what_a_linter_warns_of():
+    scripts = [*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"]
+    # Recipes are sourced by name (SC1090) and read by who sources them (SC2034, SC2154); A= B= is
+    # meant (SC1007), and so is splitting a list of flags (SC2046).
+    subprocess.run(
+        [
+            Path(sys.executable).with_name("shellcheck"),
+            "--shell=bash",
+            "--severity=warning",
+            "--exclude=SC1007,SC1090,SC2034,SC2046,SC2154",
+            *scripts,
+        ],
+        check=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "kind,version,recipe,several",
+    [
+        ("v5litepod-16", "v2-alpha-tpuv5-lite", "mistral-v5e-16", True),
+        ("v5p-8", "v2-alpha-tpuv5", "mistral-v5p-8", False),
+        ("v6e-8", "v2-alpha-tpuv6e", "mistral-v6e-8", False),
+    ],
+)
+def test_a_dry_run_shows_the_commands_for_a_slice(tmp_path, kind, version, recipe, several):
+    cloud = tmp_path / "calls"
+    stub(tmp_path / "bin", "gcloud", f"#!/bin/sh\ntouch {cloud}\n")
+    shown = script(
+        "tpu_pod.sh",
+        "--dry-run",
+        TYPE=kind,
+        ZONE="z",
+        SHARE="10.0.0.2:/runs",
+        SPOT="1",
+        LIMIT="64",
+        PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
+    )
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    gcloud = "gcloud compute tpus tpu-vm"
+    on_all = f"{gcloud} ssh align --worker=all '--command=bash tpu_worker.sh"
+    together = " COORDINATOR=auto" if several else ""
+    for line in (
+        f"{gcloud} create align --accelerator-type={kind} --version={version} --spot --zone=z",
+        f"{on_all} setup 10.0.0.2:/runs' --zone=z",
+        f"{on_all} run {recipe} RUNS=/mnt/runs NAME={recipe}{together} LIMIT=64' --zone=z",
+        f"{gcloud} ssh align --worker=0 '--command=bash tpu_worker.sh log' --zone=z",
+    ):
+        assert line in lines
+    assert not cloud.exists()  # nothing was run
+
+
+@pytest.mark.parametrize(
+    "arguments,environment,said",
+    [
+        ((), {}, "v5litepod-16 has several hosts"),
+        (("fly",), {}, "no step fly"),
+        ((), {"TYPE": "v9-8"}, "TYPE=v9-8"),
+        ((), {"SHARE": "gs://bucket"}, "SHARE=gs://bucket"),
+        ((), {"TYPE": "v6e-8", "RECIPE": "nothing"}, "RECIPE=nothing"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused_in_one_line(arguments, environment, said):
+    refused = script("tpu_pod.sh", "--dry-run", *arguments, **environment)
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr.count("\n") == 1 and said in refused.stderr
+
+
+def test_a_slice_is_made_runs_on_every_worker_is_preempted_and_goes_on(tree, tmp_path):
+    cloud = tmp_path / "cloud"
+    cloud.mkdir()
+    stub(tmp_path / "bin", "gcloud", GCLOUD)
+    runs = "mkdir -p $RUNS/$NAME && cd $RUNS/$NAME && mkdir -p start/checkpoint final-hf"
+    (tree / "scripts" / "iterate.sh").write_text(
+        f"{runs}; echo $1 $SEED >>told; echo loop $1; sleep 1"
+    )
+    environment = {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "CLOUD": str(cloud),
+        "TYPE": "v5p-8",
+        "SEED": "7",
+        "TMPDIR": str(tmp_path),
+    }
+    # No SHARE: the runs lie on the worker. `setup` installs a Python, so it is left out here.
+    steps = ("create", "copy", "run", "log", "fetch")
+    done = script("tpu_pod.sh", *steps, cwd=tree, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "loop mistral-v5p-8" in done.stdout
+    for worker in (0, 1):
+        told = cloud / f"worker-{worker}" / "align" / "runs" / "mistral-v5p-8" / "told"
+        assert told.read_text() == "mistral-v5p-8 7\n"
+    fetched = tree / "runs" / "mistral-v5p-8"
+    assert sorted(p.name for p in fetched.rglob("*")) == ["final-hf", "start", "told"]
+
+    # While a run goes on, nothing of it is touched, and its exit code comes back.
+    (tree / "scripts" / "iterate.sh").write_text("echo other; sleep 4; exit 2")
+    first = script("tpu_pod.sh", "copy", "run", cwd=tree, **environment)
+    assert first.returncode == 0
+    again = script("tpu_pod.sh", "copy", "run", "log", cwd=tree, **environment)
+    assert again.returncode == 2 and again.stdout.count("a run is going on") == 4
+
+    # `stop` reaches the stage and the loop.
+    (tree / "scripts" / "iterate.sh").write_text("trap 'exit 75' TERM; sleep 60; echo never")
+    script("tpu_pod.sh", "copy", "run", cwd=tree, **environment)
+    stopped = script("tpu_pod.sh", "stop", "log", cwd=tree, **environment)
+    assert stopped.returncode == 75 and "never" not in stopped.stdout
+
+    # A slice that was taken away: said, and made anew by the same command.
+    script("tpu_pod.sh", "run", cwd=tree, **environment)
+    script("tpu_pod.sh", "stop", cwd=tree, **environment)
+    (cloud / "state").write_text("PREEMPTED\n")
+    gone = script("tpu_pod.sh", "log", cwd=tree, **environment)
+    assert gone.returncode == 75 and "align is PREEMPTED" in gone.stderr
+    made = script("tpu_pod.sh", "create", "copy", cwd=tree, **environment)
+    assert made.returncode == 0 and "made anew" in made.stdout
+    assert (cloud / "state").read_text() == "READY\n"
+
+
+def test_a_slurm_job_saves_at_its_time_limit_and_goes_back_into_the_queue(tree, tmp_path):
+    (tree / "scripts" / "iterate.sh").write_text(
+        "trap 'kill $!; exit 75' TERM; echo $1 $COORDINATOR $PROCESSES $PROCESS_ID"
+        " ${SLURM_LOCALID:-none}; echo >started; sleep 30 & wait"
+    )
+    bin_ = tmp_path / "bin"
+    stub(bin_, "srun", '#!/bin/bash\nshift 2\nexport SLURM_PROCID=1 SLURM_LOCALID=0\nexec "$@"\n')
+    stub(bin_, "scancel", f"#!/bin/bash\necho $* >>{tmp_path}/told\npkill -TERM -P $PPID bash\n")
+    stub(bin_, "scontrol", f"#!/bin/bash\necho $* >>{tmp_path}/told\necho node3\necho node4\n")
+    environment = {
+        "PATH": f"{bin_}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "SLURM_JOB_ID": "123456",
+        "SLURM_SUBMIT_DIR": str(tree),
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[3-4]",
+    }
+    job = subprocess.Popen(
+        ["bash", ROOT / "scripts" / "slurm.sh", "mine"],
+        stdout=subprocess.PIPE,
+        env=os.environ | environment,
+        text=True,
+    )
+    while not (tree / "started").exists():
+        assert job.poll() is None
+    job.send_signal(subprocess.signal.SIGUSR1)
+    shown = job.communicate(timeout=60)[0]
+    assert job.returncode == 75
+    assert shown.splitlines()[0] == "mine node3:23456 2 1 none"
+    assert (tmp_path / "told").read_text().splitlines() == [
+        "show hostnames node[3-4]",
+        "--signal=TERM 123456.0",
+        "requeue 123456",
+    ]
+
+
+def test_a_slurm_script_outside_a_job_is_refused():
+    refused = script("slurm.sh")
+    assert refused.returncode == 2 and "sbatch scripts/slurm.sh" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "name,plan,devices",
+    [
+        ("mistral-v5e-16", "v5e:4x4", 16),
+        ("mistral-v5p-8", "v5p:2x2x1", 4),
+        ("mistral-v6e-8", "v6e:2x4", 8),
+        ("mistral-gpu-8x80gb", "h100:8", 8),
+        ("mistral-gpu-141gb", "h200:1", 1),
+    ],
+)
+def test_a_recipe_for_a_machine_is_the_published_one_on_that_machine(name, plan, devices):
+    from tyro import cli
+
+    from stages import dpo, sample
+
+    def settings(recipe, *names):
+        read = f'set -euo pipefail; source scripts/recipes/{recipe}.sh; printf "%s\\n" "$PLAN" '
+        read += " ".join(f'"$(echo ${name})"' for name in names)
+        shown = subprocess.run(
+            ["bash", "-c", f"PLAN=; {read}"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return shown.stdout.splitlines()
+
+    def parsed(recipe):
+        first, *flags = settings(recipe, "SAMPLE", "DPO")
+        some = [["--checkpoint=c", "--out=o"] + text.split() for text in flags]
+        return (
+            first,
+            cli(sample.Args, args=some[0] + ["--prompts=p"]),
+            cli(dpo.Args, args=some[1] + ["--pairs=p"]),
+        )
+
+    first, sampling, training = parsed(name)
+    _, published_sampling, published_training = parsed("snorkel-mistral-7b")
+    assert first == plan
+    for ours, theirs, how in (
+        (sampling, published_sampling, ("mesh", "slots")),
+        (training, published_training, ("mesh", "micro_batch_size", "remat")),
+    ):
+        for field in how:
+            setattr(theirs, field, getattr(ours, field))
+        assert ours == theirs
+    # The meshes cover the devices, the batches the parts in which a mesh cuts them.
+    for mesh in (sampling.mesh, training.mesh):
+        product = math.prod(n for n in mesh if n != -1)
+        assert product == devices or (-1 in mesh and devices % product == 0)
+    assert sampling.slots % devices == 0 and training.micro_batch_size % devices == 0
+    assert training.batch_size % training.micro_batch_size == 0
+
+
+def test_adamw_on_one_gpu_is_refused_with_the_reason():
+    source = "source scripts/recipes/mistral-gpu-141gb.sh"
+    refused = subprocess.run(
+        ["bash", "-c", source],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ZEPHYR": "2024"},
+    )
+    assert refused.returncode == 2 and "159 GB" in refused.stderr

@@ -1,0 +1,84 @@
+"""Where arrays lie: on eight simulated devices, in the table, and on the mesh that is chosen."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from model import losses, placement, train
+from model.config import DecoderConfig
+from model.packing import Sequence, pack
+from sharding import table
+from sharding.mesh import abstract_mesh, batch_shards, decoding_sizes, training_sizes
+from tests import tiny
+from tests.model.test_tpu import MISTRAL_7B
+
+
+@pytest.mark.parametrize(
+    "meshes",
+    [
+        pytest.param(["2,2,2"], id="every axis"),
+        pytest.param(["1,8,1", "1,4,2", "8,1,1", "1,1,8"], id="others", marks=pytest.mark.heavy),
+    ],
+)
+def test_everything_lies_where_it_should_on_eight_devices(meshes):
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.sharding.eight_devices", *meshes],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    print(found.stdout)
+    assert found.returncode == 0
+    assert "0 wrong" in found.stdout
+
+
+def test_the_table_of_a_mistral_7b_training_on_four_chips():
+    mesh = abstract_mesh((1, 4, 1))
+    recipe = train.Recipe(losses.Loss(), 5e-7, "linear", 0.1, "adamw", 0.0, 1.0)
+    batch = pack([Sequence([3] * 8, [[4] * 8, [5] * 8])] * 4, batch_shards(mesh))
+    sections = placement.training(MISTRAL_7B, mesh, recipe, batch)
+    count, norms = 7_241_732_096, 65 * 4096
+    a_device = 4 * ((count - norms) // 4 + norms)
+    for title, times, counters in (
+        ("parameters", 1, 0),
+        ("gradients", 1, 0),
+        ("optimizer state", 2, 8),
+    ):
+        assert table.bytes_a_device(sections[title]) == times * a_device + counters
+    found = {row.name: row for row in table.rows(sections["parameters"])}
+    assert found["layers/down"].bytes_a_device == 32 * 14336 * 1024 * 4
+    assert (found["layers/down"].copies, found["final_norm"].copies) == (1, 4)
+    lines = [line.split("  ") for line in table.table(mesh, sections).splitlines()]
+    words = {tuple(word.strip() for word in line if word.strip()) for line in lines}
+    assert ("layers/q", "32×4096×32×128", "float32", "–, fsdp, –, –", "1", "536.9 MB") in words
+    assert ("mu/layers/q", "32×4096×32×128", "float32", "–, fsdp, –, –", "1", "536.9 MB") in words
+    assert ("tokens", "4×32", "int32", "fsdp, –", "1", "128 B") in words
+    assert ("2 × count", "–", "int32", "–", "4", "8 B") in words
+
+
+def test_the_table_of_a_sampling_counts_the_cache_and_its_copies():
+    config = tiny.config(num_attention_heads=6, num_key_value_heads=3)
+    mesh = abstract_mesh((1, 2, 2))  # 3 key heads over 2 devices stay whole
+    sections = placement.sampling(config, mesh, slots=4, length=64, dtype="bfloat16")
+    (keys, values) = table.rows(sections["cache"])
+    for row in (keys, values):
+        assert (row.count, row.copies, row.dtype) == (2, 2, "bfloat16")
+        assert row.bytes == 2 * row.bytes_a_device == 2 * 4 * 3 * 8 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    "devices,config,training,decoding",
+    [
+        (1, MISTRAL_7B, (1, 1, 1), (1, 1, 1)),
+        (8, MISTRAL_7B, (1, 8, 1), (1, 1, 8)),
+        (12, MISTRAL_7B, (3, 4, 1), (3, 1, 4)),
+        (64, MISTRAL_7B, (1, 64, 1), (8, 1, 8)),
+        (4, tiny.config(), (1, 4, 1), (2, 1, 2)),
+        (4, tiny.config(num_attention_heads=6, num_key_value_heads=3), (1, 4, 1), (4, 1, 1)),
+    ],
+)
+def test_the_mesh_that_is_chosen(devices, config: DecoderConfig, training, decoding):
+    assert training_sizes(devices, config) == training
+    assert decoding_sizes(devices, config) == decoding
+    assert math.prod(training) == math.prod(decoding) == devices

@@ -1,0 +1,330 @@
+"""Parquet in the published dataset's form: written, read by `datasets`, and read back."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from scripts import convert
+from sharding.errors import UserError
+from stages import pairs
+from stages.files import formats as parquet
+from stages.files.output import read_manifest
+from stages.files.paths import file_sha256, text_sha256
+from stages.files.run import Stopped, run_main
+
+PUBLISHED = {
+    "prompt_id": datasets.Value("string"),
+    "prompt": datasets.Value("string"),
+    "chosen": [{"content": datasets.Value("string"), "role": datasets.Value("string")}],
+    "rejected": [{"content": datasets.Value("string"), "role": datasets.Value("string")}],
+    "all_generated_responses": datasets.List(datasets.Value("string")),
+    "all_rm_scores": datasets.List(datasets.Value("float64")),
+}
+SYSTEM = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "first"},
+    {"role": "assistant", "content": "a"},
+    {"role": "user", "content": "last"},
+]
+
+
+def ranked(path: Path, n: int) -> Path:
+    rows = [
+        {
+            "prompt": f"prompt {i}",
+            "scores": [i, -1.5, 0.1],
+            "topic": i,
+            "responses": [{"text": f"{i} {t}", "token_ids": [i]} for t in ("a 😀", "b\u2028", "c")],
+        }
+        for i in range(1, n)
+    ]
+    rows.append({"messages": SYSTEM, "scores": [2, 1], "responses": [{"text": t} for t in "xy"]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_bytes().split(b"\n") if line]
+
+
+def make(tmp_path: Path, iteration: int, n: int = 30) -> Path:
+    out = tmp_path / f"pairs_{iteration}.jsonl"
+    source = ranked(tmp_path / f"ranked_{iteration}.jsonl", n)
+    pairs.main(
+        pairs.Args(
+            str(source), str(out), test_count=5, parquet=str(tmp_path / "hub"), iteration=iteration
+        )
+    )
+    return out
+
+
+def write(path: Path, rows: list[dict], schema: pa.Schema | None = None) -> str:
+    """A dataset folder with this as its only split, train."""
+    (path / "data").mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows, schema=schema)
+    pq.write_table(table, path / "data" / "train-00000-of-00001.parquet")
+    return str(path)
+
+
+def pair(prompt="q", chosen="good", rejected="bad", **extra) -> dict:
+    user = {"role": "user", "content": prompt}
+    return {
+        "prompt": prompt,
+        "chosen": [user, {"role": "assistant", "content": chosen}],
+        "rejected": [user, {"role": "assistant", "content": rejected}],
+    } | extra
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def test_datasets_reads_the_published_columns_and_the_splits_from_the_names(tmp_path):
+    first, second = make(tmp_path, 1, 30), make(tmp_path, 2, 40)
+    for iteration, out in ((1, first), (2, second)):
+        for split, path in (("train", out), ("test", out.with_suffix(".test.jsonl"))):
+            loaded = datasets.load_dataset(
+                str(tmp_path / "hub"),
+                split=f"{split}_iteration_{iteration}",
+                cache_dir=str(tmp_path / "cache"),
+            )
+            assert loaded.features == datasets.Features(PUBLISHED)
+            expected = [{name: row[name] for name in PUBLISHED} for row in read(path)]
+            assert loaded.to_list() == expected
+    assert datasets.get_dataset_split_names(str(tmp_path / "hub")) == [
+        "train_iteration_1",
+        "test_iteration_1",
+        "train_iteration_2",
+        "test_iteration_2",
+    ]
+
+
+def test_written_files_are_whole_and_belong_to_their_pairs(tmp_path, capsys):
+    out = make(tmp_path, 1)
+    folder = tmp_path / "hub"
+    path = Path(parquet.write_split(str(out), str(folder), "train_iteration_1"))
+    assert "finished already" in capsys.readouterr().out
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "test_iteration_1-00000-of-00001.parquet",
+        "train_iteration_1-00000-of-00001.parquet",
+    ]
+    with out.open("a") as file:
+        file.write(out.read_text().split("\n")[0] + "\n")
+    with pytest.raises(UserError, match="exists from other pairs"):
+        parquet.write_split(str(out), str(folder), "train_iteration_1")
+    parquet.write_split(str(out), str(folder), "train_iteration_1", overwrite=True)
+    assert pq.read_metadata(path).num_rows == 26
+
+
+def test_large_files_are_written_in_groups_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "ROWS_AT_ONCE", 7)
+    out = make(tmp_path, 1, 30)
+    file = pq.ParquetFile(tmp_path / "hub" / "data" / "train_iteration_1-00000-of-00001.parquet")
+    assert file.num_row_groups == 4
+    assert [r["prompt_id"] for r in file.read().to_pylist()] == [r["prompt_id"] for r in read(out)]
+
+
+def test_half_a_surrogate_pair_becomes_the_replacement_character(tmp_path):
+    source = tmp_path / "pairs.jsonl"
+    row = pair(
+        "half \ud83d", prompt_id="i", all_generated_responses=["\ud83d"], all_rm_scores=[1.0]
+    )
+    source.write_text(json.dumps(row) + "\n")
+    path = parquet.write_split(str(source), str(tmp_path), "train")
+    (stored,) = pq.read_table(path).to_pylist()
+    assert stored["prompt"] == "half \ufffd" and stored["all_generated_responses"] == ["\ufffd"]
+
+
+def test_pairs_without_the_published_columns_are_refused(tmp_path):
+    source = tmp_path / "pairs.jsonl"
+    source.write_text(json.dumps(pair(prompt_id="i")) + "\n")
+    with pytest.raises(UserError, match="line 1: field 'all_generated_responses' is missing"):
+        parquet.write_split(str(source), str(tmp_path), "train")
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def test_pairs_come_back_as_they_were(tmp_path):
+    out = make(tmp_path, 1)
+    back = tmp_path / "back.jsonl"
+    parquet.read_dataset(str(tmp_path / "hub"), str(back), "train_iteration_1")
+    test = tmp_path / "test.jsonl"
+    parquet.read_dataset(str(tmp_path / "hub"), str(test), "test_iteration_1")
+    known = {*PUBLISHED, "messages", "chosen_index", "rejected_index"}
+    for original, copy in ((out, back), (out.with_suffix(".test.jsonl"), test)):
+        expected = [{k: v for k, v in row.items() if k in known} for row in read(original)]
+        for row in expected:  # the dataset has one string for a prompt, the turns are in chosen
+            assert ("messages" in row) == (len(row["chosen"]) > 2)
+        assert read(copy) == expected
+    manifest = read_manifest(str(back))
+    (path, digest), *_ = manifest.inputs.items()
+    assert path.endswith("train_iteration_1-00000-of-00001.parquet")
+    assert digest == file_sha256(path)
+    assert manifest.counts == {"in": 25, "out": 25}
+
+
+def test_other_columns_are_carried(tmp_path):
+    rows = [pair(score_chosen=7.5, messages=[{"role": "user", "content": "q"}], tags=["a", None])]
+    parquet.read_dataset(write(tmp_path / "d", rows), str(tmp_path / "o.jsonl"))
+    (row,) = read(tmp_path / "o.jsonl")
+    assert row["score_chosen"] == 7.5 and row["tags"] == ["a", None]
+    assert row["source_messages"] == rows[0]["messages"] and "messages" not in row
+    assert row["prompt_id"] == text_sha256("q")
+
+
+def test_answers_alone_get_their_prompt(tmp_path):
+    row = {k: v[1:] if isinstance(v, list) else v for k, v in pair().items()}
+    parquet.read_dataset(write(tmp_path / "d", [row]), str(tmp_path / "o.jsonl"))
+    (read_back,) = read(tmp_path / "o.jsonl")
+    assert read_back == {"prompt_id": text_sha256("q")} | pair()
+
+
+def test_unusable_rows_are_set_aside_and_repeated_ones_merged(tmp_path):
+    other = pair()
+    other["rejected"] = [{"role": "user", "content": "another"}, other["rejected"][1]]
+    blank = pair()
+    blank["chosen"] = [{"role": "user", "content": " "}, blank["chosen"][1]]
+    blank["rejected"] = [{"role": "user", "content": " "}, blank["rejected"][1]]
+    rows = [
+        pair(prompt_id="1"),
+        pair(prompt_id="1"),
+        pair(prompt_id="1", chosen="better"),
+        pair(prompt_id="1", chosen="better"),
+        pair(prompt_id="2", chosen="same", rejected="same"),
+        pair(prompt_id="3", rejected=" "),
+        other | {"prompt_id": "4"},
+        blank | {"prompt_id": "5"},
+    ]
+    parquet.read_dataset(write(tmp_path / "d", rows), str(tmp_path / "o.jsonl"))
+    assert [row["prompt_id"] for row in read(tmp_path / "o.jsonl")] == ["1", "1#2"]
+    assert read_manifest(str(tmp_path / "o.jsonl")).counts == {
+        "in": 8,
+        "out": 2,
+        "merged: the same row again": 2,
+        "set aside: chosen and rejected are the same text": 1,
+        "set aside: an answer is empty": 1,
+        "set aside: chosen and rejected answer different conversations": 1,
+        "set aside: there is no user turn to answer": 1,
+    }
+
+
+def test_prompts_alone(tmp_path):
+    rows = [pair("a", prompt_id="x"), pair("b", prompt_id="y"), pair("a", prompt_id="x")]
+    rows.append(pair("  ", prompt_id="z"))
+    folder = write(tmp_path / "d", rows)
+    parquet.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"))
+    assert read(tmp_path / "p.jsonl") == [
+        {"prompt_id": "x", "prompt": "a"},
+        {"prompt_id": "y", "prompt": "b"},
+    ]
+    counts = read_manifest(str(tmp_path / "p.jsonl")).counts
+    assert counts["merged: the same prompt again"] == 1
+    assert counts["set aside: the prompt is empty"] == 1
+    write(tmp_path / "d", [{"prompt": "a"}])
+    with pytest.raises(UserError, match="exists from other arguments"):
+        parquet.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"))
+    parquet.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"), overwrite=True)
+    assert read(tmp_path / "p.jsonl")[0]["prompt_id"] == text_sha256("a")
+
+
+def test_a_stopped_reading_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    make(tmp_path, 1)
+    arguments = (str(tmp_path / "hub"), str(tmp_path / "o.jsonl"), "train_iteration_1")
+    original, calls = parquet._pair, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 12:
+            raise Stopped("stopped")
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(parquet, "_pair", stopping)
+        parquet.read_dataset(*arguments)
+    parquet.read_dataset(*arguments)
+    parquet.read_dataset(arguments[0], str(tmp_path / "whole.jsonl"), arguments[2])
+    assert (tmp_path / "o.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+# ---------------------------------------------------------------------- the caller's mistakes
+
+
+@dataclasses.dataclass
+class Convert:
+    source: str
+    out: str
+    split: str | None = None
+
+
+def refused(capsys, source, out, split=None, reader=parquet.read_dataset) -> str:
+    def convert(args: Convert):
+        reader(args.source, args.out, args.split)
+
+    argv = ["--source", str(source), "--out", str(out)]
+    argv += ["--split", split] if split else []
+    assert run_main(convert, Convert, argv) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert not Path(out).exists()
+    return stderr
+
+
+@pytest.mark.parametrize("reader", [parquet.read_dataset, parquet.read_prompts_dataset])
+def test_missing_folders_splits_and_columns_are_named(tmp_path, capsys, reader):
+    out = tmp_path / "out.jsonl"
+    make(tmp_path, 1)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken" / "data").mkdir(parents=True)
+    (tmp_path / "broken" / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 no")
+    there = "test_iteration_1, train_iteration_1"
+    for source, split, message in [
+        (tmp_path / "absent", None, "absent is no folder"),
+        (tmp_path / "pairs_1.jsonl", None, "is no folder"),
+        ("nobody/nothing", None, "neither a folder with a dataset nor one on the hub"),
+        (tmp_path / "empty", None, "neither a folder with a dataset"),
+        (tmp_path / "hub", None, f"has several splits: give one of {there}"),
+        (tmp_path / "hub", "train", f"has no split 'train': give one of {there}"),
+        (write(tmp_path / "columns", [{"text": "x", "n": 1}]), None, "no column prompt"),
+        (tmp_path / "broken", None, "split train: "),
+    ]:
+        assert message in refused(capsys, source, out, split, reader)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "'chosen' is str, not list"),
+        ({"prompt": "q", "chosen": ["good"], "rejected": ["bad"]}, "no list of {role, content}"),
+        (pair() | {"chosen": pair()["chosen"][:1]}, "does not end with the assistant's answer"),
+        (pair() | {"rejected": []}, "rejected does not end with"),
+        (pair() | {"prompt": None}, "'prompt' is NoneType, not str"),
+        (pair(score=float("nan")), "holds what JSON cannot"),
+    ],
+)
+def test_unreadable_rows_are_named(tmp_path, capsys, row, message):
+    rows = [row, *([pair()] if row["prompt"] is None else [])]
+    assert message in refused(capsys, write(tmp_path / "d", rows), tmp_path / "out.jsonl")
+
+
+def test_one_id_with_two_prompts_is_named(tmp_path, capsys):
+    folder = write(tmp_path / "d", [{"prompt": p, "prompt_id": "i"} for p in "ab"])
+    out = tmp_path / "out.jsonl"
+    message = refused(capsys, folder, out, reader=parquet.read_prompts_dataset)
+    assert "row 2: prompt_id 'i' stood above with another prompt" in message
+
+
+def test_the_command_line_reads_pairs_and_slices_of_prompts(tmp_path):
+    folder = write(tmp_path / "d", [pair(prompt=f"q{i}", prompt_id=f"i{i}") for i in range(6)])
+    prompts, pairs = str(tmp_path / "p.jsonl"), str(tmp_path / "pairs.jsonl")
+    argv = ["prompts", folder, prompts, "--first", "2", "--last", "5"]
+    assert run_main(convert.main, convert.Command, argv) == 0
+    assert [row["prompt"] for row in read(prompts)] == ["q2", "q3", "q4"]
+    assert run_main(convert.main, convert.Command, ["from-parquet", folder, pairs]) == 0
+    assert [row["prompt_id"] for row in read(pairs)] == [f"i{i}" for i in range(6)]
+    assert run_main(convert.main, convert.Command, ["from-parquet", folder, prompts]) == 2
