@@ -35,7 +35,6 @@ from model.batches import Batcher
 from model.logprobs import VERSION
 from model.tokenizer import ChatTokenizer
 from model.train import Optimization, Trainer, arrays_held, for_each
-from scripts.cards import provenance
 from sharding import processes, table, watch
 from sharding.errors import UserError
 from sharding.mesh import batch_shards, make_mesh, replicated, training_sizes
@@ -43,6 +42,7 @@ from stages.files import loop
 from stages.files.examples import Example, read_pairs, sides
 from stages.files.output import Manifest, an_input, counts_line, read_lineage
 from stages.files.paths import check_distinct, normalised
+from stages.files.provenance import provenance
 from stages.files.rows import RowFile
 from stages.files.run import STOPPED_TOGETHER, run_main, stop_signal
 from stages.files.work import Work, is_finished, keep_array, read_array
