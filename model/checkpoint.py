@@ -274,14 +274,11 @@ def _orbax(tree, partial: bool = False):
     largest = max((4 * int(np.prod(x.shape)) for x in jax.tree.leaves(tree)), default=0)
     context.memory.read_concurrent_bytes = max(2**30, largest + 2**20)
     context.pytree.loading.partial_load = partial
-    logger = logging.getLogger("absl")  # warns at every save and load that there is no OCDBT
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with context:
-            yield
-    finally:
-        logger.setLevel(level)
+    # Orbax's logger: it warns at every save and load that there is no OCDBT, and its threads print
+    # the tracebacks of errors that are raised too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    with context:
+        yield
 
 
 # ------------------------------------------------------------------------------- identity

@@ -6,7 +6,7 @@ prompt and responses apart. Runs without JAX.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections import Counter
 
 import numpy as np
 
@@ -68,15 +68,13 @@ def read_pairs(
             f"--max-prompt-length {max_prompt_length} is no longer than the chat "
             f"template's opening ({head} tokens): raise it"
         )
-    examples, counts = [], {}
-
-    def count(what: str) -> None:
-        counts[what] = counts.get(what, 0) + 1
+    examples, counts = [], Counter()
 
     def each(pair: Pair) -> None:
-        example = _example(pair, tokenizer, vocabulary, head, max_length, max_prompt_length, count)
+        lengths = head, max_prompt_length, max_length
+        example = _example(pair, tokenizer, vocabulary, lengths, counts)
         if isinstance(example, str):
-            count(f"set aside: {example}")
+            counts[f"set aside: {example}"] += 1
             aside.append({"file": path, "prompt_id": pair.prompt_id, "reason": example})
         else:
             examples.append(example)
@@ -87,15 +85,10 @@ def read_pairs(
 
 
 def _example(
-    pair: Pair,
-    tokenizer: ChatTokenizer,
-    vocabulary: int,
-    head: int,
-    max_length: int,
-    max_prompt_length: int,
-    count: Callable[[str], None],
+    pair: Pair, tokenizer: ChatTokenizer, vocabulary: int, lengths: tuple, counts: Counter
 ) -> Example | str:
     """One pair as an Example, or the reason why it cannot be trained on."""
+    head, max_prompt_length, max_length = lengths
     if pair.unusable is not None:
         return pair.unusable
     prompt = _prompt_ids(pair, tokenizer)
@@ -107,12 +100,12 @@ def _example(
     cut = len(prompt) > max_prompt_length
     if cut:
         prompt = prompt[:head] + prompt[len(prompt) - max_prompt_length + head :]
-        count("prompts cut")
+        counts["prompts cut"] += 1
     room = max_length - len(prompt)
     for i, ids in enumerate(responses):
         if len(ids) > room:
             responses[i], cut = ids[:room], True
-            count("responses cut")
+            counts["responses cut"] += 1
     if responses[0] == responses[1]:
         return "chosen equals rejected after the cut"
     if max(map(max, (prompt, *responses))) >= vocabulary:

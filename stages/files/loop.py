@@ -42,7 +42,11 @@ def train(
     """
     total_steps = work.total_steps
     progress = tqdm(
-        total=total_steps, initial=step, unit=" steps", disable=not processes.is_first()
+        total=total_steps,
+        initial=step,
+        unit=" steps",
+        desc="train",
+        disable=not processes.is_first(),
     )
     try:
         for batches, waited in ahead(batches_of, range(step, total_steps)):
@@ -61,7 +65,8 @@ def train(
             state, step = dict(zip(("params", "optimizer"), new)), step + 1
             del gradients, new
             work.log(step, logged | {"bf16_weights_changed": float(changed)})
-            progress.set_postfix_str(f"loss {logged['loss']:.4f}", refresh=False)
+            shown = {k: logged[k] for k in ("loss", "rewards/accuracies") if k in logged}
+            progress.set_postfix(shown, refresh=False)
             progress.update()
             is_last = step == total_steps
             if evaluate and eval_every and step % eval_every == 0 and not is_last:

@@ -88,6 +88,9 @@ class Work:
         """Refuse what is in the way, then make OUT.work and remove what a cut-off save left."""
         if checkpoint.is_taken(self.out):
             raise UserError(f"{self.out} was finished by another process just now")
+        for folder in (self.folder, epath.Path(self.log_folder)):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder} is in the way: choose another --out, or move it")
         file, states = self.folder / "manifest.json", self.states()
         if file.exists():
             try:
@@ -99,7 +102,7 @@ class Work:
             if states:
                 _refuse_other_run(self.manifest, made, str(self.folder), f"remove {self.folder}")
         elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} is not of this stage: choose another --out")
+            raise UserError(f"{self.folder} is not of this stage: choose another --out, or move it")
         self.manifest.write(str(file))
         for path in self.folder.glob("state-*"):
             if _step_of(path) not in states:

@@ -134,8 +134,8 @@ def test_long_prompts_keep_the_templates_ends_and_cuts_are_counted(base, tmp_pat
         {
             "prompt_id": "long",
             "prompt": "word " * 60,
-            "chosen": talk("yes " * 40),
-            "rejected": talk("no"),
+            "chosen": talk("yes " * 40, "word " * 60),
+            "rejected": talk("no", "word " * 60),
         },
         {"prompt_id": "short", "prompt": "hi", "chosen": talk("a"), "rejected": talk("b")},
     ]
@@ -154,8 +154,8 @@ def test_long_prompts_keep_the_templates_ends_and_cuts_are_counted(base, tmp_pat
     assert examples[0].chosen[-1] != 2  # …but not where its end was cut off
 
 
-def talk(text):
-    return [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]
+def talk(text, asked="hi"):
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
 
 
 def test_eos_is_trained_only_where_the_answer_ended_by_itself(base, tmp_path):
@@ -466,6 +466,9 @@ def test_kept_logprobs_are_of_this_version_and_of_these_pairs(base, tmp_path, ca
     monkeypatch.setattr(dpo, "VERSION", -1)
     assert not trained("other version")
     assert metrics(tmp_path / "a") == metrics(tmp_path / "other version")
+    shutil.rmtree(tmp_path / "pairs.jsonl.reference")
+    (tmp_path / "pairs.jsonl.reference").write_text("in the way")
+    assert not trained("kept in OUT.work") and not (tmp_path / "kept in OUT.work.work").exists()
 
 
 def test_an_answer_is_trained_with_the_end_that_was_drawn(base, tmp_path):
@@ -478,15 +481,12 @@ def test_an_answer_is_trained_with_the_end_that_was_drawn(base, tmp_path):
 
 
 def test_pairs_whose_answers_are_to_other_conversations_are_set_aside_and_counted(base, tmp_path):
-    def turns(question, answer):
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
     asked = {"prompt_id": "1", "prompt": "hi", "chosen": talk("a"), "rejected": talk("b")}
     rows = [
         asked,
-        asked | {"prompt_id": "2", "rejected": turns("else", "b")},
-        asked | {"prompt_id": "3", "chosen": turns("x", "y") + talk("a")},
-        asked | {"prompt_id": "4", "chosen": turns("x", "a"), "rejected": turns("x", "b")},
+        asked | {"prompt_id": "2", "rejected": talk("b", "else")},
+        asked | {"prompt_id": "3", "chosen": talk("y", "x") + talk("a")},
+        asked | {"prompt_id": "4", "chosen": talk("a", "x"), "rejected": talk("b", "x")},
         asked,
     ]
     tiny.write_jsonl(tmp_path / "p.jsonl", rows)
