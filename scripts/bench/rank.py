@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from model.rankers.comparisons import strategy
 from scripts.bench.machine import Side, peak_memory, timed
 from sharding.chips import gemm_rate
 from sharding.errors import UserError
@@ -82,6 +83,7 @@ def bench(args: Rank) -> None:
 
 
 def _write_random(folder: Path, rows) -> str:
+    # here: it needs torch and transformers, and only a run without --ranker needs it
     from scripts.random_pairrm import LARGE, LARGE_VOCABULARY, sentencepiece_model, write_pairrm
 
     print("no --ranker: writing a PairRM of random weights (1.7 GB, twice)", flush=True)
@@ -115,8 +117,6 @@ def _rows(args: Rank) -> list[tuple[str, list[str]]]:
 
 def _report_bubble(prompts, matrices) -> None:
     """What bubble would have asked for, and found, of the logits that were computed."""
-    from model.rankers.comparisons import strategy
-
     asked = best = worst = every = 0
     for (source, answers), matrix in zip(prompts, matrices):
         plan, n = strategy("bubble", answers, "max_logits", source), len(answers)
@@ -154,7 +154,7 @@ class Tally:
 
 
 def our_worker(pipe, folder: str):
-    import jax.numpy as jnp
+    import jax.numpy as jnp  # here: --help must not wait for JAX
 
     from model.rankers import deberta, pairrm
     from model.rankers.opening import PairwiseRanker, Request
@@ -218,7 +218,7 @@ def our_worker(pipe, folder: str):
 
 
 def _blender_worker(pipe, folder: str):
-    from model.rankers.blender import BlenderRanker
+    from model.rankers.blender import BlenderRanker  # here: needs torch and llm-blender
 
     with contextlib.redirect_stdout(sys.stderr):
         blender = BlenderRanker(folder).blender

@@ -135,7 +135,7 @@ def _account(pieces: dict) -> None:
 
 
 def our_worker(pipe, folder: str, args: Sample):
-    import jax
+    import jax  # here: --help must not wait for JAX
 
     from model import checkpoint, generate
     from model.tokenizer import ChatTokenizer
@@ -186,7 +186,7 @@ def our_worker(pipe, folder: str, args: Sample):
 
 def _step(config, params, sampling, slots: int, length: int) -> dict:
     """A decode step and its pieces: {name: (seconds, operations of products, bytes read)}."""
-    import jax
+    import jax  # here: --help must not wait for JAX
     import jax.numpy as jnp
 
     from model import decoder, generate
@@ -265,7 +265,7 @@ def _step(config, params, sampling, slots: int, length: int) -> dict:
 
 
 def _their_worker(pipe, folder: str, args: Sample):
-    import torch
+    import torch  # here: heavy, and for this side alone
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with contextlib.redirect_stdout(sys.stderr):

@@ -35,7 +35,7 @@ def bench(args: Shares) -> None:
         raise UserError(f"--rounds is {args.rounds}: it must be at least 1")
     if not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out {args.out}: its folder does not exist: make it first")
-    from model import checkpoint
+    from model import checkpoint  # here: --help must not wait for JAX
     from model.tokenizer import ChatTokenizer
 
     recipe = read("demo")

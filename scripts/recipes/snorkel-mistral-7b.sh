@@ -63,4 +63,4 @@ case $ZEPHYR in
   *) echo "error: ZEPHYR=$ZEPHYR: it must be 2023 or 2024" >&2; exit 2 ;;
 esac
 KL="--prompts 256 --dtype bfloat16" # of the held-out ones, for the distance to the other models
-EXPORT_DTYPE=bf16
+EXPORT_DTYPE=bfloat16

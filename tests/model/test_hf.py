@@ -238,7 +238,7 @@ def test_weights_too_large_for_fp16_are_refused(tmp_path, source):
     rewrite(source, lambda t: t["model.norm.weight"].fill_(1e6))
     convert.main(convert.FromHf(source, str(tmp_path / "C")))
     with pytest.raises(UserError, match=r"model\.norm\.weight does not fit into float16"):
-        convert.main(convert.ToHf(str(tmp_path / "C"), str(tmp_path / "D"), dtype="fp16"))
+        convert.main(convert.ToHf(str(tmp_path / "C"), str(tmp_path / "D"), dtype="float16"))
     assert not (tmp_path / "D").exists()
 
 
@@ -262,7 +262,7 @@ def test_the_weights_whose_update_the_rounding_takes_away_are_counted(tmp_path, 
     assert hf.rounded_away(trained, model, "float32") == (0, changed)
     assert hf.rounded_away(model, model, "bfloat16") == (0, 0)
     convert.main(convert.ToHf(trained, str(tmp_path / "D"), base=model))
-    line = "bf16 rounds away the whole update of 3 of 5 changed weights (60.0%)"
+    line = "bfloat16 rounds away the whole update of 3 of 5 changed weights (60.0%)"
     assert line in capsys.readouterr().out
 
 
@@ -271,10 +271,10 @@ def test_without_a_base_the_inexact_weights_are_counted(tmp_path, model, capsys)
     count = checkpoint.read_manifest(model)["parameters"]
     assert hf.inexact(trained, "bfloat16") == (3, count)
     convert.main(convert.ToHf(trained, str(tmp_path / "D")))
-    warning = f"warning: bf16 rounds 3 of {count:,} weights"
+    warning = f"warning: bfloat16 rounds 3 of {count:,} weights"
     assert warning in capsys.readouterr().out
     for unwarned in (
-        convert.ToHf(trained, str(tmp_path / "E"), dtype="fp32"),
+        convert.ToHf(trained, str(tmp_path / "E"), dtype="float32"),
         convert.ToHf(model, str(tmp_path / "F")),
     ):
         convert.main(unwarned)
@@ -305,7 +305,7 @@ def test_the_same_conversion_again_is_finished_and_another_is_refused(tmp_path, 
         assert "parameters" in first and "is finished already" in again
         assert checkpoint.identity(folder) in first and checkpoint.identity(folder) in again
     with pytest.raises(UserError, match="exists and is something else"):
-        convert.main(convert.ToHf(folder, dst, dtype="fp32"))
+        convert.main(convert.ToHf(folder, dst, dtype="float32"))
     rewrite(source, lambda t: t["model.norm.weight"].fill_(2))
     with pytest.raises(UserError, match="exists, made of something else"):
         convert.main(convert.FromHf(source, folder))

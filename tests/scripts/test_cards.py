@@ -120,7 +120,7 @@ def test_the_front_matter_is_the_hubs_and_holds_what_is_known(second):
 
 
 def test_the_text_tells_base_data_recipe_iteration_and_limits(second):
-    rounding = "bf16 rounds away the whole update of 5 of 9 changed weights (55.6%)"
+    rounding = "bfloat16 rounds away the whole update of 5 of 9 changed weights (55.6%)"
     card = cards.model_card(second, "bfloat16", rounding, [])
     assert "# some-org/tiny after 2 iterations of preference alignment" in card
     assert "1,234,567 parameters, stored as bfloat16." in card
@@ -135,7 +135,7 @@ def test_the_text_tells_base_data_recipe_iteration_and_limits(second):
         "mean characters": "chosen 61, rejected 40",
         "loss": "sigmoid, β 0.1",
         "optimizer": "adamw, learning rate 5e-05, linear, warm-up 0.1",
-        "epochs, pairs a step": "1, 4",
+        "epochs, pairs per step": "1, 4",
         "longest, tokens": "512, of these prompt 256",
         "test pairs ordered right": "62.5%",
     }
@@ -144,7 +144,7 @@ def test_the_text_tells_base_data_recipe_iteration_and_limits(second):
     # Of the second iteration's data nothing is known, and nothing is made up.
     for name in ("prompts", "answers to each", "ranker", "length penalty", "mean characters"):
         assert row_of(card, name)[1] == "not known"
-    assert "- Bf16 rounds away" in card and "no results were given" in card
+    assert "- Bfloat16 rounds away" in card and "no results were given" in card
     assert "apache-2.0, as the base model's own metadata state" in card
     assert "/home/me" not in card
 
@@ -268,9 +268,9 @@ def test_to_hf_writes_the_card_renews_it_and_leaves_a_users_own(tmp_path, capsys
     tiny.write_checkpoint(tmp_path / "C")
     dst, readme = tmp_path / "D", tmp_path / "D" / "README.md"
     made = checkpoint.read_manifest(str(tmp_path / "C"))
-    convert.main(convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bf16"))
+    convert.main(convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bfloat16"))
     first = readme.read_text()
-    assert f"`{made['identity']}`" in first and "- Bf16 rounds " in first
+    assert f"`{made['identity']}`" in first and "- Bfloat16 rounds " in first
     kl = written(
         tmp_path / "k.json",
         "evaluate kl",
@@ -278,12 +278,12 @@ def test_to_hf_writes_the_card_renews_it_and_leaves_a_users_own(tmp_path, capsys
         KL,
         {"model": made["identity"], "sampler": "unknown"},
     )
-    again = convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bf16", results=(kl,))
+    again = convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bfloat16", results=(kl,))
     convert.main(again)
     renewed = readme.read_text()
-    assert "0.0123" in renewed and "- Bf16 rounds " in renewed
+    assert "0.0123" in renewed and "- Bfloat16 rounds " in renewed
     # Without --results what was given before stays.
-    convert.main(convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bf16"))
+    convert.main(convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bfloat16"))
     assert readme.read_text() == renewed
     readme.write_text(renewed.replace("# A language model", "# My model"))
     capsys.readouterr()
@@ -321,20 +321,13 @@ def test_a_models_licence_is_that_of_its_own_card(tmp_path):
 def add(tmp_path: Path, iteration: int, n: int, *more) -> None:
     rows = [([i % 7 + 1.0, 0.5, -1.0], [40, 30, 20 + i]) for i in range(n)]
     source = ranked(tmp_path / f"ranked_{iteration}.jsonl", rows)
-    argv = [
-        "--ranked",
-        str(source),
-        "--out",
-        str(tmp_path / f"pairs_{iteration}.jsonl"),
-        "--test-count",
-        "5",
-        "--parquet",
-        str(tmp_path / "hub"),
-        "--iteration",
-        str(iteration),
-        *more,
-    ]
+    out = tmp_path / f"pairs_{iteration}.jsonl"
+    argv = ["--ranked", str(source), "--out", str(out), "--test-count", "5", *more]
     assert run_main(pairs.main, pairs.Args, argv) == 0
+    for kind, file in (("train", out), ("test", out.with_suffix(".test.jsonl"))):
+        argv = ["to-parquet", str(file), str(tmp_path / "hub")]
+        argv += ["--split", f"{kind}_iteration_{iteration}", *more]
+        assert run_main(convert.main, convert.Command, argv) == 0
 
 
 def splits_of(folder: Path) -> dict[str, int]:

@@ -55,11 +55,9 @@ def read(path) -> list[dict]:
 def make(tmp_path: Path, iteration: int, n: int = 30) -> Path:
     out = tmp_path / f"pairs_{iteration}.jsonl"
     source = ranked(tmp_path / f"ranked_{iteration}.jsonl", n)
-    pairs.main(
-        pairs.Args(
-            str(source), str(out), test_count=5, parquet=str(tmp_path / "hub"), iteration=iteration
-        )
-    )
+    pairs.main(pairs.Args(str(source), str(out), test_count=5))
+    for kind, file in (("train", out), ("test", out.with_suffix(".test.jsonl"))):
+        parquet.write_split(str(file), str(tmp_path / "hub"), f"{kind}_iteration_{iteration}")
     return out
 
 
