@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCardData, ModelCard, ModelCardData
 from sharding.errors import UserError
 from stages.files.output import Manifest, read_manifest
 from stages.files.paths import text_sha256, write_atomically
-from stages.files.provenance import Entry, input_files, provenance, short_name
+from stages.files.provenance import Entry, provenance, short_name, with_roles
 
 UNKNOWN = "not known"
 MADE = re.compile(r"\n<!-- made from the manifests, sha256 ([0-9a-f]{64}) -->\n\Z")
@@ -64,8 +64,7 @@ def model_card(checkpoint: dict, dtype: str, rounding: str | None, results: list
     count = len(trainings)
     iterations = f"{count} iteration{'s' if count != 1 else ''} of preference alignment"
     method = "its answers to prompts ranked, the best and the worst a pair, DPO on the pairs"
-    inputs = input_files(chain[0]["origin"].get("inputs", {}))
-    files = ", ".join(short_name(path) for path, _ in inputs)
+    files = _names(chain[0]["origin"].get("inputs", {}))
     blocks = [
         f"# {base or 'A language model'}" + (f" after {iterations}" if trainings else ""),
         f"{checkpoint['parameters']:,} parameters, stored as {dtype}."
@@ -157,14 +156,17 @@ def _prompts(data: list[Entry]) -> str:
     readers = [e for e in data if e["stage"] in ("sample", "prompts-from-parquet", "from-parquet")]
     if not readers:
         return UNKNOWN
-    files = ", ".join(short_name(path) for path, _ in input_files(readers[-1]["inputs"]))
-    return f"{files} ({readers[0]['counts'].get('in', UNKNOWN)})"
+    return f"{_names(readers[-1]['inputs'])} ({readers[0]['counts'].get('in', UNKNOWN)})"
+
+
+def _names(inputs: dict) -> str:
+    return ", ".join(short_name(entry["path"]) for entry in with_roles(inputs).values())
 
 
 def _datasets(entries: list[Entry]) -> list[str]:
     """Hub ids of the datasets that files were read from."""
-    paths = [path for entry in entries for path, _ in input_files(entry["inputs"])]
-    return sorted({match[1] for path in paths if (match := HUB_DATASET.match(path))})
+    inputs = [one for entry in entries for one in with_roles(entry["inputs"]).values()]
+    return sorted({match[1] for one in inputs if (match := HUB_DATASET.match(one["path"]))})
 
 
 def _licence(source: dict) -> str:

@@ -27,7 +27,7 @@ from sharding.errors import UserError
 from stages.files import formats
 from stages.files.output import an_input
 from stages.files.paths import check_distinct, lock, normalised
-from stages.files.provenance import input_files
+from stages.files.provenance import with_roles
 from stages.files.run import run_main
 
 HUB_FILES = (
@@ -210,7 +210,8 @@ def write_checkpoint(
 def content(origin: dict) -> dict:
     """What decides the result of a conversion: not the files' paths, nor the names of their roles,
     which checkpoints of earlier versions do not have."""
-    return origin | {"inputs": sorted(sha for _, sha in input_files(origin.get("inputs", {})))}
+    inputs = with_roles(origin.get("inputs", {}))
+    return origin | {"inputs": sorted(entry["sha256"] for entry in inputs.values())}
 
 
 def to_hf(args: ToHf):

@@ -16,7 +16,7 @@ from model.rankers.comparisons import strategy
 from scripts.bench.machine import Side, peak_memory, timed
 from sharding.chips import gemm_rate
 from sharding.errors import UserError
-from stages.files.rows import prompt_text, read_rows
+from stages.files.rows import Sample, read
 
 
 @dataclasses.dataclass
@@ -98,10 +98,7 @@ def _write_random(folder: Path, rows) -> str:
 def _rows(args: Rank) -> list[tuple[str, list[str]]]:
     """(prompt, answers), the same number of answers each."""
     if args.samples is not None:
-        rows = [
-            (prompt_text(row, where), [r["text"] for r in row["responses"]])
-            for where, row in read_rows(args.samples)
-        ]
+        rows = [(row.prompt, row.texts) for row in read(args.samples, Sample)]
     else:
         data = Path(os.environ.get("ALIGN_TEST_DATA", "../shared/data")) / "alpaca_eval"
         names = ("Mistral-7B-Instruct-v0.2", "Snorkel-Mistral-PairRM-DPO", "gpt4_1106_preview")

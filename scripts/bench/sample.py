@@ -15,7 +15,7 @@ import numpy as np
 from scripts.bench.machine import Side, peak_memory, timed, two_formats
 from sharding.chips import gemm_rate, read_rate
 from sharding.errors import UserError
-from stages.files.rows import prompt_text, read_rows
+from stages.files.rows import Prompt, read
 
 
 @dataclasses.dataclass
@@ -88,7 +88,7 @@ def _best(batches: dict[int, tuple[float, int]]) -> int:
 
 def _prompts(args: Sample) -> list[str]:
     if args.prompts is not None:
-        texts = [prompt_text(row, where) for where, row in read_rows(args.prompts)]
+        texts = [row.prompt for row in read(args.prompts, Prompt)]
     else:
         data = Path(os.environ.get("ALIGN_TEST_DATA", "../shared/data")) / "alpaca_eval"
         if not data.is_dir():

@@ -13,7 +13,8 @@ from scripts.plan.recipe import RECIPES, read
 from scripts.plan.schedule import Plan
 from sharding.chips import gemm_rate, parse, read_rate
 from sharding.errors import UserError
-from stages.files.rows import prompt_text, read_rows
+from stages.files.rows import Prompt
+from stages.files.rows import read as read_rows
 
 
 @dataclasses.dataclass
@@ -40,8 +41,8 @@ def bench(args: Shares) -> None:
 
     recipe = read("demo")
     drawn, pairs = recipe.sample, recipe.dpo.micro_batch_size
-    rows = read_rows(str(RECIPES / "demo" / "train_1.jsonl"))
-    texts = [prompt_text(row, where) for where, row in rows][: len(recipe.prompts)]
+    rows = read_rows(str(RECIPES / "demo" / "train_1.jsonl"), Prompt)
+    texts = [row.prompt for row in rows][: len(recipe.prompts)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = two_formats(None, temporary)[0]
         config = checkpoint.load_config(folder)

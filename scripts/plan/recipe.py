@@ -15,7 +15,8 @@ import tyro
 from sharding.errors import UserError
 from stages import dpo, pairs, rank, sample
 from stages.evaluate.kl import Kl
-from stages.files.rows import prompt_text, read_rows
+from stages.files.rows import Prompt
+from stages.files.rows import read as read_rows
 
 RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
 # Run in the project's folder; gives the variables, and what `start_model` would call. Prompts that
@@ -113,8 +114,7 @@ def _characters(path: Path) -> list[int] | None:
     if not limit.isdigit():
         raise UserError(f"LIMIT={limit} is no whole number")
     limit = int(limit)
-    rows = read_rows(str(path))
-    lengths = [len(prompt_text(row, where)) for where, row in rows]
+    lengths = [len(row.prompt) for row in read_rows(str(path), Prompt)]
     return lengths[:limit] if limit else lengths
 
 

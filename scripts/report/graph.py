@@ -15,7 +15,7 @@ from etils import epath
 from sharding.errors import UserError
 from stages.files.output import Manifest, manifest_path, read_manifest
 from stages.files.paths import file_sha256
-from stages.files.provenance import input_files
+from stages.files.provenance import with_roles
 
 # The weights or code that a stage reads itself; its other identities come with its input files.
 READS = {
@@ -48,9 +48,10 @@ def read(run: str) -> list[Node]:
             by_content.setdefault(content, node)
     for node in nodes[:]:
         made = node.manifest
-        for path, sha256 in input_files(made.inputs):
+        for entry in with_roles(made.inputs).values():
+            sha256 = entry["sha256"]
             if sha256 not in by_content:
-                by_content[sha256] = _input(folder, path, sha256, nodes)
+                by_content[sha256] = _input(folder, entry["path"], sha256, nodes)
             node.parents.append(by_content[sha256])
         for name in READS.get(made.stage, ()):
             identity = made.identities.get(name)

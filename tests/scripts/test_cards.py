@@ -12,7 +12,8 @@ from model import checkpoint
 from scripts import cards, convert
 from sharding.errors import UserError
 from stages import pairs
-from stages.files.output import Manifest, manifest_path
+from stages.files import formats
+from stages.files.output import Manifest, an_input, manifest_path
 from stages.files.paths import file_sha256
 from stages.files.provenance import provenance
 from stages.files.run import run_main
@@ -33,8 +34,10 @@ def written(
 ) -> str:
     """A file of `stage` with its manifest."""
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    hashes = {file: file_sha256(file) if Path(file).exists() else "?" for file in inputs}
-    manifest = Manifest(stage, known.get("arguments", {}), hashes, identities or {"model": "m1"})
+    by_role = {
+        Path(file).stem: an_input(file, None if Path(file).exists() else "?") for file in inputs
+    }
+    manifest = Manifest(stage, known.get("arguments", {}), by_role, identities or {"model": "m1"})
     manifest.counts = {"in": 4, "out": 3, "set aside: all scores tie": 1}
     manifest.results = known.get("results", {}) | {"sha256": file_sha256(str(path))}
     manifest.write(manifest_path(str(path)))
@@ -188,6 +191,22 @@ def test_data_that_was_edited_or_is_gone_is_said_so(tmp_path):
         )[0]
     )
     assert provenance(__file__) == []
+
+
+def test_inputs_of_before_they_had_roles_are_read_as_well(tmp_path):
+    file, entries = pairs_of(tmp_path), []
+    for inputs_by_path in (False, True):
+        entries.append(provenance(file))
+        for beside in tmp_path.glob("*.manifest.json") if not inputs_by_path else ():
+            manifest = json.loads(beside.read_text())
+            manifest["inputs"] = {e["path"]: e["sha256"] for e in manifest["inputs"].values()}
+            beside.write_text(json.dumps(manifest))
+    assert [e["stage"] for e in entries[0]] == [e["stage"] for e in entries[1]]
+    embedded = [e | {"inputs": {"hf://datasets/a/b@1/x.parquet": "?"}} for e in entries[1]]
+    made = {"identity": "m1", "origin": {}, "parameters": 5}
+    for data, prompts in ((entries[1], "train-00000"), (embedded, "hf://datasets/a/b@1/x.parquet")):
+        card = cards.model_card(trained(made, data, "m2"), "float32", None, [])
+        assert prompts in row_of(card, "prompts")[0]
 
 
 # ---------------------------------------------------------------------- results
@@ -389,7 +408,7 @@ def test_a_card_that_the_user_changed_keeps_its_words_and_learns_the_splits(tmp_
     assert readme.read_bytes() == before
     readme.write_text("---\nlicense: [\n---\n")
     with pytest.raises(UserError, match="its front matter cannot be read"):
-        pairs.parquet.write_card(str(tmp_path / "hub"))
+        formats.write_card(str(tmp_path / "hub"))
 
 
 def test_pairs_of_a_known_ranker_and_model_are_told_in_the_datasets_card(tmp_path):

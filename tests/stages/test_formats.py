@@ -57,7 +57,8 @@ def make(tmp_path: Path, iteration: int, n: int = 30) -> Path:
     source = ranked(tmp_path / f"ranked_{iteration}.jsonl", n)
     pairs.main(pairs.Args(str(source), str(out), test_count=5))
     for kind, file in (("train", out), ("test", out.with_suffix(".test.jsonl"))):
-        parquet.write_split(str(file), str(tmp_path / "hub"), f"{kind}_iteration_{iteration}")
+        split = f"{kind}_iteration_{iteration}"
+        convert.main(convert.ToParquet(str(file), str(tmp_path / "hub"), split))
     return out
 
 

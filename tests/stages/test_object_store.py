@@ -131,12 +131,11 @@ def test_pairs_of_a_bucket_go_into_a_bucket_as_they_do_onto_a_disk(on, tmp_path)
         "1",
         "--out",
         "gs://bucket/out/pairs.jsonl",
-        "--parquet",
-        "gs://bucket/out/dataset",
-        "--iteration",
-        "1",
     ]
-    shown = on("here", *remote)
+    on("here", *remote)
+    to_parquet = ["-m", "scripts.convert", "to-parquet", "gs://bucket/out/pairs.jsonl"]
+    to_parquet += ["gs://bucket/out/dataset", "--split", "train_iteration_1"]
+    shown = on("here", *to_parquet)
     assert "train_iteration_1-00000-of-00001.parquet: " in shown
     names = "pairs.jsonl", "pairs.test.jsonl", "pairs.jsonl.set_aside.jsonl"
     *there, manifest = read(
