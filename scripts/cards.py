@@ -10,13 +10,16 @@ import json
 import re
 from collections.abc import Callable, Iterable
 
-from etils import epath
+from etils import epath, epy
 from huggingface_hub import DatasetCardData, ModelCard, ModelCardData
 
 from sharding.errors import UserError
 from stages.files.output import Manifest, read_manifest
 from stages.files.paths import text_sha256, write_atomically
 from stages.files.provenance import Entry, provenance, short_name, with_roles
+
+with epy.lazy_imports():  # takes two seconds, and only the card of a data set needs it
+    import datasets
 
 UNKNOWN = "not known"
 MADE = re.compile(r"\n<!-- made from the manifests, sha256 ([0-9a-f]{64}) -->\n\Z")
@@ -318,21 +321,17 @@ def dataset_card(splits: list[dict], features) -> tuple[dict, str]:
     splits: [{"name", "path": within the folder, "rows", "bytes": size of the file, "num_bytes":
     size of its values in Arrow, "data": provenance or None}, …]. features: datasets.Features.
     """
-    # Not at the top: `datasets` takes two seconds, and only this card needs it.
-    from datasets.info import DatasetInfo, DatasetInfosDict
-    from datasets.splits import SplitDict, SplitInfo
-
-    infos = SplitDict()
+    infos = datasets.splits.SplitDict()
     for split in splits:
-        infos.add(SplitInfo(split["name"], split["num_bytes"], split["rows"]))
-    info = DatasetInfo(
+        infos.add(datasets.splits.SplitInfo(split["name"], split["num_bytes"], split["rows"]))
+    info = datasets.info.DatasetInfo(
         features=features,
         splits=infos,
         dataset_size=sum(split["num_bytes"] for split in splits),
         download_size=sum(split["bytes"] for split in splits),
     )
     front = DatasetCardData(tags=["preference", "dpo"], task_categories=["text-generation"])
-    DatasetInfosDict({"default": info}).to_dataset_card_data(front)
+    datasets.info.DatasetInfosDict({"default": info}).to_dataset_card_data(front)
     files = [{"split": split["name"], "path": split["path"]} for split in splits]
     front["configs"] = [{"config_name": "default", "data_files": files}]
     hub_ids = _datasets([entry for split in splits for entry in split["data"] or []])

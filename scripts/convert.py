@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import tyro
-from etils import epath
+from etils import epath, epy
 
 from scripts import cards
 from sharding.errors import UserError
@@ -29,6 +29,11 @@ from stages.files.output import an_input
 from stages.files.paths import check_distinct, lock, normalised
 from stages.files.provenance import with_roles
 from stages.files.run import run_main
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    import jax
+
+    from model import checkpoint, gguf, hf
 
 HUB_FILES = (
     "README.md model*.safetensors model.safetensors.index.json *.json *.jinja tokenizer*".split()
@@ -134,12 +139,9 @@ def main(args: Command):
 
 
 # ---------------------------------------------------------------------- models
-# The room model/ is imported where it is used: JAX and Orbax take seconds, and --help must not.
 
 
 def from_hf(args: FromHf):
-    from model import checkpoint, hf
-
     folder, commit = hf.local_folder(args.src, HUB_FILES, args.revision)
     path = epath.Path(folder)
     hf.read_config(folder)  # refuse before the weights are hashed
@@ -161,8 +163,6 @@ def from_hf(args: FromHf):
 
 
 def from_gguf(args: FromGguf):
-    from model import gguf
-
     file = gguf.find(args.file)
     with tempfile.TemporaryDirectory() as tokenizer:
 
@@ -185,9 +185,7 @@ def write_checkpoint(
     inputs: role → file that `read` reads. read: gives (config, parameters, folder of the tokenizer,
     what the card says of the source). sources: argument → path, which must not be `folder`.
     """
-    from model import checkpoint
-
-    use_host()
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
     folder = normalised(folder, "CHECKPOINT")
     check_distinct(sources, {"CHECKPOINT": folder})
     with lock(folder):
@@ -215,9 +213,7 @@ def content(origin: dict) -> dict:
 
 
 def to_hf(args: ToHf):
-    from model import checkpoint, hf
-
-    use_host()
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
     if not 0 < args.max_shard_gb < math.inf:
         raise UserError(f"--max-shard-gb {args.max_shard_gb}: give a size above 0")
     dst = normalised(args.dst, "DST")
@@ -262,8 +258,6 @@ def read_export(path: str) -> dict:
 
 def what_rounding_loses(args: ToHf, dtype: str) -> str | None:
     """What storing the weights in `dtype` takes away, in words, printed too; None: nothing."""
-    from model import hf
-
     if args.base is not None:
         lost, changed = hf.rounded_away(args.checkpoint, args.base, dtype)
         share = f" ({lost / changed:.1%})" if changed else ""
@@ -280,13 +274,6 @@ def what_rounding_loses(args: ToHf, dtype: str) -> str | None:
         "this takes away"
     )
     return rounding
-
-
-def use_host():
-    """Leave the accelerator alone: nothing is computed."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
 
 
 def report(folder: str, count: int, stored: str, identity: str):
