@@ -124,9 +124,14 @@ class Prompts:
 
 
 Command = FromHf | FromGguf | ToHf | FromParquet | ToParquet | Prompts
+PATHS = "src file checkpoint dst base directory pairs out".split()  # fields
 
 
 def main(args: Command):
+    paths = {name: path for name, path in vars(args).items() if name in PATHS and path is not None}
+    for name, path in paths.items():
+        paths[name] = normalised(path, "--base" if name == "base" else name.upper())
+    args = dataclasses.replace(args, **paths)
     convert = {
         FromHf: from_hf,
         FromGguf: from_gguf,
@@ -186,7 +191,6 @@ def write_checkpoint(
     what the card says of the source). sources: argument → path, which must not be `folder`.
     """
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
-    folder = normalised(folder, "CHECKPOINT")
     check_distinct(sources, {"CHECKPOINT": folder})
     with lock(folder):
         hashed = {role: an_input(path) for role, path in inputs.items()}
@@ -216,9 +220,8 @@ def to_hf(args: ToHf):
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
     if not 0 < args.max_shard_gb < math.inf:
         raise UserError(f"--max-shard-gb {args.max_shard_gb}: give a size above 0")
-    dst = normalised(args.dst, "DST")
-    read = {"CHECKPOINT": args.checkpoint} | ({"--base": args.base} if args.base else {})
-    check_distinct(read | {f"--results {file}": file for file in args.results}, {"DST": dst})
+    dst, read = args.dst, {"CHECKPOINT": args.checkpoint}
+    check_distinct(read | ({"--base": args.base} if args.base else {}), {"DST": dst})
     config = checkpoint.load_config(args.checkpoint)
     made = checkpoint.read_manifest(args.checkpoint)
     dtype = args.dtype or config.torch_dtype
@@ -290,20 +293,18 @@ def size_of(path: epath.Path) -> int:
 
 
 def from_parquet(args: FromParquet):
-    formats.read_dataset(args.directory, normalised(args.out, "OUT"), args.split)
+    formats.read_dataset(args.directory, args.out, args.split)
 
 
 def to_parquet(args: ToParquet):
     if not re.fullmatch(r"\w+", args.split):
         raise UserError(f"--split {args.split}: a name has only letters, digits and underscores")
-    directory = normalised(args.directory, "DIRECTORY")
-    formats.write_split(args.pairs, directory, args.split, args.overwrite)
-    formats.write_card(directory)
+    formats.write_split(args.pairs, args.directory, args.split, args.overwrite)
+    formats.write_card(args.directory)
 
 
 def prompts(args: Prompts):
-    out = normalised(args.out, "OUT")
-    formats.read_prompts_dataset(args.directory, out, args.split, args.first, args.last)
+    formats.read_prompts_dataset(args.directory, args.out, args.split, args.first, args.last)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ READS = {
 }
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Node:
     """A file or a checkpoint, or something from outside the run."""
 
@@ -52,7 +52,8 @@ def read(run: str) -> list[Node]:
             sha256 = entry["sha256"]
             if sha256 not in by_content:
                 by_content[sha256] = _input(folder, entry["path"], sha256, nodes)
-            node.parents.append(by_content[sha256])
+            if by_content[sha256] not in node.parents:
+                node.parents.append(by_content[sha256])
         for name in READS.get(made.stage, ()):
             identity = made.identities.get(name)
             if identity is None:
@@ -123,11 +124,11 @@ def _within(folder, path) -> str:
 
 def _parents_first(nodes: list[Node]) -> list[Node]:
     order: list[Node] = []
-    begun: set[int] = set()
+    begun: set[Node] = set()
 
     def visit(node: Node):
-        if id(node) not in begun:
-            begun.add(id(node))
+        if node not in begun:
+            begun.add(node)
             for parent in node.parents:
                 visit(parent)
             order.append(node)

@@ -63,6 +63,18 @@ def test_slashes_at_the_end_of_paths_are_nothing(tmp_path, source, capsys):
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["D", "hub", "new"]
 
 
+def test_a_place_that_is_none_is_refused_by_its_argument(tmp_path, source, model, capsys):
+    for argv, message in (
+        (("from-hf", source, "s3://bucket/C"), "CHECKPOINT s3://bucket/C: s3:// is not supported"),
+        (("from-hf", "file:///models/m", tmp_path / "C"), "SRC file:///models/m: file:// is not"),
+        (("to-hf", model, ""), "DST is empty"),
+        (("to-hf", model, tmp_path / "D", "--base", "az://b/c"), "--base az://b/c: az:// is not"),
+        (("from-parquet", tmp_path, "s3://b/p.jsonl"), "OUT s3://b/p.jsonl: s3:// is not"),
+    ):
+        assert message in refused(capsys, *argv)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_that_is_an_input_is_refused_by_whatever_name(tmp_path, source, model, capsys):
     before = files_of(Path(source)), files_of(Path(model))
     (tmp_path / "link").symlink_to(source)
