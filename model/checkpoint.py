@@ -14,6 +14,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import re
 from collections.abc import Callable
 
 import jax
@@ -194,50 +196,65 @@ def load_leaf(folder: str, config: DecoderConfig, path: tuple[str, ...]) -> np.n
 
 
 def _unreadable(folder: str, error: Exception) -> UserError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    return UserError(f"checkpoint {folder}: params cannot be read ({first})")
+    return UserError(f"checkpoint {folder}: params cannot be read ({_first_line(error)})")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def save_state(folder: str, state) -> Callable[[], None]:
-    """Begin to write a training state (any tree of arrays), replacing what is there; the function
-    that it gives waits for the end and puts the state in its place, whole.
+    """Begin to write a training state (any tree of arrays) to `folder`, which does not exist. The
+    function that it returns waits for the end. The folder appears whole (`is_whole_state`).
 
     The arrays may be donated at once: they are copied first. On CPU, where a copy would be another
-    whole state in the same memory, it is written before this returns.
+    whole state in the same memory, it is written before this returns. Both may raise OSError.
     """
-    path, temporary = epath.Path(folder), _unfinished(folder)
-    if processes.is_first() and temporary.exists():
-        temporary.rmtree()
-    processes.wait()
-    with _orbax(state):
-        writing = ocp.save_async(temporary, state)
+
+    on_cpu = any(d.platform == "cpu" for x in jax.tree.leaves(state) for d in x.devices())
+    with _orbax(state), _as_os_error(folder):
+        writing = ocp.save_async(epath.Path(folder), state)
+        if on_cpu:
+            writing.result()
 
     def finish():
-        writing.result()
-        processes.wait()
-        if processes.is_first() and temporary != path:
-            if path.exists():
-                path.rmtree()
-            temporary.rename(path)
-        processes.wait()
+        with _as_os_error(folder):
+            writing.result()
 
-    if any(d.platform == "cpu" for x in jax.tree.leaves(state) for d in x.devices()):
-        finish()
-        return lambda: None
     return finish
 
 
+@contextlib.contextmanager
+def _as_os_error(folder: str):
+    """Orbax's errors of the disk, of several classes, as the OSError that they tell of."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        number = re.search(r"os_error_code='(\d+)'", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), folder) from error
+
+
 def is_whole_state(folder: epath.Path) -> bool:
-    """Whether `save_state` came to its end there."""
-    if _in_object_store(folder):
-        return (folder / "commit_success.txt").exists()  # Orbax writes it last
-    return folder.suffix != ".tmp"
+    """Whether `save_state` came to its end there. The files are those that Orbax writes last:
+    before it renames the folder, or, in an object store, in its place."""
+    name = "commit_success.txt" if _in_object_store(folder) else "_CHECKPOINT_METADATA"
+    return (folder / name).exists()
 
 
 def load_state(folder: str, abstract):
     """Read a training state into the shapes, dtypes and shardings of `abstract`."""
-    with _orbax(abstract):
-        return ocp.load(epath.Path(folder), abstract)
+    try:
+        with _orbax(abstract):
+            return ocp.load(epath.Path(folder), abstract)
+    except Exception as error:  # as in load
+        raise UserError(
+            f"{folder} cannot be read ({_first_line(error)}): remove it to go on from the state "
+            "before it, if one was kept"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -257,14 +274,11 @@ def _orbax(tree, partial: bool = False):
     largest = max((4 * int(np.prod(x.shape)) for x in jax.tree.leaves(tree)), default=0)
     context.memory.read_concurrent_bytes = max(2**30, largest + 2**20)
     context.pytree.loading.partial_load = partial
-    logger = logging.getLogger("absl")  # warns at every save and load that there is no OCDBT
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with context:
-            yield
-    finally:
-        logger.setLevel(level)
+    # Orbax's logger: it warns at every save and load that there is no OCDBT, and its threads print
+    # the tracebacks of errors that are raised too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    with context:
+        yield
 
 
 # ------------------------------------------------------------------------------- identity

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from model import checkpoint
+from model.batches import epoch_order
 from model.tokenizer import ChatTokenizer
 from scripts import convert
 from stages import dpo
@@ -100,7 +101,7 @@ def theirs(folder, examples, **changes):
             losses.append((found[0] if isinstance(found, tuple) else found).item())
             return found
 
-    order = dpo.epoch_order(0, 0, len(examples))
+    order = epoch_order(0, 0, len(examples))
     rows = [
         {f"{name}_ids": getattr(e, name).tolist() for name in ("prompt", "chosen", "rejected")}
         for e in (examples[i] for i in order)

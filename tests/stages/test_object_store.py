@@ -205,13 +205,14 @@ def test_a_training_in_a_bucket_stops_on_one_machine_and_ends_on_another(on, tmp
         return on(machine, *more, *argv, code=code)
 
     train("here", disk, "-m", "stages.dpo")
-    # SIGTERM before the sixth step: five are done when it stops, and saved.
+    # SIGTERM after the fifth step: five are done when it stops, and saved.
     stop = (
-        "import os, signal, sys; from stages import dpo, records; first = dpo.Run._gradients\n"
-        "def gradients(self, step, *rest):\n"
-        "    if step == 4: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return first(self, step, *rest)\n"
-        "dpo.Run._gradients = gradients; sys.exit(run_main(dpo.main, dpo.Args, sys.argv[1:]))"
+        "import os, signal, sys; from stages import dpo; from stages.files.run import run_main\n"
+        "from stages.files.work import Work; first = Work.log\n"
+        "def log(self, step, values):\n"
+        "    if step == 5: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    first(self, step, values)\n"
+        "Work.log = log; sys.exit(run_main(dpo.main, dpo.Args, sys.argv[1:]))"
     )
     train("here", "gs://bucket/train", "-c", stop, code=75)
     assert read(on, "gs://bucket/train/out") == [False]
