@@ -13,7 +13,7 @@ import dataclasses
 import sys
 
 from scripts.bench import dpo, rank, sample, shares
-from sharding import chips
+from scripts.plan.slices import gemm_rate
 from stages.files.run import run_main
 
 
@@ -33,7 +33,7 @@ def main(args: Command) -> None:
         shares.Shares: shares.bench,
     }
     if isinstance(args, Gemm):
-        print(f"fp32 GEMM: {chips.gemm_rate() / 1e9:.0f} GFLOP/s")
+        print(f"fp32 GEMM: {gemm_rate() / 1e9:.0f} GFLOP/s")
     else:
         benches[type(args)](args)
 

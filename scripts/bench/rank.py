@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.bench.machine import Side, peak_memory, timed
-from sharding.chips import gemm_rate
+from scripts.plan.slices import gemm_rate
 from sharding.errors import UserError
 from stages.files.rows import prompt_text, read_rows
 
