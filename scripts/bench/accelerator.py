@@ -27,6 +27,7 @@ scripts/bench/results/; with --tiny they are kept only where --out says.
 import argparse
 import gc
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -85,8 +86,10 @@ def work(pipe, kind: str, flags: dict) -> None:
     """In a process of its own: for each (piece, seconds, rates) that comes through the pipe, the
     piece's rows, then how it ended."""
     # 8% are left for what lies outside jax's pool: the driver's context, cuBLAS's workspaces.
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name of the same
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # jax would take the memory of all GPUs
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns at every save
     try:
         from scripts.bench import measuring, pieces, shapes  # they import jax: not for --help
 
@@ -158,6 +161,7 @@ class Report:
         self.told = {
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "arguments": {name: x for name, x in vars(args).items() if x and name != "out"},
+            "code": commit(),
             "machine": nvidia_smi(),
             "pieces": {},
         }
@@ -230,7 +234,8 @@ def figures(row: dict) -> str:
         elif "share" in name or (name.startswith("mfu") and isinstance(x, float)):
             told.append(f"{words} {x:.1%}")
         elif isinstance(x, float) or (isinstance(x, int) and x > 10**6):
-            told.append(f"{words} {x:.4g}")
+            unit = {"gb per second": "GB/s", "tflop per second": "TFLOP/s"}.get(words)
+            told.append(f"{x:.4g} {unit}" if unit else f"{words} {x:.4g}")
         else:
             told.append(f"{words} {x}")
     return ", ".join(told)
@@ -246,6 +251,14 @@ def nvidia_smi() -> dict:
         return {}
     name, driver = done.stdout.splitlines()[0].rsplit(",", 1)
     return {"card": name.strip(), "driver": driver.strip()}
+
+
+def commit() -> str | None:
+    """The commit that is measured, where this is a git checkout."""
+    if shutil.which("git") is None:
+        return None
+    query = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
 
 
 def file_name(card: str) -> str:
@@ -284,10 +297,10 @@ def measure(args: argparse.Namespace, report: Report) -> None:
                     worker = Worker(kind, flags, min(START, end - time.monotonic()))
                     report.facts(worker.facts)
                     refuse_cpu(args, worker)
-                # Half as long again as its part of what is left; nothing is cut off below 20 s.
+                # Half as long again as its part of what is left; nothing is ended before 45 s.
                 left = end - time.monotonic()
                 part = expected / sum(PIECES[name][0] for name in wanted[number:])
-                seconds = min(left, max(20, 1.5 * part * left))
+                seconds = min(left, max(45, 1.5 * part * left))
                 found["status"], found["reason"], rates = _one(
                     worker, piece, seconds, rates, found["rows"], report
                 )

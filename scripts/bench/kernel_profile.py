@@ -14,7 +14,7 @@ import jax
 
 # Parts of an instruction's path that every program has: they say nothing about where it stands.
 FRAMES = re.compile(
-    r"p?jit\(.*|while|body|cond|closed_call|checkpoint|rematted_computation|branch_\d+(_fun)?"
+    r"p?jit\(.*|while|body|cond|closed_call|checkpoint|rematted_computation|eval_jaxpr|branch_\d+(_fun)?"
 )
 
 
@@ -77,12 +77,10 @@ def _lines(profile) -> list[list]:
     """The lines of events that hold kernels: a GPU's streams, a TPU's operations, or on CPU the
     threads that run thunks. Events: (start, end, name, instruction)."""
     planes = [plane for plane in profile.planes if re.match(r"/device:(GPU|TPU):\d+$", plane.name)]
-    lines = [line for plane in planes for line in plane.lines]
+    lines = [line for plane in planes or profile.planes for line in plane.lines]
     kernels = [line for line in lines if line.name.startswith("Stream") or line.name == "XLA Ops"]
-    if not kernels:  # CPU
-        kernels = [line for plane in profile.planes for line in plane.lines]
     found = []
-    for line in kernels:
+    for line in kernels or lines:
         events = []
         for event in line.events:
             # On a TPU an event is named by its whole instruction: "%fusion.3 = bf16[…] fusion(…)".

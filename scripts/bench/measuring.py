@@ -115,6 +115,8 @@ def product_rate(given: Given, dtype, out=None) -> float:
     """FLOP/s of square matrix products of `dtype`, as model/decoder.py multiplies: float32 in full
     precision. out: dtype of the result."""
     random, n = shapes.Random(), given.sizes.product
+    if jax.default_backend() == "cpu":
+        n = min(n, 2048)  # a larger one takes many seconds and is no faster
     pairs = [(random.normal((n, n), dtype), random.normal((n, n), dtype)) for _ in range(3)]
     product = jax.jit(
         lambda x, w: jnp.dot(
