@@ -69,7 +69,7 @@ TINY = Sizes(
         head_dim=16,
     ),
     training_layers=2,
-    slots=(2, 4),
+    slots=(4,),
     length=64,
     prompt=16,
     prefill=(64,),
