@@ -25,6 +25,7 @@ scripts/bench/results/; with --tiny they are kept only where --out says.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import logging
@@ -48,7 +49,7 @@ PIECES = {
     "decode": (75, "jax"),
     "checkpoint": (25, "training"),
     "dpo": (70, "training"),
-    "transformers": (45, "torch"),
+    "transformers": (60, "torch"),
 }
 START = 120  # seconds within which a process must be ready
 
@@ -167,6 +168,7 @@ class Report:
         }
 
     def facts(self, facts: dict) -> None:
+        """Known once a process has come up."""
         self.told["machine"] |= facts
         if self.out is None and self.keep:
             RESULTS.mkdir(exist_ok=True)
@@ -282,31 +284,34 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     end = time.monotonic() + 60 * args.minutes
     flags = {n: getattr(args, n) for n in ("tiny", "layers", "slots", "tokens", "comparisons")}
     wanted = [name for name in PIECES if args.only is None or name in args.only]
-    worker, rates = None, {}
+    worker, rates, unusable = None, {}, {}  # kind of process → why it does not come up
     for number, piece in enumerate(wanted):
-        expected, kind = PIECES[piece]
+        begun, (expected, kind) = time.monotonic(), PIECES[piece]
         found = report.begin(piece)
-        begun = time.monotonic()
-        found["status"], found["reason"] = "out of time", "no time was left for it"
         if worker is not None and worker.kind != kind:
             worker.end()
             worker = None
-        if end - time.monotonic() > 2:
+        if worker is None and kind not in unusable and end - begun > 2:
             try:
-                if worker is None:
-                    worker = Worker(kind, flags, min(START, end - time.monotonic()))
-                    report.facts(worker.facts)
-                    refuse_cpu(args, worker)
-                # Half as long again as its part of what is left; nothing is ended before 45 s.
-                left = end - time.monotonic()
-                part = expected / sum(PIECES[name][0] for name in wanted[number:])
-                seconds = min(left, max(45, 1.5 * part * left))
-                found["status"], found["reason"], rates = _one(
-                    worker, piece, seconds, rates, found["rows"], report
-                )
+                worker = Worker(kind, flags, min(START, end - begun))
             except RuntimeError as error:
-                found["status"], found["reason"] = "failed", str(error)
-            if worker is not None and found["status"] in ("out of time", "died"):
+                unusable[kind] = str(error)
+            else:
+                refuse_cpu(args, worker)
+                report.facts(worker.facts)
+        left = end - time.monotonic()
+        if kind in unusable:
+            found["status"], found["reason"] = "failed", unusable[kind]
+        elif left < 2:
+            found["status"], found["reason"] = "out of time", "no time was left for it"
+        else:
+            # Half as long again as its part of what is left; nothing is ended before 45 s.
+            part = expected / sum(PIECES[name][0] for name in wanted[number:])
+            seconds = min(left, max(45, 1.5 * part * left))
+            found["status"], found["reason"], rates = _one(
+                worker, piece, seconds, rates, found["rows"], report
+            )
+            if found["status"] in ("out of time", "died"):
                 worker.end()
                 worker = None
         found["seconds"] = round(time.monotonic() - begun, 1)
@@ -320,7 +325,8 @@ def measure(args: argparse.Namespace, report: Report) -> None:
 def _one(worker, piece: str, seconds: float, rates: dict, rows: list, report: Report):
     """Run one piece: (status, reason, the rates known after it)."""
     end = time.monotonic() + seconds
-    worker.pipe.send((piece, 0.9 * seconds, rates))
+    with contextlib.suppress(ConnectionError):  # it died: the next look says so
+        worker.pipe.send((piece, 0.9 * seconds, rates))
     while True:
         what, told = worker.next(end - time.monotonic())
         if what == "row":
@@ -356,7 +362,10 @@ def refuse_cpu(args: argparse.Namespace, worker: Worker) -> None:
 def main(words: list[str]) -> int:
     args = parse(words)
     report = Report(args)
-    measure(args, report)
+    try:
+        measure(args, report)
+    except KeyboardInterrupt:
+        print("stopped: what is known is below", file=sys.stderr)
     print(f"\n{report.table()}")
     if report.out is not None:
         print(f"written: {report.out} and {report.out.with_suffix('.md').name}")

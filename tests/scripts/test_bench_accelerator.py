@@ -192,6 +192,28 @@ def test_a_piece_that_fails_hangs_or_dies_leaves_the_others_alone(tmp_path, monk
     assert Told.started == 3  # one for what hung, one for what died
 
 
+def test_a_process_that_does_not_come_up_is_tried_once(tmp_path, monkeypatch):
+    tried = []
+
+    def start(kind, flags, seconds):
+        tried.append(kind)
+        if kind == "jax":
+            raise RuntimeError("no driver")
+        return Told(iter([("end", ("skipped", "torch sees no GPU", {}))]))
+
+    monkeypatch.setattr(accelerator, "Worker", start)
+    words = ["--only=rates", "--only=decode", "--only=transformers"]
+    args = accelerator.parse([*words, "--out", str(tmp_path / "x.json")])
+    accelerator.measure(args, accelerator.Report(args))
+    found = json.loads((tmp_path / "x.json").read_text())["pieces"]
+    assert [piece["reason"] for piece in found.values()] == [
+        "no driver",
+        "no driver",
+        "torch sees no GPU",
+    ]
+    assert tried == ["jax", "torch"]
+
+
 def test_a_piece_has_its_part_of_the_time_and_knows_the_rates(tmp_path, monkeypatch):
     end = ("end", ("done", "", {"copy": 3e12}))
     worker = Told(iter([end, end]))
