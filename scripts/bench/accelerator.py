@@ -15,7 +15,10 @@ Mistral-7B's and PairRM's shapes are made on the device. One device is measured,
                   against the time that reading the weights and the live cache takes at the copy
                   rate, and the ten largest kernels of a step
     checkpoint    a save and a restore of a training state, in TMPDIR
-    dpo           DPO steps at 7B's widths, with as many layers as fit
+    dpo           DPO steps at 7B's widths, with as many layers as fit with float32 masters, moments
+                  and gradients, nothing rematerialised. MFU counts products with weights, attention
+                  and the vocabulary, the backward pass as two forward passes; the reference's pass
+                  is told apart. Pairs per second are scaled to 32 layers by operations
     transformers  Hugging Face's generate at the size of `decode`, where torch and transformers are
 
 Each figure is printed and written as soon as it is known. A piece that fails or takes too long says
@@ -61,8 +64,14 @@ def parse(words: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--only", action="append", choices=PIECES, metavar="PIECE", help="measure this piece alone")
-    add("--minutes", type=float, default=5, help="time for everything, compilation included")
+    add(
+        "--only",
+        action="append",
+        choices=PIECES,
+        metavar="PIECE",
+        help="measure this piece alone; may be repeated",
+    )
+    add("--minutes", type=float, default=5, help="for everything, compilation included; default 5")
     add("--out", help="JSON file; default: scripts/bench/results/NAME-OF-CARD-DATE.json")
     add("--tiny", action="store_true", help="small sizes, to try the command itself")
     add("--layers", type=int, help="layers of the decoder; default 32, and in dpo what fits")

@@ -232,15 +232,16 @@ def test_no_time_left_is_said_of_each_piece(tmp_path):
     assert {piece["status"] for piece in found.values()} == {"out of time"}
 
 
-def test_an_unseen_accelerator_is_no_reason_to_measure_the_cpu(tmp_path):
-    environment = {name: x for name, x in os.environ.items() if name != "JAX_PLATFORMS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.bench", "accelerator", "--out", str(tmp_path / "x.json")],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 2 and "jax sees no accelerator" in done.stderr
+def test_an_unseen_accelerator_is_no_reason_to_measure_the_cpu(tmp_path, monkeypatch, capsys):
+    worker = Told(iter([]))
+    worker.facts = {"device": "cpu", "platform": "cpu"}
+    monkeypatch.setattr(accelerator, "Worker", lambda *_: worker)
+    monkeypatch.setattr(accelerator, "RESULTS", tmp_path / "results")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    with pytest.raises(SystemExit) as ended:
+        accelerator.main([])
+    assert ended.value.code == 2 and "jax sees no accelerator" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def test_results_are_never_replaced(tmp_path):
