@@ -429,6 +429,18 @@ class Sampler:
 # ------------------------------------------------------------- what runs on the device
 
 
+def programs(config: DecoderConfig, sampling: Sampling, dtype=jnp.float32):
+    """A Sampler's programs by themselves, to be measured: `empty(slots, length)`, the state of idle
+    slots; `advance(params, state, stop_at_active)`, up to STEPS_A_CALL tokens in each active slot,
+    which donates the state; `prefill(params, row)`. params: unstacked."""
+    advance = partial(_advance, config=config, sampling=sampling, dtype=dtype)
+    return (
+        lambda slots, length: _empty(config, slots, length, sampling, dtype),
+        jax.jit(advance, donate_argnums=1),
+        lambda params, row: _prefill(params, config, row, dtype),
+    )
+
+
 def _empty(config: DecoderConfig, slots: int, length: int, sampling: Sampling, dtype) -> dict:
     """The state of all slots, none in use. `tokens`, `logprobs`: drawn so far, EOS included."""
     # numpy: the same on every process, wherever the devices of the mesh are.

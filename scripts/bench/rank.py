@@ -14,7 +14,7 @@ import numpy as np
 
 from model.rankers.comparisons import strategy
 from scripts.bench.machine import Side, peak_memory, timed
-from sharding.chips import gemm_rate
+from scripts.plan.slices import gemm_rate
 from sharding.errors import UserError
 from stages.files.rows import Sample, read
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.bench.machine import Side, peak_memory, timed, two_formats
-from sharding.chips import gemm_rate, read_rate
+from scripts.plan.slices import gemm_rate, read_rate
 from sharding.errors import UserError
 from stages.files.rows import Prompt, read
 

@@ -11,7 +11,7 @@ from scripts.bench.machine import Side, two_formats
 from scripts.plan.arithmetic import DecoderCost, Lengths, seconds
 from scripts.plan.recipe import RECIPES, read
 from scripts.plan.schedule import Plan
-from sharding.chips import gemm_rate, parse, read_rate
+from scripts.plan.slices import gemm_rate, parse, read_rate
 from sharding.errors import UserError
 from stages.files.rows import Prompt
 from stages.files.rows import read as read_rows

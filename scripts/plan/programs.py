@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 
-from sharding.chips import Slice
+from scripts.plan.slices import Slice
 from sharding.errors import UserError
 
 INSTALL = (
