@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from model.precision import matmul_precision
+
 
 def visible(
     query_positions_bt: jax.Array,
@@ -230,8 +232,3 @@ def _product_of_few_rows(a_bkrx: jax.Array, b_bkxy: jax.Array) -> jax.Array:
         return jnp.sum(a_bkrx1 * b_bkxy[:, :, None].astype(jnp.float32), axis=3)
 
     return jax.lax.platform_dependent(a_bkrx, b_bkxy, cpu=sums, default=_product)
-
-
-def matmul_precision(dtype):
-    """fp32 means fp32: accelerators would otherwise round its products' inputs to bf16 or tf32."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

@@ -5,9 +5,10 @@
     tokenizer files       whatever the tokenizer came with, and its chat template
     manifest.json         identity of the parameters, and where they came from
 
-A folder appears whole, by a rename, or not at all. Object stores (gs://…) do not rename: there
-manifest.json is written last, and a folder without one is no checkpoint. Nothing is guessed from a
-folder's name.
+A folder appears whole, by a rename, or not at all. While it is written, it is called
+FOLDER.unfinished and holds the file MARK; a folder without this file is never replaced. Object
+stores (gs://…) do not rename: there the folder is written in its place, and MARK goes last. Nothing
+is guessed from a folder's name.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 MANIFEST = "manifest.json"
+MARK = ".unfinished"  # in a folder that we are writing, or that a killed process left behind
 
 
 def save(
@@ -52,8 +54,8 @@ def save(
     origin: dict,
     **known,
 ) -> str:
-    """Write a checkpoint and return its identity. Of several processes each writes its shards, to
-    a file system that all of them see.
+    """Write a checkpoint and return its identity. Several processes write their shards each, to a
+    file system that all of them see.
 
     params: fp32 arrays (jax or numpy), stacked layers. tokenizer_from: the folder whose tokenizer
     files and generation_config.json are copied. origin: what made it (stage, arguments, inputs,
@@ -61,30 +63,70 @@ def save(
     (a checkpoint's manifest) and `data` (its pairs' provenance) of a training. Replaces an
     unfinished folder, never a finished one.
     """
-    temporary = _unfinished(folder)
     if is_taken(folder):
         raise UserError(f"{folder} exists: choose another folder, or remove it")
     processes.wait()  # all have looked
-    if processes.is_first():
-        if temporary.exists():
-            temporary.rmtree()
-        temporary.mkdir(parents=True)
+    unfinished = begin_folder(folder) if processes.is_first() else _unfinished_folder(folder)
     processes.wait()
     with _orbax(params):
-        ocp.save(temporary / "params", params)
+        ocp.save(unfinished / "params", params)
     identity = fingerprint(params)
     if processes.is_first():
-        _complete(temporary, config, params, identity, tokenizer_from, origin, known)
-        if temporary != epath.Path(folder):
-            temporary.rename(folder)
+        copy_tokenizer(tokenizer_from, unfinished)
+        (unfinished / "config.json").write_text(
+            json.dumps(model_config.to_hf(config, config.torch_dtype), indent=2) + "\n"
+        )
+        count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+        manifest = {"identity": identity, "parameters": count, "origin": origin, **known}
+        (unfinished / MANIFEST).write_text(
+            json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        )
+        finish_folder(unfinished, folder)
     processes.wait()
     return identity
 
 
+def copy_tokenizer(source: str, folder: epath.Path) -> None:
+    """Copy a tokenizer's files, and generation_config.json, from one folder into another."""
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (epath.Path(source) / name).exists():
+            (epath.Path(source) / name).copy(folder / name)
+
+
+# ---------------------------------------------------------------- folders that appear whole
+
+
 def is_taken(folder: str) -> bool:
-    """Whether there is something that `save` does not replace."""
+    """Whether something exists at `folder` that must not be replaced."""
     path = epath.Path(folder)
-    return (path / MANIFEST).exists() if _in_object_store(path) else path.exists()
+    if not _in_object_store(path) or not (path / MARK).exists():
+        return path.exists()
+    return (path / MANIFEST).exists()  # complete: only the mark was not removed any more
+
+
+def begin_folder(folder: str) -> epath.Path:
+    """An empty folder with our mark, to write what `finish_folder` then puts in its place. A
+    leftover with our mark is removed. Raises UserError if something else stands there."""
+    path = _unfinished_folder(folder)
+    if path.exists():
+        if not (path.is_dir() and ((path / MARK).exists() or not any(path.iterdir()))):
+            raise UserError(f"{path} is in the way: move it, or choose another name than {folder}")
+        path.rmtree()
+    path.mkdir(parents=True)
+    (path / MARK).write_text("This folder is being written, or the process was ended meanwhile.\n")
+    return path
+
+
+def finish_folder(unfinished: epath.Path, folder: str) -> None:
+    path = epath.Path(folder)
+    if unfinished != path:
+        unfinished.rename(path)
+    (path / MARK).unlink()
+
+
+def _unfinished_folder(folder: str) -> epath.Path:
+    path = epath.Path(folder)
+    return path if _in_object_store(path) else path.parent / f"{path.name}.unfinished"
 
 
 def _unfinished(folder: str) -> epath.Path:
@@ -97,26 +139,7 @@ def _in_object_store(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
-def _complete(
-    temporary,
-    config: DecoderConfig,
-    params,
-    identity: str,
-    tokenizer_from: str,
-    origin: dict,
-    known: dict,
-) -> None:
-    """Write all of a checkpoint but its parameters."""
-    source = epath.Path(tokenizer_from)
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (source / name).exists():
-            (source / name).copy(temporary / name)
-    (temporary / "config.json").write_text(
-        json.dumps(model_config.to_hf(config, config.torch_dtype), indent=2) + "\n"
-    )
-    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
-    manifest = {"identity": identity, "parameters": count, "origin": origin, **known}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+# ------------------------------------------------------------------------------- reading
 
 
 def read_manifest(folder: str) -> dict:
@@ -176,8 +199,8 @@ def load(folder: str, shardings=None) -> tuple[DecoderConfig, decoder.Params]:
 
 
 def load_leaf(folder: str, config: DecoderConfig, path: tuple[str, ...]) -> np.ndarray:
-    """One parameter, e.g. ("layers", "q"), in host memory: for going through a model that need
-    not be there whole."""
+    """One parameter, e.g. ("layers", "q"), in host memory: for going through a model that is too
+    large to be loaded whole."""
     leaf = decoder.abstract(config)
     for key in path:
         leaf = leaf[key]

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import attention, fold, matmul_precision, unfold, visible
+from model.attention import attention, fold, unfold, visible
 from model.config import DecoderConfig
+from model.precision import matmul_precision
 from sharding.mesh import constrain
 
 Params = dict

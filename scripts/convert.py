@@ -128,15 +128,15 @@ def main(args: Command):
 
 
 def from_hf(args: FromHf):
-    from model import checkpoint, hf
+    from model import checkpoint, hf, weights
 
-    folder, commit = hf.local_folder(args.src, HUB_FILES, args.revision)
+    folder, commit = weights.local_folder(args.src, HUB_FILES, args.revision)
     path = epath.Path(folder)
     hf.read_config(folder)  # refuse before the weights are hashed
     if not (path / "tokenizer_config.json").exists():
         raise UserError(f"{folder}: tokenizer_config.json is missing: download it too")
     read = [
-        *hf.weight_files(folder),
+        *weights.weight_files(folder),
         path / "config.json",
         path / "generation_config.json",
         *(path / name for name in checkpoint.TOKENIZER_FILES),

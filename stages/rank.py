@@ -29,8 +29,10 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from model.rankers.comparisons import Ranking, Report
-from model.rankers.opening import Request, as_comparison, open_ranker
+from model.rankers.comparisons import Report
+from model.rankers.opening import open_ranker
+from model.rankers.pairwise import as_comparison
+from model.rankers.ranking import Ranking, Request
 from sharding.errors import UserError
 from sharding.watch import Flags
 from stages.files.output import Manifest, Output, read_lineage, read_manifest
@@ -58,8 +60,8 @@ class Args(Flags):
     """PairRM: our implementation (jax, the default) or llm-blender's own, on the host."""
     device: Literal["accelerator", "host"] | None = None
     """PairRM: computed on all accelerators that this process has (the default), or on the host."""
-    dtype: Literal["fp32", "bf16"] | None = None
-    """PairRM: of the computation; default fp32."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """PairRM: of the computation; default float32."""
     overwrite: bool = False
     """Replace an --out that is there."""
 
@@ -71,7 +73,7 @@ PAIRRM = {
     "aggregation": "max_logits",
     "backend": "jax",
     "device": "accelerator",
-    "dtype": "fp32",
+    "dtype": "float32",
 }
 
 

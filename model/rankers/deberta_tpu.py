@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.attention import matmul_precision
+from model.precision import matmul_precision
 
 BLOCK = 128  # queries at a time, and keys in position to content: the width of a vector register
 LONGEST = 2048  # tokens; VMEM holds a head's keys, values and tables of such a sequence

@@ -157,7 +157,8 @@ def our_worker(pipe, folder: str):
     import jax.numpy as jnp
 
     from model.rankers import deberta, pairrm
-    from model.rankers.opening import PairwiseRanker, Request
+    from model.rankers.pairwise import PairwiseRanker
+    from model.rankers.ranking import Request
 
     model = pairrm.PairRM(folder)
     config, params = model.config.encoder, model.copies[0]["encoder"]

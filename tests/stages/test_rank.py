@@ -97,7 +97,7 @@ def test_the_manifest_records_what_the_run_reports(folder):
         "comparisons": "full",
         "aggregation": "max_logits",
         "backend": "jax",
-        "dtype": "fp32",
+        "dtype": "float32",
     }
     results = found["results"]
     # Pairs of different answers: 3 of a, 5 of b, 1 of turns, 3 of c.

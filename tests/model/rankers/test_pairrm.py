@@ -11,9 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from model.config import deberta_from_hf
 from model.rankers import deberta, deberta_tpu, pairrm
 from model.rankers.blender import BlenderRanker
+from model.rankers.deberta import from_hf as deberta_from_hf
 from model.rankers.pairrm import MARKERS, PairRM, open_folder
 from scripts.plan import programs
 from scripts.plan.arithmetic import PAIRRM
