@@ -167,7 +167,7 @@ def test_bubble_and_max_wins_agree_with_the_full_matrix(folder):
         ("{0}/pairrm", ["--comparisons", "bubble", "--aggregation", "max_wins"], "bubble"),
         ("{0}/reward.py:reward", ["--backend", "jax"], "--backend is for PairRM"),
         ("{0}/reward.py", [], "FILE.py:FUNCTION"),
-        ("{0}/pairrm", ["--backend", "llm-blender", "--dtype", "bf16"], "--dtype is for"),
+        ("{0}/pairrm", ["--backend", "llm-blender", "--dtype", "bfloat16"], "--dtype is for"),
     ],
 )
 def test_a_wrong_ranker_or_flag_is_told_in_one_line(folder, capsys, ranker, flags, words):
