@@ -163,7 +163,7 @@ def mesh_of(sizes: tuple[int, int, int], chips: int) -> Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoder:
+class DecoderCost:
     """Counts of a DecoderConfig."""
 
     config: DecoderConfig
@@ -212,10 +212,10 @@ class Decoder:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingCost:
     """One run of stages.sample."""
 
-    decoder: Decoder
+    decoder: DecoderCost
     args: sample.Args
     lengths: Lengths
     prompts: int
@@ -347,7 +347,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranking:
+class RankingCost:
     """One run of stages.rank with PairRM, a copy on each chip."""
 
     args: rank.Args
@@ -358,7 +358,7 @@ class Ranking:
 
     @property
     def dtype(self) -> str:
-        return self.args.dtype or "fp32"
+        return self.args.dtype or "float32"
 
     @property
     def comparisons(self) -> int:
@@ -426,10 +426,10 @@ class Ranking:
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class TrainingCost:
     """One run of stages.dpo."""
 
-    decoder: Decoder
+    decoder: DecoderCost
     args: dpo.Args
     lengths: Lengths
     pairs: int

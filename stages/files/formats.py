@@ -20,6 +20,7 @@ from scripts import cards
 from sharding.errors import UserError
 from stages.files.output import Manifest, Output
 from stages.files.paths import file_sha256, local_path, publish, text_sha256, write_atomically
+from stages.files.provenance import provenance
 from stages.files.rows import field, read_rows
 from stages.files.run import stop_signal
 
@@ -59,7 +60,7 @@ def write_split(pairs: str, directory: str, split: str, overwrite: bool = False)
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{local_path(path)}.tmp"
     rows = 0
-    known = {SOURCE: source, PROVENANCE: json.dumps(cards.provenance(pairs)).encode()}
+    known = {SOURCE: source, PROVENANCE: json.dumps(provenance(pairs)).encode()}
     with pq.ParquetWriter(temporary, SCHEMA.with_metadata(known)) as writer:
         for batch in _batches(pairs):
             writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
