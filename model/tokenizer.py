@@ -24,6 +24,9 @@ import re
 import tempfile
 from collections.abc import Iterable
 
+# Only transformers' tokenizers are used: it need not say that PyTorch is missing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 import jinja2
 import sentencepiece
 from etils import epath
