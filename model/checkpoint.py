@@ -97,20 +97,24 @@ def copy_tokenizer(source: str, folder: epath.Path) -> None:
 
 
 def is_taken(folder: str) -> bool:
-    """Whether something exists at `folder` that must not be replaced."""
-    path = epath.Path(folder)
-    if not _in_object_store(path) or not (path / MARK).exists():
+    """Whether something exists at `folder` that must not be replaced. Raises UserError if something
+    that we did not make stands where the folder would be written."""
+    path, unfinished = epath.Path(folder), _unfinished_folder(folder)
+    if unfinished != path:
+        if unfinished.exists() and not _is_leftover(unfinished):
+            raise UserError(
+                f"{unfinished} is in the way: move it, or choose another name than {folder}"
+            )
         return path.exists()
-    return (path / MANIFEST).exists()  # complete: only the mark was not removed any more
+    # A killed process may have written all but not yet removed its mark.
+    return path.exists() and ((path / MANIFEST).exists() or not _is_leftover(path))
 
 
 def begin_folder(folder: str) -> epath.Path:
-    """An empty folder with our mark, to write what `finish_folder` then puts in its place. A
-    leftover with our mark is removed. Raises UserError if something else stands there."""
+    """An empty folder with our mark, to write what `finish_folder` then puts in its place.
+    `is_taken` must be false; a leftover of ours is removed."""
     path = _unfinished_folder(folder)
     if path.exists():
-        if not (path.is_dir() and ((path / MARK).exists() or not any(path.iterdir()))):
-            raise UserError(f"{path} is in the way: move it, or choose another name than {folder}")
         path.rmtree()
     path.mkdir(parents=True)
     (path / MARK).write_text("This folder is being written, or the process was ended meanwhile.\n")
@@ -122,6 +126,11 @@ def finish_folder(unfinished: epath.Path, folder: str) -> None:
     if unfinished != path:
         unfinished.rename(path)
     (path / MARK).unlink()
+
+
+def _is_leftover(path: epath.Path) -> bool:
+    """Whether a killed process of ours left this folder, which may still be empty."""
+    return path.is_dir() and ((path / MARK).exists() or not any(path.iterdir()))
 
 
 def _unfinished_folder(folder: str) -> epath.Path:
@@ -162,7 +171,7 @@ def read_manifest(folder: str) -> dict:
 
 
 def identity(folder: str) -> str:
-    """The identity of the checkpoint's parameters: equal where every weight is."""
+    """The identity of the checkpoint's parameters: equal if and only if all weights are."""
     return read_manifest(folder)["identity"]
 
 
@@ -265,22 +274,22 @@ def load_state(folder: str, abstract):
 
 @contextlib.contextmanager
 def _orbax(tree, partial: bool = False):
-    """Orbax set to hold little beside `tree`: its defaults keep a second copy of everything.
+    """Orbax set to hold little beside `tree`; its defaults keep a second copy of everything.
 
-    Host arrays are not copied first (nothing changes them: we wait); chunks of 64 MB go straight
-    to files of their own, where OCDBT gathers all of them in memory until the end; no more than
-    the largest array is read ahead. `partial`: a tree of some of the arrays may be loaded.
+    Host arrays are not copied first: we wait, so nothing changes them. Chunks of 64 MB go straight
+    to files of their own; OCDBT would gather all of them in memory until the end. No more than the
+    largest array is read ahead. `partial`: the tree may be a part of what was saved.
     """
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_ocdbt = False
     context.array.saving.use_compression = False  # trained fp32 weights shrink by 7%, for seconds
     context.array.saving.storage_options.chunk_byte_size = 64 * 2**20
-    # Array by array the sizes are np.prod's: what an abstract array has no nbytes for.
+    # From the shapes, since an abstract array has no nbytes.
     largest = max((4 * int(np.prod(x.shape)) for x in jax.tree.leaves(tree)), default=0)
     context.memory.read_concurrent_bytes = max(2**30, largest + 2**20)
     context.pytree.loading.partial_load = partial
-    logger = logging.getLogger("absl")  # warns at every save and load that there is no OCDBT
+    logger = logging.getLogger("absl")  # warns at every save and load that OCDBT is not used
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -296,13 +305,14 @@ def _orbax(tree, partial: bool = False):
 def fingerprint(params) -> str:
     """A 64-hex identity of a tree of arrays: its paths, shapes and every bit of its fp32 values.
 
-    Computed where the arrays lie, in integer sums that no order of devices can change; two trees
-    that differ in one bit differ here. Not cryptographic: it detects mistakes, not forgery.
+    Computed on the devices that hold the arrays, in integer sums, which do not depend on the order
+    of the devices. Two trees that differ in one bit have different identities. Not cryptographic:
+    it detects mistakes, not forgery.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda x: str(x[0])):
         name = "/".join(str(key.key) for key in path)
-        # Stacked leaves layer by layer: the mixed bits of a whole one would take four times its
+        # Stacked leaves go layer by layer: the mixed bits of a whole leaf would take four times its
         # size, and a numpy leaf a copy besides.
         slices = leaf if leaf.ndim > 2 else [leaf]
         size = int(np.prod(leaf.shape)) // len(slices)
@@ -316,8 +326,8 @@ def fingerprint(params) -> str:
 
 @jax.jit
 def _lanes(x: jax.Array, first: jax.Array) -> jax.Array:
-    """Four sums modulo 2³² of a mix of each value's bits with its index, which counts on from
-    `first` (modulo 2³²): uint32 [4]."""
+    """Four sums modulo 2³² over a mix of each value's bits with its index, uint32 [4]. Indices
+    count from `first`, modulo 2³²."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
@@ -326,7 +336,7 @@ def _lanes(x: jax.Array, first: jax.Array) -> jax.Array:
         )
     index += first
     mixed = _mix(index ^ jnp.uint32(0x9E3779B9)) ^ bits
-    # One lane after the other: together they would take four times the memory.
+    # One lane after the other, since all together would take four times the memory.
     lanes = jnp.arange(1, 5, dtype=jnp.uint32)
     sums = jax.lax.map(lambda lane: jnp.sum(_mix(mixed + lane), dtype=jnp.uint32), lanes)
     return constrain(sums, None)  # whole in every process

@@ -43,7 +43,7 @@ class DecoderConfig:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
-    sliding_window: int | None = None  # a query sees this many positions, its own included
+    sliding_window: int | None = None  # how many positions a query sees, its own included
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)

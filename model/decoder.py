@@ -252,7 +252,8 @@ def forward(
     def attend(q_btnh, k_btkh, v_btkh):
         if layout is None:
             return attention(q_btnh, *_cache_layout(k_btkh, v_btkh), seen_bts), None
-        q, k, v = (_rows(unfold(x, *places)) for x in (q_btnh, k_btkh, v_btkh))
+        unfolded = (unfold(x, *places) for x in (q_btnh, k_btkh, v_btkh))
+        q, k, v = (constrain(x, "batch", "length", "heads", "head_dim") for x in unfolded)
         return fold(attention(q, *_cache_layout(k, v), seen_bts), *places), None
 
     def body(x_btd, w):
@@ -263,10 +264,6 @@ def forward(
     body = jax.checkpoint(body, policy=keep[remat])
     x_btd, _ = jax.lax.scan(body, x_btd, params["layers"])
     return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps)
-
-
-def _rows(x_btnh: jax.Array) -> jax.Array:
-    return constrain(x_btnh, "batch", "length", "heads", "head_dim")
 
 
 def _same_segment(config: DecoderConfig, layout: dict[str, jax.Array]) -> jax.Array:

@@ -33,9 +33,9 @@ from model.packing import coarse_bucket
 from sharding.errors import UserError
 from sharding.mesh import constrain
 
-STEPS_PER_CALL = 32  # at most so many decode steps before the host looks at the answers
-PREFILL_TOKENS = 512  # at most so many in a row of several prompts
-PREFILL_PROMPTS = 8  # at most so many in a row; a power of two: few numbers to compile
+STEPS_PER_CALL = 32  # the most decode steps before the host looks at the answers
+PREFILL_TOKENS = 512  # the most tokens in a row of several prompts
+PREFILL_PROMPTS = 8  # the most prompts in a row; a power of two: few numbers to compile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,7 +116,7 @@ def _byte_level(value: Value, ids: dict[str, int]) -> Tokenizer:
         [tuple(merge.split(" ")) for merge in merges],
         continuing_subword_prefix="",
         end_of_word_suffix="",
-        ignore_merges=pattern is not None,  # those models take a word that is a token as it is
+        ignore_merges=pattern is not None,  # these models take a word as it is if it is a token
     )
     tokenizer = Tokenizer(bpe)
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)

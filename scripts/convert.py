@@ -249,7 +249,7 @@ def _is_finished(folder: str, origin: dict) -> bool:
     """Whether `folder` is this very conversion; UserError where it is anything else."""
     from model import checkpoint
 
-    if not epath.Path(folder).exists():
+    if not checkpoint.is_taken(folder):
         return False
     there = checkpoint.read_manifest(folder)
     if there["origin"] != origin:

@@ -145,11 +145,11 @@ class PairRM:
         self,
         folder: str,
         dtype=jnp.float32,
-        tokens_a_batch: int | None = None,
+        tokens_per_batch: int | None = None,
         devices: list[jax.Device] | None = None,
     ):
         """folder: as the hub holds it, or its hub id. dtype: of the encoder, float32 or bfloat16.
-        tokens_a_batch: about how many tokens one call computes (a longer comparison goes alone);
+        tokens_per_batch: about how many tokens one call computes (a longer comparison goes alone);
         default: as many as suit a CPU's cache, or keep an accelerator busy. devices: default all
         of this process; on CPU only one, since all of them are the same cores."""
         self._files, self._dtype = open_folder(folder), dtype
@@ -159,7 +159,7 @@ class PairRM:
         self._on_cpu = here[0].platform == "cpu"
         self.devices = devices or (here[:1] if self._on_cpu else here)
         self._kernel = deberta_tpu.runs_on(self.devices[0].device_kind)
-        self.tokens_a_batch = tokens_a_batch or (1024 if self._on_cpu else 16384)
+        self.tokens_per_batch = tokens_per_batch or (1024 if self._on_cpu else 16384)
         # Batches computed at the same time, each on one device. On two cores, two batches at the
         # same time take a seventh less than one after the other: some of XLA's work uses one core.
         cores = min(8, os.cpu_count() or 1) if self._on_cpu else 1
@@ -189,7 +189,7 @@ class PairRM:
             batch, arrays = batch_and_arrays
             number = free.get()
             try:
-                with jax.default_device(self.devices[number]):
+                with jax.default_device(self.devices[number]):  # the batch goes there too
                     logits_b = compare(
                         copies[number], self.config, *map(jnp.asarray, arrays), kernel=self._kernel
                     )
@@ -217,7 +217,7 @@ class PairRM:
         """Whether these make 8 batches per device: enough to put comparisons of similar length
         together, and not so many that much is lost when a run is stopped."""
         tokens = sum(e.length(i, j) for e, i, j in comparisons)
-        return tokens >= 8 * self.tokens_a_batch * len(self.devices)
+        return tokens >= 8 * self.tokens_per_batch * len(self.devices)
 
     def _padded(self, length: int) -> int:
         """The length to compile for: on CPU many lengths, since compiling costs less than a
@@ -229,9 +229,9 @@ class PairRM:
     def batches(self, comparisons: list[Comparison]):
         """(indices, (tokens_bt, lengths_b, markers_br)) of batches of one padded length each.
 
-        A batch has as many comparisons as `tokens_a_batch` allows, rounded down to a power of two:
-        few shapes to compile, and no row is padding. On accelerators, where compiling takes longer
-        than computing, all batches of a length have the same number of rows; the last batch is
+        A batch has as many comparisons as `tokens_per_batch` allows, rounded down to a power of
+        two: few shapes to compile, and no row is padding. On accelerators compiling takes longer
+        than computing; there all batches of a length have the same number of rows, the last batch
         filled up with its first comparison.
         """
         by_length: dict[int, list[int]] = {}
@@ -240,7 +240,7 @@ class PairRM:
         for length in sorted(by_length, reverse=True):
             waiting = by_length[length]
             while waiting:
-                most = max(1, self.tokens_a_batch // length)
+                most = max(1, self.tokens_per_batch // length)
                 if self._on_cpu:
                     most = min(len(waiting), most)
                 rows = 1 << (most.bit_length() - 1)
