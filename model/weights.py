@@ -15,6 +15,7 @@ import dataclasses
 import fnmatch
 import json
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -219,6 +220,8 @@ def write_tensors(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:
     metadata = {"format": "pt"}  # what transformers expects
     if "://" not in str(path):
         save_file(tensors, str(path), metadata)
+        # safetensors lets only the owner read; the folder says who may.
+        os.chmod(path, os.stat(path.parent).st_mode & 0o666)
         return
     with tempfile.TemporaryDirectory() as local:
         save_file(tensors, f"{local}/{path.name}", metadata)
