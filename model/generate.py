@@ -247,9 +247,7 @@ class Sampler:
         self._release = jax.jit(_release, donate_argnums=0)
 
     def run(
-        self,
-        prompts: Iterable[tuple[str, list[int]]],
-        each_call: Callable[[], None] = lambda: None,
+        self, prompts: Iterable[tuple[str, list[int]]], each_call: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[str, list[Answer]]]:
         """(prompt_id, its n answers in order of their index) for each (prompt_id, token ids).
 

@@ -9,15 +9,7 @@ import json
 from collections.abc import Callable
 
 from etils import epath
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from sharding.errors import UserError
 

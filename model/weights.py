@@ -26,7 +26,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sharding.errors import UserError
+from sharding.errors import UserError, first_line
 
 STORED_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -132,11 +132,6 @@ def _copied(src: str, files: list[str]) -> str:
         if any(fnmatch.fnmatch(file.name, pattern) for pattern in files):
             file.copy(epath.Path(local) / file.name)
     return local
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text that is not blank."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
 def read_json(path: epath.Path) -> dict:

@@ -18,8 +18,7 @@ import transformers.utils.hub
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from model.rankers.pairrm import open_folder, open_tokenizer
-from model.weights import first_line
-from sharding.errors import UserError
+from sharding.errors import UserError, first_line
 
 TEXT_FAILS = "llm-blender fails on this text; --backend jax does not"
 
@@ -82,10 +81,7 @@ class BlenderRanker:
         all_logits = []
         for encoded, i, j in comparisons:
             ids, masks = encoded["candidate_ids"][0], encoded["candidate_attention_mask"][0]
-            with (
-                torch.no_grad(),
-                _one_line(TEXT_FAILS),
-            ):
+            with torch.no_grad(), _one_line(TEXT_FAILS):
                 logits = self.blender.ranker._forward(
                     encoded["source_ids"],
                     encoded["source_attention_mask"],

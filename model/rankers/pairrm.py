@@ -32,28 +32,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from model.packing import bucket
 from model.rankers import deberta, deberta_tpu
-from model.weights import (
-    Slot,
-    check_tensors,
-    first_line,
-    local_folder,
-    read_json,
-    stored_tensors,
-    table_slots,
-)
-from sharding.errors import UserError
+from model.weights import Slot, check_tensors, local_folder, read_json, stored_tensors, table_slots
+from sharding.errors import UserError, first_line
 
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
 SOURCE_LENGTH, CANDIDATE_LENGTH = 1224, 412  # in tokens, with [CLS], the marker and [SEP]
