@@ -33,7 +33,7 @@ from stages.files.run import run_main
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
 
-    from model import checkpoint, gguf, hf
+    from model import checkpoint, gguf, hf, weights
 
 HUB_FILES = (
     "README.md model*.safetensors model.safetensors.index.json *.json *.jinja tokenizer*".split()
@@ -147,13 +147,13 @@ def main(args: Command):
 
 
 def from_hf(args: FromHf):
-    folder, commit = hf.local_folder(args.src, HUB_FILES, args.revision)
+    folder, commit = weights.local_folder(args.src, HUB_FILES, args.revision)
     path = epath.Path(folder)
     hf.read_config(folder)  # refuse before the weights are hashed
     if not (path / "tokenizer_config.json").exists():
         raise UserError(f"{folder}: tokenizer_config.json is missing: download it too")
     files = [
-        *hf.weight_files(folder),
+        *weights.weight_files(folder),
         path / "config.json",
         path / "generation_config.json",
         *(path / name for name in checkpoint.TOKENIZER_FILES),

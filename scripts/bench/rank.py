@@ -154,7 +154,8 @@ def our_worker(pipe, folder: str):
     import jax.numpy as jnp  # here: --help must not wait for JAX
 
     from model.rankers import deberta, pairrm
-    from model.rankers.opening import PairwiseRanker, Request
+    from model.rankers.pairwise import PairwiseRanker
+    from model.rankers.ranking import Request
 
     model = pairrm.PairRM(folder)
     config, params = model.config.encoder, model.copies[0]["encoder"]

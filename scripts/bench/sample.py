@@ -191,7 +191,7 @@ def _step(config, params, sampling, slots: int, length: int) -> dict:
 
     from model import decoder, generate
 
-    steps = generate.STEPS_A_CALL
+    steps = generate.STEPS_PER_CALL
     state = generate._empty(config, slots, length, sampling, jnp.float32)
     state |= {
         "active": jnp.ones(slots, bool),

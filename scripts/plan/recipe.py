@@ -141,7 +141,7 @@ MISTRAL_7B = {
 
 def model_config(source: list[str]):
     """The DecoderConfig of what a recipe's start model is made of (`LoopRecipe.start`)."""
-    from model import config, gguf, hf
+    from model import config, gguf, hf, weights
 
     name = source[4] if source[:3] == ["python", "-m", "scripts.convert"] else source[-2]
     try:
@@ -149,6 +149,8 @@ def model_config(source: list[str]):
             return gguf.read_config(gguf.find(name))
         if name == "mistralai/Mistral-7B-Instruct-v0.2":
             return config.from_hf(MISTRAL_7B)
-        return hf.read_config(hf.local_folder(name, ["config.json", "generation_config.json"])[0])
+        return hf.read_config(
+            weights.local_folder(name, ["config.json", "generation_config.json"])[0]
+        )
     except ValueError as error:
         raise UserError(f"{error}; or name a folder with a config.json by --model") from None

@@ -6,8 +6,9 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from model.rankers.comparisons import Ranking, Report
-from model.rankers.opening import Request, open_ranker
+from model.rankers.comparisons import Report
+from model.rankers.opening import open_ranker
+from model.rankers.ranking import Ranking, Request
 from sharding.errors import UserError
 from sharding.watch import Flags
 from stages.evaluate import difficulty, winrates

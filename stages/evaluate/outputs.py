@@ -11,8 +11,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from model.rankers.comparisons import Ranking
-from model.rankers.opening import Request, open_ranker
+from model.rankers.opening import open_ranker
+from model.rankers.ranking import Ranking, Request
 from sharding.errors import UserError
 from sharding.watch import Flags
 from stages.evaluate.answers import conversation_key
