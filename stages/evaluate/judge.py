@@ -26,8 +26,8 @@ from tqdm import tqdm
 from sharding.errors import UserError
 from stages.evaluate.answers import align, generator_of
 from stages.files.benchmarks import ModelOutput, read_outputs
-from stages.files.output import Manifest, Output
-from stages.files.paths import file_sha256, text_sha256
+from stages.files.output import Manifest, Output, an_input
+from stages.files.paths import text_sha256
 from stages.files.run import stop_signal
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
@@ -88,14 +88,12 @@ def main(args: Judge) -> None:
     names = generator_of(ours, files[0]), generator_of(theirs, files[1])
 
     # ------------------------------------------------------------------------------ output
+    inputs = {"outputs": an_input(args.outputs), "reference": an_input(args.reference)}
     manifest = Manifest(
         stage="evaluate judge",
         arguments={"model": args.model, "response": args.response},
-        inputs={path: file_sha256(path) for path in files},
-        identities={
-            "prompt": text_sha256(template),
-            "outputs": file_sha256(args.outputs),
-        },
+        inputs=inputs,
+        identities={"prompt": text_sha256(template), "outputs": inputs["outputs"]["sha256"]},
     )
     output = Output.open(args.out, manifest, args.overwrite)
     if output.finished:
@@ -135,7 +133,11 @@ def _check(args: Judge) -> None:
         raise UserError(f"--timeout is {args.timeout}: give a number of seconds above 0")
     if not (args.price_per_million >= 0 and math.isfinite(args.price_per_million)):
         raise UserError(f"--price-per-million is {args.price_per_million}: give dollars, from 0 on")
-    if not args.endpoint.startswith(("http://", "https://")):
+    try:
+        scheme = httpx2.URL(args.endpoint).scheme
+    except httpx2.InvalidURL as error:
+        raise UserError(f"--endpoint {args.endpoint}: {error}") from None
+    if scheme not in ("http", "https"):
         raise UserError(f"--endpoint {args.endpoint}: it must begin with http:// or https://")
     if not os.environ.get("OPENAI_API_KEY", "").isascii():
         raise UserError("OPENAI_API_KEY holds other characters than ASCII: copy the key again")
@@ -244,7 +246,7 @@ def ask(
     theirs: ModelOutput,
     stopping: threading.Event,
 ) -> dict:
-    """The judgement of one pair: {reply, preference: 2 where our answer is better, tokens, seconds}."""
+    """One judgement: {reply, preference: 2 where our answer is better, tokens, seconds}."""
     switched = is_switched(ours.key)
     first, second = (ours.text, theirs.text) if switched else (theirs.text, ours.text)
     body = {

@@ -10,7 +10,8 @@ import pytest
 
 from sharding.errors import UserError
 from stages.evaluate import __main__ as evaluate
-from stages.evaluate import benchmarks, overlap, winrates
+from stages.evaluate import overlap, winrates
+from stages.files import benchmarks
 from stages.files.output import Output, read_manifest
 from stages.files.paths import text_sha256
 from stages.files.run import Stopped, run_main
