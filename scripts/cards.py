@@ -1,9 +1,9 @@
 """Model and dataset cards for the hub, filled from the manifests; what these do not say, the card
 says it does not know. Runs without JAX.
 
-`provenance` gathers what the manifests beside a file know of it and of what it was made from; it is
-kept in the checkpoint that a training writes and in each Parquet file, so that a card needs no
-other file. A card ends with the hash of its text: one that a user changed is not written over.
+A checkpoint and each Parquet file carry the manifests of what they were made from
+(stages/files/provenance.py), so that a card needs no other file. A card ends with the hash of its
+text: one that a user changed is not written over.
 """
 
 import json
@@ -14,53 +14,12 @@ from etils import epath
 
 from sharding.errors import UserError
 from stages.files.output import Manifest, read_manifest
-from stages.files.paths import file_sha256, text_sha256, write_atomically
+from stages.files.paths import text_sha256, write_atomically
+from stages.files.provenance import Entry, provenance, short_name
 
 UNKNOWN = "not known"
 MADE = re.compile(r"\n<!-- made from the manifests, sha256 ([0-9a-f]{64}) -->\n\Z")
-Entry = dict  # a manifest of `provenance`
 Rows = Iterable[Iterable[str]]
-
-
-# ---------------------------------------------------------------------- what is known
-
-
-def provenance(path: str) -> list[Entry]:
-    """The manifests of the file `path` and, behind it, of the files it was made of, as far as these
-    are still there: each {"file": name, "sha256", "edited": changed by hand since, and the
-    manifest's fields, `inputs` by name}."""
-    return list(_provenance(path, file_sha256(path)))
-
-
-def _provenance(path: str, sha256: str) -> Iterable[Entry]:
-    manifest = read_manifest(path)
-    if manifest is None:
-        return
-    yield {
-        "file": _name(path),
-        "sha256": sha256,
-        "edited": manifest.results.get("sha256", sha256) != sha256,
-        "stage": manifest.stage,
-        "arguments": manifest.arguments,
-        "inputs": {_name(file): content for file, content in manifest.inputs.items()},
-        "identities": manifest.identities,
-        "counts": manifest.counts,
-        "results": manifest.results,
-    }
-    for file, content in manifest.inputs.items():
-        if _is_remote(file) or not epath.Path(file).exists():
-            continue
-        if file_sha256(file) == content:
-            yield from _provenance(file, content)
-
-
-def _is_remote(path: str) -> bool:
-    return path.startswith("hf://")
-
-
-def _name(path: str) -> str:
-    """Of files their name alone: a card tells the world nothing of a user's folders."""
-    return path if _is_remote(path) else epath.Path(path).name
 
 
 def source_of_hf(folder: str, src: str, commit: str | None) -> dict:
@@ -289,8 +248,8 @@ def _models_of(file: str, manifest: Manifest) -> tuple[str | None, str | None]:
 def _compare(found: dict, _: str | None, baseline: str | None) -> list[str]:
     controlled = found["length_controlled_win_rate"]
     return [
-        baseline or _name(found["generators"][1]),
-        _name(found["ranker"]),
+        baseline or short_name(found["generators"][1]),
+        short_name(found["ranker"]),
         str(found["n"]),
         _rate(found["win_rate"], *found["interval"]),
         UNKNOWN if controlled is None else f"{controlled:.1%}",
@@ -313,7 +272,7 @@ def _kl(found: dict, sampler: str | None, model: str | None) -> list[str]:
     a_token, error = found["kl_per_token"], found["standard_error"]
     return [
         f"{sampler or UNKNOWN} ‖ {model}",
-        _name(found["samples"]),
+        short_name(found["samples"]),
         str(found["prompts"]),
         f"{a_token:.4f}" + ("" if error is None else f" ± {error:.2g}"),
     ]

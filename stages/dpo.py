@@ -34,12 +34,12 @@ from tqdm import tqdm
 
 from model.ahead import ahead
 from model.packing import Sequence, pack
-from scripts.cards import provenance
 from sharding.errors import UserError
 from sharding.watch import Flags
 from stages.files.examples import Example, read_pairs
 from stages.files.output import Manifest, read_lineage
 from stages.files.paths import file_sha256, is_remote
+from stages.files.provenance import provenance
 from stages.files.run import STOPPED_TOGETHER, Stopped, run_main, stop_signal
 from stages.files.work import Work, save_array
 

@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 from etils import epath
 
+from scripts.report import graph as lineage
 from sharding.errors import UserError
 from stages.evaluate.answers import conversation_key
 from stages.evaluate.winrates import standard_error
-from stages.files import provenance as lineage
 from stages.files.rows import Row, messages_of, read_rows
 
 Z = 1.959964  # 97.5% quantile of the normal distribution

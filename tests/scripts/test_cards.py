@@ -14,6 +14,7 @@ from sharding.errors import UserError
 from stages import pairs
 from stages.files.output import Manifest, manifest_path
 from stages.files.paths import file_sha256
+from stages.files.provenance import provenance
 from stages.files.run import run_main
 from tests import tiny
 from tests.model.rankers.test_lengths import ranked
@@ -93,7 +94,7 @@ def second(tmp_path) -> dict:
         "source": SOURCE,
         "origin": {"stage": "convert", "inputs": {"model.safetensors": "?"}},
     }
-    data = cards.provenance(pairs_of(tmp_path))
+    data = provenance(pairs_of(tmp_path))
     return trained(trained(start, data, "m2"), [], "m3")
 
 
@@ -162,17 +163,17 @@ def test_of_a_model_of_which_nothing_is_known_nothing_is_told():
 
 def test_data_that_was_edited_or_is_gone_is_said_so(tmp_path):
     file = pairs_of(tmp_path)
-    assert [e["stage"] for e in cards.provenance(file)] == [
+    assert [e["stage"] for e in provenance(file)] == [
         "pairs",
         "rank",
         "sample",
         "prompts-from-parquet",
     ]
     (tmp_path / "samples.jsonl").write_text("another")  # no longer what was ranked
-    assert [e["stage"] for e in cards.provenance(file)] == ["pairs", "rank"]
+    assert [e["stage"] for e in provenance(file)] == ["pairs", "rank"]
     with open(file, "a") as opened:
         opened.write("y")
-    edited = cards.provenance(file)
+    edited = provenance(file)
     assert [e["edited"] for e in edited] == [True, False]
     assert (
         "edited by hand"
@@ -186,7 +187,7 @@ def test_data_that_was_edited_or_is_gone_is_said_so(tmp_path):
             "pairs",
         )[0]
     )
-    assert cards.provenance(__file__) == []
+    assert provenance(__file__) == []
 
 
 # ---------------------------------------------------------------------- results
@@ -399,7 +400,7 @@ def test_a_card_that_the_user_changed_keeps_its_words_and_learns_the_splits(tmp_
 
 
 def test_pairs_of_a_known_ranker_and_model_are_told_in_the_datasets_card(tmp_path):
-    data = cards.provenance(pairs_of(tmp_path))
+    data = provenance(pairs_of(tmp_path))
     split = {"name": "train", "path": "data/x", "rows": 3, "bytes": 10, "num_bytes": 9}
     features = datasets.Features({"prompt": datasets.Value("string")})
     _, card = cards.dataset_card(

@@ -12,9 +12,9 @@ import pytest
 from scripts import table
 from scripts.report import __main__ as report
 from scripts.report import gather, tables
+from scripts.report import graph as lineage
 from stages import pairs, rank
 from stages.evaluate import compare
-from stages.files import provenance as lineage
 from stages.files.output import Manifest, Output
 from stages.files.paths import file_sha256, text_sha256
 from stages.files.run import run_main
