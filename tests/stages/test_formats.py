@@ -12,7 +12,7 @@ import pytest
 from scripts import convert
 from sharding.errors import UserError
 from stages import pairs
-from stages.files import formats as parquet
+from stages.files import formats
 from stages.files.output import read_manifest
 from stages.files.paths import file_sha256, text_sha256
 from stages.files.run import Stopped, run_main
@@ -55,11 +55,9 @@ def read(path) -> list[dict]:
 def make(tmp_path: Path, iteration: int, n: int = 30) -> Path:
     out = tmp_path / f"pairs_{iteration}.jsonl"
     source = ranked(tmp_path / f"ranked_{iteration}.jsonl", n)
-    pairs.main(
-        pairs.Args(
-            str(source), str(out), test_count=5, parquet=str(tmp_path / "hub"), iteration=iteration
-        )
-    )
+    pairs.main(pairs.Args(str(source), str(out), test_count=5))
+    for split, path in (("train", out), ("test", out.with_suffix(".test.jsonl"))):
+        formats.write_split(str(path), str(tmp_path / "hub"), f"{split}_iteration_{iteration}")
     return out
 
 
@@ -106,7 +104,7 @@ def test_datasets_reads_the_published_columns_and_the_splits_from_the_names(tmp_
 def test_written_files_are_whole_and_belong_to_their_pairs(tmp_path, capsys):
     out = make(tmp_path, 1)
     folder = tmp_path / "hub"
-    path = Path(parquet.write_split(str(out), str(folder), "train_iteration_1"))
+    path = Path(formats.write_split(str(out), str(folder), "train_iteration_1"))
     assert "finished already" in capsys.readouterr().out
     assert sorted(p.name for p in path.parent.iterdir()) == [
         "test_iteration_1-00000-of-00001.parquet",
@@ -115,13 +113,13 @@ def test_written_files_are_whole_and_belong_to_their_pairs(tmp_path, capsys):
     with out.open("a") as file:
         file.write(out.read_text().split("\n")[0] + "\n")
     with pytest.raises(UserError, match="exists from other pairs"):
-        parquet.write_split(str(out), str(folder), "train_iteration_1")
-    parquet.write_split(str(out), str(folder), "train_iteration_1", overwrite=True)
+        formats.write_split(str(out), str(folder), "train_iteration_1")
+    formats.write_split(str(out), str(folder), "train_iteration_1", overwrite=True)
     assert pq.read_metadata(path).num_rows == 26
 
 
 def test_large_files_are_written_in_groups_of_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(formats, "ROWS_AT_ONCE", 7)
     out = make(tmp_path, 1, 30)
     file = pq.ParquetFile(tmp_path / "hub" / "data" / "train_iteration_1-00000-of-00001.parquet")
     assert file.num_row_groups == 4
@@ -134,7 +132,7 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(tmp_path):
         "half \ud83d", prompt_id="i", all_generated_responses=["\ud83d"], all_rm_scores=[1.0]
     )
     source.write_text(json.dumps(row) + "\n")
-    path = parquet.write_split(str(source), str(tmp_path), "train")
+    path = formats.write_split(str(source), str(tmp_path), "train")
     (stored,) = pq.read_table(path).to_pylist()
     assert stored["prompt"] == "half \ufffd" and stored["all_generated_responses"] == ["\ufffd"]
 
@@ -143,7 +141,7 @@ def test_pairs_without_the_published_columns_are_refused(tmp_path):
     source = tmp_path / "pairs.jsonl"
     source.write_text(json.dumps(pair(prompt_id="i")) + "\n")
     with pytest.raises(UserError, match="line 1: field 'all_generated_responses' is missing"):
-        parquet.write_split(str(source), str(tmp_path), "train")
+        formats.write_split(str(source), str(tmp_path), "train")
     assert not list(tmp_path.rglob("*.parquet"))
 
 
@@ -153,9 +151,9 @@ def test_pairs_without_the_published_columns_are_refused(tmp_path):
 def test_pairs_come_back_as_they_were(tmp_path):
     out = make(tmp_path, 1)
     back = tmp_path / "back.jsonl"
-    parquet.read_dataset(str(tmp_path / "hub"), str(back), "train_iteration_1")
+    formats.read_dataset(str(tmp_path / "hub"), str(back), "train_iteration_1")
     test = tmp_path / "test.jsonl"
-    parquet.read_dataset(str(tmp_path / "hub"), str(test), "test_iteration_1")
+    formats.read_dataset(str(tmp_path / "hub"), str(test), "test_iteration_1")
     known = {*PUBLISHED, "messages", "chosen_index", "rejected_index"}
     for original, copy in ((out, back), (out.with_suffix(".test.jsonl"), test)):
         expected = [{k: v for k, v in row.items() if k in known} for row in read(original)]
@@ -163,7 +161,8 @@ def test_pairs_come_back_as_they_were(tmp_path):
             assert ("messages" in row) == (len(row["chosen"]) > 2)
         assert read(copy) == expected
     manifest = read_manifest(str(back))
-    (path, digest), *_ = manifest.inputs.items()
+    (entry,) = manifest.inputs.values()
+    path, digest = entry["path"], entry["sha256"]
     assert path.endswith("train_iteration_1-00000-of-00001.parquet")
     assert digest == file_sha256(path)
     assert manifest.counts == {"in": 25, "out": 25}
@@ -171,7 +170,7 @@ def test_pairs_come_back_as_they_were(tmp_path):
 
 def test_other_columns_are_carried(tmp_path):
     rows = [pair(score_chosen=7.5, messages=[{"role": "user", "content": "q"}], tags=["a", None])]
-    parquet.read_dataset(write(tmp_path / "d", rows), str(tmp_path / "o.jsonl"))
+    formats.read_dataset(write(tmp_path / "d", rows), str(tmp_path / "o.jsonl"))
     (row,) = read(tmp_path / "o.jsonl")
     assert row["score_chosen"] == 7.5 and row["tags"] == ["a", None]
     assert row["source_messages"] == rows[0]["messages"] and "messages" not in row
@@ -180,7 +179,7 @@ def test_other_columns_are_carried(tmp_path):
 
 def test_answers_alone_get_their_prompt(tmp_path):
     row = {k: v[1:] if isinstance(v, list) else v for k, v in pair().items()}
-    parquet.read_dataset(write(tmp_path / "d", [row]), str(tmp_path / "o.jsonl"))
+    formats.read_dataset(write(tmp_path / "d", [row]), str(tmp_path / "o.jsonl"))
     (read_back,) = read(tmp_path / "o.jsonl")
     assert read_back == {"prompt_id": text_sha256("q")} | pair()
 
@@ -201,7 +200,7 @@ def test_unusable_rows_are_set_aside_and_repeated_ones_merged(tmp_path):
         other | {"prompt_id": "4"},
         blank | {"prompt_id": "5"},
     ]
-    parquet.read_dataset(write(tmp_path / "d", rows), str(tmp_path / "o.jsonl"))
+    formats.read_dataset(write(tmp_path / "d", rows), str(tmp_path / "o.jsonl"))
     assert [row["prompt_id"] for row in read(tmp_path / "o.jsonl")] == ["1", "1#2"]
     assert read_manifest(str(tmp_path / "o.jsonl")).counts == {
         "in": 8,
@@ -218,7 +217,7 @@ def test_prompts_alone(tmp_path):
     rows = [pair("a", prompt_id="x"), pair("b", prompt_id="y"), pair("a", prompt_id="x")]
     rows.append(pair("  ", prompt_id="z"))
     folder = write(tmp_path / "d", rows)
-    parquet.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"))
+    formats.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"))
     assert read(tmp_path / "p.jsonl") == [
         {"prompt_id": "x", "prompt": "a"},
         {"prompt_id": "y", "prompt": "b"},
@@ -228,15 +227,15 @@ def test_prompts_alone(tmp_path):
     assert counts["set aside: the prompt is empty"] == 1
     write(tmp_path / "d", [{"prompt": "a"}])
     with pytest.raises(UserError, match="exists from other arguments"):
-        parquet.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"))
-    parquet.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"), overwrite=True)
+        formats.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"))
+    formats.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"), overwrite=True)
     assert read(tmp_path / "p.jsonl")[0]["prompt_id"] == text_sha256("a")
 
 
 def test_a_stopped_reading_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     make(tmp_path, 1)
     arguments = (str(tmp_path / "hub"), str(tmp_path / "o.jsonl"), "train_iteration_1")
-    original, calls = parquet._pair, []
+    original, calls = formats._pair, []
 
     def stopping(*args):
         calls.append(1)
@@ -245,10 +244,10 @@ def test_a_stopped_reading_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
         return original(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(parquet, "_pair", stopping)
-        parquet.read_dataset(*arguments)
-    parquet.read_dataset(*arguments)
-    parquet.read_dataset(arguments[0], str(tmp_path / "whole.jsonl"), arguments[2])
+        patch.setattr(formats, "_pair", stopping)
+        formats.read_dataset(*arguments)
+    formats.read_dataset(*arguments)
+    formats.read_dataset(arguments[0], str(tmp_path / "whole.jsonl"), arguments[2])
     assert (tmp_path / "o.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -262,7 +261,7 @@ class Convert:
     split: str | None = None
 
 
-def refused(capsys, source, out, split=None, reader=parquet.read_dataset) -> str:
+def refused(capsys, source, out, split=None, reader=formats.read_dataset) -> str:
     def convert(args: Convert):
         reader(args.source, args.out, args.split)
 
@@ -275,7 +274,7 @@ def refused(capsys, source, out, split=None, reader=parquet.read_dataset) -> str
     return stderr
 
 
-@pytest.mark.parametrize("reader", [parquet.read_dataset, parquet.read_prompts_dataset])
+@pytest.mark.parametrize("reader", [formats.read_dataset, formats.read_prompts_dataset])
 def test_missing_folders_splits_and_columns_are_named(tmp_path, capsys, reader):
     out = tmp_path / "out.jsonl"
     make(tmp_path, 1)
@@ -315,7 +314,7 @@ def test_unreadable_rows_are_named(tmp_path, capsys, row, message):
 def test_one_id_with_two_prompts_is_named(tmp_path, capsys):
     folder = write(tmp_path / "d", [{"prompt": p, "prompt_id": "i"} for p in "ab"])
     out = tmp_path / "out.jsonl"
-    message = refused(capsys, folder, out, reader=parquet.read_prompts_dataset)
+    message = refused(capsys, folder, out, reader=formats.read_prompts_dataset)
     assert "row 2: prompt_id 'i' stood above with another prompt" in message
 
 
