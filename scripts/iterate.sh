@@ -123,7 +123,7 @@ fetched() { # COMMAND… FILE: make FILE by `COMMAND… FILE`, once and whole
 prepare() { # the held-out prompts and the start model; can the run go on to its end
   fetched heldout_prompts "$run/heldout.jsonl"
   [[ -d $run/start/checkpoint ]] || start_model "$run/start/checkpoint"
-  python -m scripts.table ready "$run" --iterations "$ITERATIONS" --ranker "$RANKER"
+  python -m scripts.ready "$run" --iterations "$ITERATIONS" --ranker "$RANKER"
 }
 evaluate() { # CHECKPOINT FOLDER: answers to the held-out prompts, scored
   python -m stages.sample --checkpoint "$1" --prompts "$run/heldout.jsonl" \
@@ -137,17 +137,12 @@ compare() { # FOLDER OTHER NAME: its held-out answers against OTHER's, and how f
   python -m stages.evaluate kl --checkpoint "$2/checkpoint" --samples "$1/heldout.samples.jsonl" \
     --out "$1/kl_to_$3.json" $KL
 }
-show() { # what the run is worth so far
-  python -m scripts.table show "$run"
-  python -m scripts.report "$run"
-}
 finish() { # the last model for transformers, and what to know of the run
   [[ -d $run/final-hf ]] || python -m scripts.convert to-hf "$model" "$run/final-hf" \
     --base "$run/start/checkpoint" --results "$it/against_start.json" "$it/kl_to_start.json" \
     ${EXPORT_DTYPE:+--dtype "$EXPORT_DTYPE"}
   {
-    python -m scripts.table show "$run" --terms
-    echo "All of it, and the answers side by side: $run/report.html"
+    python -m scripts.report "$run" --terms
     echo "The last model, for transformers:"
     echo "  AutoModelForCausalLM.from_pretrained(\"$run/final-hf\")"
   } | tee "$run/finished.new"
@@ -182,7 +177,7 @@ for ((k = 1; k <= ITERATIONS; k++)); do
   say "iteration $k of $ITERATIONS: against the start and the iteration before"
   compare "$it" "$run/start" start
   [[ $k == 1 ]] || compare "$it" "$run/iteration_$((k - 1))" previous
-  once show
+  once python -m scripts.report "$run"
 done
 
 say "export"

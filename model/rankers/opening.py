@@ -203,7 +203,7 @@ def open_ranker(
     aggregation: Aggregation = "max_logits",
     backend: Literal["jax", "llm-blender"] = "jax",
     device: Literal["accelerator", "host"] = "accelerator",
-    dtype: Literal["fp32", "bf16"] = "fp32",
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> FunctionRanker | PairwiseRanker:
     """Open FILE.py:FUNCTION, or the PairRM in a folder or under a hub id, to which all but `name`
     apply and whose weights are loaded only when they are needed. Raises UserError."""
@@ -227,7 +227,7 @@ def open_ranker(
 
             if device == "host":
                 jax.config.update("jax_platforms", "cpu")  # leave the accelerator alone
-            model = PairRM(name, dtype=jnp.float32 if dtype == "fp32" else jnp.bfloat16)
+            model = PairRM(name, dtype=jnp.dtype(dtype))
     except UserError as error:
         raise UserError(f"ranker {error}") from error
     return PairwiseRanker(model, comparisons, aggregation)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scripts.bench import dpo, sample
 from scripts.bench.machine import Side, two_formats
-from scripts.plan.arithmetic import Decoder, Lengths, seconds
+from scripts.plan.arithmetic import DecoderCost, Lengths, seconds
 from scripts.plan.recipe import RECIPES, read
 from scripts.plan.schedule import Plan
 from sharding.chips import gemm_rate, parse, read_rate
@@ -69,7 +69,9 @@ def bench(args: Shares) -> None:
             f"{first:.1f} s, compiling included",
             flush=True,
         )
-        plan = Plan(recipe, Decoder(config), parse("cpu", (1.0, 1.0)), lengths, len(texts), 1, {})
+        plan = Plan(
+            recipe, DecoderCost(config), parse("cpu", (1.0, 1.0)), lengths, len(texts), 1, {}
+        )
         training = plan.training()
         batches = training.batches()[: args.rounds]
         rows = [
@@ -93,7 +95,7 @@ def bench(args: Shares) -> None:
                 "dpo": trainer.ask("step", batch)[0],
             }
             for name, took in turn.items():
-                share = seconds(work[name], parse("cpu", rates), "fp32").total / took
+                share = seconds(work[name], parse("cpu", rates), "float32").total / took
                 found[name].append(share)
                 told.append(f"{name} {took:.1f} s, {share:.0%}")
             print(

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 import tyro
 
 from scripts.plan import compare, fit, programs, published
-from scripts.plan.arithmetic import Decoder, Lengths, seconds, total
-from scripts.plan.recipe import Recipe, model_config, read
+from scripts.plan.arithmetic import DecoderCost, Lengths, seconds, total
+from scripts.plan.recipe import LoopRecipe, model_config, read
 from scripts.plan.schedule import Plan, efficiencies
 from sharding.chips import GIB, TORUS, Slice, parse
 from sharding.errors import UserError
@@ -77,7 +77,7 @@ def main(args: Args) -> None:
     except ValueError as error:
         raise UserError(f"--topology: {error}") from None
     source = recipe.start if args.model is None else ["", args.model, ""]
-    plan = make(args, recipe, Decoder(model_config(source)), on)
+    plan = make(args, recipe, DecoderCost(model_config(source)), on)
     show(assumptions(plan))
     memory = fit.by_arithmetic(plan)
     how = "counted"
@@ -96,7 +96,7 @@ def main(args: Args) -> None:
         raise UserError("does not fit: " + fit.refusal(refused[0], plan))
 
 
-def make(args: Args, recipe: Recipe, decoder: Decoder, on: Slice) -> Plan:
+def make(args: Args, recipe: LoopRecipe, decoder: DecoderCost, on: Slice) -> Plan:
     for name in ("prompts", "heldout", "prompt_tokens", "answer_tokens", "price", "longest_prompt"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:

@@ -162,7 +162,7 @@ def mesh_of(sizes: tuple[int, int, int], chips: int) -> Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoder:
+class DecoderCost:
     """Counts of a DecoderConfig."""
 
     config: DecoderConfig
@@ -211,10 +211,10 @@ class Decoder:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingCost:
     """One run of stages.sample."""
 
-    decoder: Decoder
+    decoder: DecoderCost
     args: sample.Args
     lengths: Lengths
     prompts: int
@@ -346,7 +346,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranking:
+class RankingCost:
     """One run of stages.rank with PairRM, a copy on each chip."""
 
     args: rank.Args
@@ -357,7 +357,7 @@ class Ranking:
 
     @property
     def dtype(self) -> str:
-        return self.args.dtype or "fp32"
+        return self.args.dtype or "float32"
 
     @property
     def comparisons(self) -> int:
@@ -425,10 +425,10 @@ class Ranking:
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class TrainingCost:
     """One run of stages.dpo."""
 
-    decoder: Decoder
+    decoder: DecoderCost
     args: dpo.Args
     lengths: Lengths
     pairs: int

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
+from scripts.plan.arithmetic import PAIRRM, PAIRRM_TOKENS
 from scripts.plan.programs import Memory
 from scripts.plan.schedule import Plan
 from sharding.chips import GIB, Slice
@@ -58,12 +59,9 @@ def compiler_work(plan: Plan) -> dict[str, dict]:
         },
     }
     if plan.pairrm:
-        from scripts.plan.arithmetic import PAIRRM, PAIRRM_TOKENS
-
-        dtype = {"fp32": "float32", "bf16": "bfloat16"}[plan.ranking().dtype]
         work["rank"] = {
             "config": dataclasses.asdict(PAIRRM),
-            "dtype": dtype,
+            "dtype": plan.ranking().dtype,
             "rows": PAIRRM_TOKENS // 2048,
             "length": 2048,
         }

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from itertools import pairwise
 
-from scripts.plan.arithmetic import Decoder, Mesh, Training, seconds
+from scripts.plan.arithmetic import DecoderCost, Mesh, TrainingCost, seconds
 from scripts.plan.fit import fits
 from scripts.plan.programs import Memory
 from scripts.plan.schedule import Plan
@@ -20,7 +20,7 @@ PAIRS, EPOCHS, SECONDS, GPUS = 19958, 3, 18849.0, 8
 PROMPT, ANSWER, PADDED = 164, 378, 1.82
 
 
-def published(decoder: Decoder) -> Iterator[str]:
+def published(decoder: DecoderCost) -> Iterator[str]:
     """What its time implies on GPUs of either kind."""
     tokens = 2 * (PROMPT + ANSWER)
     weights = decoder.layer_weights + decoder.vocabulary
@@ -59,7 +59,7 @@ def slices(on: Slice) -> list[Slice]:
     return [Slice(on.chip, host), *(Slice(on.chip, pods[n]) for n in (16, 64, 256))]
 
 
-def scaled(plan: Plan, on: Slice, tensor: int) -> Training | None:
+def scaled(plan: Plan, on: Slice, tensor: int) -> TrainingCost | None:
     """The training on this slice with the largest micro-batch that fits, by arithmetic."""
     mesh = Mesh(1, on.size // tensor, tensor)
     pairs = plan.recipe.dpo.batch_size

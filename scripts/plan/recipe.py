@@ -10,6 +10,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import tyro
+
 from sharding.errors import UserError
 from stages import dpo, pairs, rank, sample
 from stages.evaluate.kl import Kl
@@ -38,7 +40,7 @@ mkdir() { :; }
 
 
 @dataclasses.dataclass
-class Recipe:
+class LoopRecipe:
     name: str
     topology: str  # its PLAN; "" where it names none
     start: list[str]  # the command that makes the start model
@@ -56,7 +58,7 @@ class Recipe:
     heldout: list[int] | None
 
 
-def read(recipe: str) -> Recipe:
+def read(recipe: str) -> LoopRecipe:
     """`recipe`: a name in scripts/recipes/ or a file, as scripts/iterate.sh takes it."""
     file = Path(recipe) if Path(recipe).is_file() else RECIPES / f"{recipe}.sh"
     if not file.is_file():
@@ -81,7 +83,7 @@ def read(recipe: str) -> Recipe:
 
         sampled = {"checkpoint": "C", "prompts": "P", "out": "S"}
         ranked = {"ranker": text("RANKER"), "samples": "S", "out": "K"}
-        return Recipe(
+        return LoopRecipe(
             name=file.stem,
             topology=text("PLAN"),
             start=shlex.split(text("start")),
@@ -100,8 +102,6 @@ def read(recipe: str) -> Recipe:
 
 def _flags(kind, given: dict[str, str], flags: str):
     """A stage's Args from the words of a recipe's variable; `given`: its paths."""
-    import tyro
-
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
     return tyro.cli(kind, args=words + shlex.split(flags))
 
@@ -140,7 +140,7 @@ MISTRAL_7B = {
 
 
 def model_config(source: list[str]):
-    """The DecoderConfig of what a recipe's start model is made of (`Recipe.start`)."""
+    """The DecoderConfig of what a recipe's start model is made of (`LoopRecipe.start`)."""
     from model import config, gguf, hf
 
     name = source[4] if source[:3] == ["python", "-m", "scripts.convert"] else source[-2]

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scripts.plan.arithmetic import (
-    Decoder,
+    DecoderCost,
     Lengths,
     Piece,
-    Ranking,
-    Sampling,
-    Training,
+    RankingCost,
+    SamplingCost,
+    TrainingCost,
     mesh_of,
     seconds,
 )
-from scripts.plan.recipe import Recipe
+from scripts.plan.recipe import LoopRecipe
 from sharding.chips import Slice
 from sharding.errors import UserError
 from sharding.mesh import decoding_sizes, training_sizes
@@ -43,7 +43,7 @@ DISK = 1e9  # bytes a second of a checkpoint, one host
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class LoopStage:
     """One of the loop's steps."""
 
     name: str
@@ -61,8 +61,8 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    recipe: Recipe
-    decoder: Decoder
+    recipe: LoopRecipe
+    decoder: DecoderCost
     on: Slice
     lengths: Lengths
     prompts: int  # an iteration
@@ -73,24 +73,24 @@ class Plan:
     def pairrm(self) -> bool:
         return not self.recipe.ranker.rpartition(":")[0].endswith(".py")
 
-    def sampling(self, heldout: bool = False) -> Sampling:
+    def sampling(self, heldout: bool = False) -> SamplingCost:
         args = self.recipe.heldout_sample if heldout else self.recipe.sample
         prompts = self.heldout if heldout else self.prompts
         mesh = self._mesh("sample", args.mesh)
-        return Sampling(self.decoder, args, self.lengths, prompts, mesh)
+        return SamplingCost(self.decoder, args, self.lengths, prompts, mesh)
 
-    def ranking(self, heldout: bool = False) -> Ranking:
+    def ranking(self, heldout: bool = False) -> RankingCost:
         """Of the samples; of held-out answers, a model's against another's, always in fp32."""
         args, prompts, n = self.recipe.rank, self.prompts, self.recipe.sample.n
         if heldout:
-            args, prompts, n = dataclasses.replace(args, dtype="fp32"), self.heldout, 2
-        return Ranking(args, self.lengths, prompts, n, self.on)
+            args, prompts, n = dataclasses.replace(args, dtype="float32"), self.heldout, 2
+        return RankingCost(args, self.lengths, prompts, n, self.on)
 
-    def training(self) -> Training:
+    def training(self) -> TrainingCost:
         args, test = self.recipe.dpo, self.recipe.pairs
         aside = test.test_count or round(test.test_fraction * self.prompts)
         mesh = self._mesh("dpo", args.mesh)
-        return Training(self.decoder, args, self.lengths, self.prompts - aside, aside, mesh)
+        return TrainingCost(self.decoder, args, self.lengths, self.prompts - aside, aside, mesh)
 
     def _mesh(self, stage: str, sizes: tuple[int, int, int] | None):
         """What the stage makes of its --mesh."""
@@ -100,7 +100,7 @@ class Plan:
         except ValueError as error:
             raise UserError(f"{stage}: {error}: change it in the recipe, or the topology") from None
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[LoopStage]:
         rounds, on = self.recipe.iterations, self.on
         start = START_ON_CPU if on.is_cpu else START
         weights = 4 * self.decoder.parameters / DISK / on.hosts
@@ -108,7 +108,7 @@ class Plan:
 
         def sample(name, times, heldout):
             work = self.sampling(heldout)
-            return Stage(
+            return LoopStage(
                 name,
                 "sample",
                 times,
@@ -120,17 +120,17 @@ class Plan:
 
         def rank(name, times, heldout):
             if not self.pairrm:
-                return Stage(name, "rank", times, "fp32", [], START_ON_CPU[name], on.hosts)
+                return LoopStage(name, "rank", times, "float32", [], START_ON_CPU[name], on.hosts)
             work = self.ranking(heldout)
-            return Stage(name, "rank", times, work.dtype, work.pieces(), start["rank"], on.size)
+            return LoopStage(name, "rank", times, work.dtype, work.pieces(), start["rank"], on.size)
 
         training = self.training()
         return [
             sample("held-out answers", rounds + 1, True),
             sample("sample", rounds, False),
             rank("rank", rounds, False),
-            Stage("pairs", "pairs", rounds, "fp32", [], start["pairs"], 1),
-            Stage(
+            LoopStage("pairs", "pairs", rounds, "float32", [], start["pairs"], 1),
+            LoopStage(
                 "dpo",
                 "dpo",
                 rounds,
@@ -141,7 +141,7 @@ class Plan:
             ),
             # Each model against the start, and from the second on against the one before.
             rank("compare", 2 * rounds - 1, True),
-            Stage(
+            LoopStage(
                 "kl",
                 "kl",
                 2 * rounds - 1,
@@ -150,7 +150,7 @@ class Plan:
                 start["kl"] + weights,
                 on.size,
             ),
-            Stage("report", "report", rounds, "fp32", [], start["report"], 1),
+            LoopStage("report", "report", rounds, "float32", [], start["report"], 1),
         ]
 
     def divergence(self) -> list[Piece]:
@@ -159,7 +159,7 @@ class Plan:
         answers *= self.recipe.heldout_sample.n
         return self.training().reference(math.ceil(answers / 2))
 
-    def seconds(self, stage: Stage) -> float:
+    def seconds(self, stage: LoopStage) -> float:
         """Of one time."""
         ideal = seconds(stage.pieces, self.on, stage.dtype).total
         return stage.imports + stage.start + ideal / self.efficiency.get(stage.kind, 1.0)
@@ -173,8 +173,8 @@ class Plan:
         """Flags that may be quicker, and the plan with them."""
         changed = self.changed("sample", mesh=None).changed("heldout_sample", mesh=None)
         yield "no --mesh in sampling", changed
-        if self.pairrm and self.ranking().dtype == "fp32":
-            yield "--dtype bf16 for PairRM", self.changed("rank", dtype="bf16")
+        if self.pairrm and self.ranking().dtype == "float32":
+            yield "--dtype bfloat16 for PairRM", self.changed("rank", dtype="bfloat16")
 
     def hours(self) -> float:
         """Of the whole run."""

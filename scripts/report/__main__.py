@@ -1,11 +1,11 @@
-"""One page that shows a run. runs/NAME/ → report.html
+"""Show a run: its table in the terminal, and all of it in one page. runs/NAME/ → report.html
 
     python -m scripts.report runs/demo
 
-Reads what scripts/iterate.sh left there, finished or not, and writes a page that needs nothing
-else: no network, no other file. It has the table of iterations, how rewards and lengths are spread,
-the trainings' curves, how sure the ranker was, time and tokens of each stage and the rows it left
-out, what was made from what, and the models' answers to the held-out prompts side by side.
+Reads what scripts/iterate.sh left in the folder, whether the run is finished or not. The page needs
+no network and no other file. It shows the table of iterations, the spread of rewards and lengths,
+the curves of the trainings, how sure the ranker was, each stage's time, tokens and rows left out,
+what was made from what, and the models' answers to the held-out prompts side by side.
 """
 
 import dataclasses
@@ -29,25 +29,38 @@ from stages.files.run import run_main
 class Args:
     run: tyro.conf.Positional[str]
     """The run's folder, runs/NAME."""
+    terms: bool = False
+    """Print the terms of the reward too, of the start model and of the newest."""
     out: str | None = None
     """The page to write; default: report.html in the run's folder."""
     answers: int = 1000
-    """So many held-out prompts have their answers in the page, which says if there are more."""
+    """Put the answers to at most this many held-out prompts into the page, which says so."""
 
 
 def main(args: Args) -> None:
     if args.answers < 0:
         raise UserError(f"--answers is {args.answers}: it must not be negative")
     run = gather.read(args.run)
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+
+    # ---- the terminal
+    answered = [model for model in run.models if model.rows]
+    if answered:
+        print(tables.in_lines(tables.iterations(answered)))
+    if args.terms:
+        for line in tables.change_of_terms(answered):
+            print(line)
+    for line in tables.verdict(answered):
+        print(line)
+
+    # ---- the page
     environment = jinja2.Environment(
-        loader=loader,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    prompts = answers(run.models)
+    prompts = side_by_side(run.models)
     shown = min(len(prompts), args.answers)
     content = {
         "models": [{"name": m.name, "colour": colour(m.name)} for m in run.models],
@@ -57,7 +70,7 @@ def main(args: Args) -> None:
         run=run,
         tables=tables.page(run),
         verdict=tables.verdict(run.models),
-        plots=drawings(run),
+        plots={"held_out": held_out(run), "trained": trained(run), "curves": curves(run)},
         prompts=len(prompts),
         shown=shown,
         # Within a script element only "<" could end it, or begin a comment.
@@ -68,37 +81,42 @@ def main(args: Args) -> None:
     print(f"{out}: {len(run.models)} models, {shown} of {len(prompts)} held-out prompts")
 
 
-# ---------------------------------------------------------------------------------- content
+# ---------------------------------------------------------------------------------- plots
 
 
-def drawings(run: gather.Run) -> dict[str, list[str]]:
-    """Section → its plots."""
+def held_out(run: gather.Run) -> list[str]:
+    rewards = [(m.name, colour(m.name), m.scores) for m in run.models]
+    lengths = [(m.name, colour(m.name), [float(len(t)) for t in m.texts]) for m in run.models]
+    return [
+        *histograms("Reward of the held-out answers", rewards),
+        *histograms("Characters of the held-out answers", lengths),
+    ]
 
-    def spread(title: str, values: list[tuple[str, list[float]]]) -> list[str]:
-        given = [(name, colour(name), numbers) for name, numbers in values if numbers]
-        return [plots.histograms(title, given)] if given else []
 
-    lengths = [(m.name, [float(len(text)) for text in m.texts]) for m in run.models]
-    held_out = spread("Reward of the held-out answers", [(m.name, m.scores) for m in run.models])
-    held_out += spread("Characters of the held-out answers", lengths)
-    sampled = [(t.name, t.scores) for t in run.trained]
-    trained = spread("Scores of all answers sampled to train on", sampled)
+def trained(run: gather.Run) -> list[str]:
+    scores = [(t.name, colour(t.name), t.scores) for t in run.trained]
+    drawn = histograms("Scores of all answers sampled to train on", scores)
     for what in ("score", "characters"):
         sides = [
-            (f"{t.name}, {side}", colour(t.name), t.pairs[f"{side}_{what}"])
+            (f"{t.name}, {side}", colour(t.name), t.pairs.get(f"{side}_{what}", []))
             for t in run.trained
-            if t.pairs
             for side in ("chosen", "rejected")
         ]
-        trained += [plots.histograms(f"The pairs' {what}", sides)] if sides else []
-    return {"held_out": held_out, "trained": trained, "curves": curves(run)}
+        drawn += histograms(f"The pairs' {what}", sides)
+    return drawn
 
 
-CURVES = (  # title, metrics and their line, level and what it means
+def histograms(title: str, series: list[tuple[str, int, list[float]]]) -> list[str]:
+    """The plot of the series (label, colour, values) that have values; none where none has any."""
+    filled = [one for one in series if one[2]]
+    return [plots.histograms(title, filled)] if filled else []
+
+
+CURVES = (  # title, metrics and the style of their lines, a level and its meaning
     ("DPO loss", {"loss": "-"}, (math.log(2), "ln 2")),
     ("Pairs ordered as the ranker did", {"rewards/accuracies": "-"}, (0.5, "chance")),
     ("Rewards: chosen —, rejected - -", {"rewards/chosen": "-", "rewards/rejected": "--"}, None),
-    ("KL to the reference, a token", {"kl": "-"}, None),
+    ("KL to the reference, per token", {"kl": "-"}, None),
     ("Gradient norm, before clipping", {"grad_norm": "-"}, None),
 )
 
@@ -107,7 +125,7 @@ def curves(run: gather.Run) -> list[str]:
     """Steps count on from iteration to iteration; evaluations on test pairs are points."""
     drawn = []
     for title, metrics, level in CURVES:
-        given, before = [], 0
+        lines, before = [], 0
         for model in run.models:
             for metric, style in metrics.items():
                 label = model.name if style == "-" else "_"
@@ -116,16 +134,27 @@ def curves(run: gather.Run) -> list[str]:
                     x, y = [before + row["step"] for row in rows], [row[name] for row in rows]
                     if rows:
                         label = "_" if line == "o" else label
-                        given.append((label, colour(model.name), line, x, y))
+                        lines.append((label, colour(model.name), line, x, y))
             before += max((row["step"] for row in model.metrics), default=0)
-        if given:
-            drawn.append(plots.lines(title, "optimizer step", given, level))
+        if lines:
+            drawn.append(plots.lines(title, "optimizer step", lines, level))
     return drawn
 
 
-def answers(models: list[gather.Model]) -> list[dict]:
-    """The held-out prompts: [{prompt, answers: one a model, null where it has none}, …]. Of several
-    answers of a model the first is shown, the one that `evaluate compare` judges."""
+def colour(name: str) -> int:
+    """The number of the page's colour for a model and for what made it: 0 for the start model."""
+    kind, _, number = name.partition("_")
+    return 1 + (int(number) - 1) % (plots.SERIES - 1) if kind == "iteration" else 0
+
+
+# ---------------------------------------------------------------------------------- answers
+
+
+def side_by_side(models: list[gather.Model]) -> list[dict]:
+    """The held-out prompts: [{prompt, answers: one per model, null where it has none}, …].
+
+    Where a model has several answers the first is shown: the one that `evaluate compare` judges.
+    """
     prompts: dict[str, dict] = {}
     for i, model in enumerate(models):
         won = gather.preferences(model.against_start)
@@ -148,12 +177,6 @@ def conversation(row: Row) -> str:
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
-
-
-def colour(name: str) -> int:
-    """Which of the page's colours a model and what made it has: the first is the start model's."""
-    kind, _, number = name.partition("_")
-    return 1 + (int(number) - 1) % (plots.SERIES - 1) if kind == "iteration" else 0
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""What is known about a run of scripts/iterate.sh, read from its files: the one source of the
-table in the terminal and of the page. What is not there yet is None, or empty."""
+"""Read the files of a run of scripts/iterate.sh: what the table and the page are made from.
+
+What the run has not made yet is None or empty.
+"""
 
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
 from etils import epath
 
-from scripts.report import graph as lineage
+from scripts.report import graph
 from sharding.errors import UserError
 from stages.evaluate.answers import conversation_key
 from stages.evaluate.winrates import standard_error
@@ -20,15 +23,15 @@ Z = 1.959964  # 97.5% quantile of the normal distribution
 
 @dataclasses.dataclass
 class Model:
-    """The start model, or what an iteration made, and its answers to the held-out prompts."""
+    """The start model or an iteration's, and its answers to the held-out prompts."""
 
-    name: str  # the folder's: start, iteration_1, …
-    rows: list[Row]  # heldout.ranked.jsonl, or heldout.samples.jsonl before it is ranked
-    against_start: Row | None  # of `evaluate compare`
+    name: str  # its folder: start, iteration_1, …
+    rows: list[Row]  # heldout.ranked.jsonl, or heldout.samples.jsonl before they are ranked
+    against_start: Row | None  # what `evaluate compare` wrote
     against_previous: Row | None
-    kl_to_start: Row | None  # of `evaluate kl`
+    kl_to_start: Row | None  # what `evaluate kl` wrote
     kl_to_previous: Row | None
-    metrics: list[Row]  # of the training that made it, a row a step
+    metrics: list[Row]  # one row per step of the training that made it
 
     @cached_property
     def texts(self) -> list[str]:
@@ -36,21 +39,18 @@ class Model:
 
     @cached_property
     def relative(self) -> bool:
-        """A pairwise ranker's scores say how an answer does against the others of its row, not how
-        good it is."""
+        """Whether scores only compare the answers of one row, as a pairwise ranker's do."""
         return any("comparisons" in row for row in self.rows)
 
     @cached_property
     def scores(self) -> list[float]:
-        """A prompt's mean score, for each prompt; empty where scores say nothing of a model."""
-        return (
-            []
-            if self.relative
-            else [float(np.mean(r["scores"])) for r in self.rows if r.get("scores")]
-        )
+        """The mean score of each prompt's answers; empty where scores are relative."""
+        if self.relative:
+            return []
+        return [float(np.mean(row["scores"])) for row in self.rows if row.get("scores")]
 
     def reward(self) -> tuple[float, float] | None:
-        """(mean, half width of its 95% interval) of the prompts' mean scores."""
+        """(mean, half the width of its 95% interval) of the prompts' mean scores."""
         if len(self.scores) < 2:
             return None
         return float(np.mean(self.scores)), Z * standard_error(np.array(self.scores))
@@ -60,48 +60,50 @@ class Model:
 
     def finished(self) -> float | None:
         """The share of answers that the model ended itself."""
-        if not self.texts:
-            return None
-        reasons = [r.get("finish_reason") for row in self.rows for r in row["responses"]]
-        return float(np.mean([reason == "stop" for reason in reasons]))
+        ended = [
+            answer.get("finish_reason") == "stop"
+            for row in self.rows
+            for answer in row["responses"]
+        ]
+        return float(np.mean(ended)) if ended else None
 
     def distinct(self) -> float | None:
-        """Different texts among all answers, as a share of them: 1 unless answers repeat others."""
+        """Different texts as a share of all answers: 1 where no answer repeats another."""
         return len(set(self.texts)) / len(self.texts) if self.texts else None
 
     def terms(self) -> dict[str, float]:
-        """The mean of each term that the reward function tells its scores consist of."""
+        """The mean of each term of the reward, where the reward function gives its terms."""
         each = [terms for row in self.rows for terms in row.get("score_terms", [])]
         return {name: float(np.mean([t[name] for t in each])) for name in (each[0] if each else {})}
 
     def training(self, name: str) -> float | None:
-        """A metric of its training: the mean over the second half of the steps."""
+        """The mean of a training metric over the second half of the steps."""
         values = [row[name] for row in self.metrics if name in row]
         return float(np.mean(values[len(values) // 2 :])) if values else None
 
 
 @dataclasses.dataclass
 class Trained:
-    """What an iteration was trained on: of each answer and of each pair's two."""
+    """What an iteration was trained on."""
 
     name: str
-    scores: list[float] = dataclasses.field(default_factory=list)
-    distinct: float | None = None  # different answers to a prompt, as a share of them, mean
+    scores: list[float] = dataclasses.field(default_factory=list)  # one per answer
+    distinct: float | None = None  # the share of different answers to a prompt, mean over prompts
     finished: float | None = None
     pairs: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    """chosen_score, rejected_score, chosen_characters, rejected_characters: one a pair"""
-    tokens: Counter = dataclasses.field(default_factory=Counter)  # file → tokens of answers
+    """chosen_score, rejected_score, chosen_characters, rejected_characters: one value per pair"""
+    tokens: Counter = dataclasses.field(default_factory=Counter)  # file → tokens of its answers
 
 
 @dataclasses.dataclass
-class Stage:
-    """What a stage of the run wrote, what it took, and what it left out."""
+class StageSummary:
+    """A file that a stage wrote, its rows in and out, and the rows left out."""
 
     path: str
     name: str
     seconds: float | None
     tokens: int | None
-    rate: float | None  # tokens a second, as the stage itself measured it
+    rate: float | None  # tokens per second, by the stage's own measure
     took: int | None  # rows
     gave: int | None
     aside: dict[str, int]  # reason → rows
@@ -111,20 +113,42 @@ class Stage:
 class Run:
     name: str
     settings: str
-    models: list[Model]  # the start model first; those that have answers to the held-out prompts
+    models: list[Model]  # the start model first
     trained: list[Trained]
-    graph: list[lineage.Node]
-    stages: list[Stage]
+    nodes: list[graph.Node]  # parents first
+    stages: list[StageSummary]
+
+
+def read(run: str) -> Run:
+    """The whole run; each of its files is read once. Raises UserError where `run` is no run."""
+    folder = epath.Path(run)
+    trained = [_trained(place) for place in graph.places(folder) if place.name != "start"]
+    trained = [t for t in trained if t.scores or t.pairs]
+    answered = models(run)
+    tokens = {f"{t.name}/{file}": n for t in trained for file, n in t.tokens.items()}
+    for model in answered:
+        tokens[f"{model.name}/heldout.samples.jsonl"] = sum(
+            len(answer.get("token_ids", [])) for row in model.rows for answer in row["responses"]
+        )
+    nodes, settings = graph.read(run), folder / "settings"
+    return Run(
+        name=folder.name,
+        settings=settings.read_text().strip() if settings.exists() else "",
+        models=answered,
+        trained=trained,
+        nodes=nodes,
+        stages=[_summary(node, tokens) for node in nodes if node.manifest],
+    )
 
 
 def models(run: str) -> list[Model]:
-    """The models of the run, as far as it went. Raises UserError where `run` is no run."""
-    folder = epath.Path(run)
-    found = []
-    for place in _places(folder):
-        rows = _rows(place / "heldout.ranked.jsonl") or _rows(place / "heldout.samples.jsonl")
+    """The models that have answers or metrics. Raises UserError where `run` is no run."""
+    read_so_far = []
+    for place in graph.places(epath.Path(run)):
+        rows = [*_rows(place / "heldout.ranked.jsonl")]
+        rows = rows or [*_rows(place / "heldout.samples.jsonl")]
         start, kl = (_json(place / f"{name}_start.json") for name in ("against", "kl_to"))
-        first = place.name == "iteration_1"  # whose previous model is the start
+        first = place.name == "iteration_1"  # its previous model is the start model
         model = Model(
             place.name,
             rows,
@@ -132,34 +156,11 @@ def models(run: str) -> list[Model]:
             start if first else _json(place / "against_previous.json"),
             kl,
             kl if first else _json(place / "kl_to_previous.json"),
-            _rows(place / "checkpoint.log/metrics.jsonl"),
+            _metrics(place / "checkpoint.log/metrics.jsonl"),
         )
         if rows or model.metrics:
-            found.append(model)
-    return found
-
-
-def read(run: str) -> Run:
-    """All of it: every file of the run is read once. Raises UserError where `run` is no run."""
-    folder = epath.Path(run)
-    found = models(run)
-    trained = [_trained(place) for place in _places(folder) if place.name != "start"]
-    trained = [t for t in trained if t.scores or t.pairs]
-    tokens = {f"{t.name}/{file}": n for t in trained for file, n in t.tokens.items()}
-    for model in found:
-        tokens[f"{model.name}/heldout.samples.jsonl"] = sum(
-            len(r.get("token_ids", [])) for row in model.rows for r in row["responses"]
-        )
-    graph = lineage.read(run)
-    settings = folder / "settings"
-    return Run(
-        name=folder.name,
-        settings=settings.read_text().strip() if settings.exists() else "",
-        models=found,
-        trained=trained,
-        graph=graph,
-        stages=[_stage(node, tokens) for node in graph if node.manifest],
-    )
+            read_so_far.append(model)
+    return read_so_far
 
 
 def preferences(compared: Row | None) -> dict[str, float]:
@@ -169,25 +170,22 @@ def preferences(compared: Row | None) -> dict[str, float]:
 
 
 def instruction(row: Row) -> str:
-    """As `evaluate compare` names a row's prompt."""
+    """The name of a row's prompt in the files of `evaluate compare`."""
     return conversation_key(messages_of(row, "held-out prompts"))
 
 
 # ---------------------------------------------------------------------------------- reading
 
 
-def _places(folder) -> list:
-    """start/ and iteration_K/, in order."""
-    if not (folder / "start").is_dir():
-        raise UserError(
-            f"{folder} is no run: give the folder runs/NAME that scripts/iterate.sh makes"
-        )
-    iterations = [p for p in folder.glob("iteration_*") if p.name[10:].isdigit()]
-    return [folder / "start", *sorted(iterations, key=lambda p: int(p.name[10:]))]
+def _rows(path) -> Iterator[Row]:
+    if path.exists():
+        yield from (row for _, row in read_rows(str(path)))
 
 
-def _rows(path) -> list[Row]:
-    return [row for _, row in read_rows(str(path))] if path.exists() else []
+def _metrics(path) -> list[Row]:
+    """The rows of a training's metrics; a line that a kill cut off is not one yet."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _json(path) -> Row | None:
@@ -200,38 +198,36 @@ def _json(path) -> Row | None:
 
 
 def _trained(place) -> Trained:
-    found = Trained(place.name)
-    distinct, reasons = [], []
-    ranked = place / "ranked.jsonl"
-    for _, row in read_rows(str(ranked)) if ranked.exists() else ():
-        found.scores += row["scores"]
-        texts = [response["text"] for response in row["responses"]]
-        distinct.append(len(set(texts)) / max(1, len(texts)))
-        reasons += [response.get("finish_reason") == "stop" for response in row["responses"]]
-        found.tokens["samples.jsonl"] += sum(len(r.get("token_ids", [])) for r in row["responses"])
+    trained = Trained(place.name)
+    distinct, ended = [], []
+    for row in _rows(place / "ranked.jsonl"):
+        answers = row["responses"]
+        trained.scores += row["scores"]
+        trained.tokens["samples.jsonl"] += sum(len(a.get("token_ids", [])) for a in answers)
+        distinct.append(len({answer["text"] for answer in answers}) / max(1, len(answers)))
+        ended += [answer.get("finish_reason") == "stop" for answer in answers]
     if distinct:
-        found.distinct, found.finished = float(np.mean(distinct)), float(np.mean(reasons))
-    pairs = place / "pairs.jsonl"
-    for _, row in read_rows(str(pairs)) if pairs.exists() else ():
+        trained.distinct, trained.finished = float(np.mean(distinct)), float(np.mean(ended))
+    for row in _rows(place / "pairs.jsonl"):
         for side in ("chosen", "rejected"):
             score = row["all_rm_scores"][row[f"{side}_index"]]
-            found.pairs.setdefault(f"{side}_score", []).append(score)
+            trained.pairs.setdefault(f"{side}_score", []).append(score)
             length = len(row[side][-1]["content"])
-            found.pairs.setdefault(f"{side}_characters", []).append(length)
+            trained.pairs.setdefault(f"{side}_characters", []).append(length)
         names = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
-        found.tokens["checkpoint"] += sum(len(row.get(name, [])) for name in names)
-    return found
+        trained.tokens["checkpoint"] += sum(len(row.get(name, [])) for name in names)
+    return trained
 
 
-def _stage(node: lineage.Node, tokens: dict[str, int]) -> Stage:
-    made, counted = node.manifest, tokens.get(node.path)
-    counts, rate = Counter(made.counts), None
+def _summary(node: graph.Node, answer_tokens: dict[str, int]) -> StageSummary:
+    made, tokens, rate = node.manifest, answer_tokens.get(node.path), None
     if made.stage == "sample" and (sitting := made.results.get("last_sitting")):
         rate = sitting["tokens"] / max(sitting["seconds"], 0.1)
-    elif made.stage == "dpo" and counted:  # its cuts to lengths are not taken off
-        counted *= made.arguments["epochs"]
-        rate = counted / max(made.results["train_seconds"], 0.1)
+    elif made.stage == "dpo" and tokens:  # before texts are cut to the lengths
+        tokens *= made.arguments["epochs"]
+        rate = tokens / max(made.results["train_seconds"], 0.1)
+    counts = dict(made.counts)
     took, gave = counts.pop("in", None), counts.pop("out", None)
     aside = {reason: n for reason, n in counts.items() if reason not in ("test in", "test out")}
-    counted = counted or made.results.get("tokens")
-    return Stage(node.path, made.stage, made.seconds, counted, rate, took, gave, aside)
+    tokens = tokens or made.results.get("tokens")
+    return StageSummary(node.path, made.stage, made.seconds, tokens, rate, took, gave, aside)

@@ -1,9 +1,9 @@
 """What was made from what in a run: its manifests, joined into a graph.
 
-Each file that a stage wrote has its manifest beside it, each checkpoint one inside; both name what
-they were made from by content: the sha256 of files, the identity of a checkpoint's weights. A file
-whose content is no longer what its manifest or what was made from it says is marked. Runs without
-JAX.
+Every file of a stage has its manifest beside it, every checkpoint has one inside. Manifests name
+inputs by content: a file by its sha256, a checkpoint by the identity of its weights. A file is
+marked as changed where its content is no longer the one that its manifest, or the manifest of what
+was made from it, names.
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ from etils import epath
 from sharding.errors import UserError
 from stages.files.output import Manifest, manifest_path, read_manifest
 from stages.files.paths import file_sha256
+from stages.files.provenance import input_files
 
-# Whose weights or code a stage reads itself; other identities come with its input files.
+# The weights or code that a stage reads itself; its other identities come with its input files.
 READS = {
     "sample": ("model",),
     "rank": ("ranker",),
@@ -30,8 +31,8 @@ READS = {
 class Node:
     """A file or a checkpoint, or something from outside the run."""
 
-    path: str  # within the run; as its users name it, where it lies outside
-    identity: str  # sha256 of the content, or a checkpoint's identity, that was recorded
+    path: str  # within the run; for a file outside, the path that the manifest names
+    identity: str  # the recorded sha256 of a file, or identity of a checkpoint
     manifest: Manifest | None  # None: no stage of the run wrote it
     parents: list["Node"] = dataclasses.field(default_factory=list)
     changed: bool = False  # the file has another content now
@@ -40,36 +41,47 @@ class Node:
 def read(run: str) -> list[Node]:
     """Every file of the run that has a manifest, and what these were made from, parents first."""
     folder = epath.Path(run)
-    nodes, known = [], {}
+    nodes, by_content = [], {}
     for node, contents in _written(folder):
         nodes.append(node)
-        for content in contents:  # two checkpoints may be equal: the first one stands for both
-            known.setdefault(content, node)
+        for content in contents:  # of equal checkpoints the first one stands for all
+            by_content.setdefault(content, node)
     for node in nodes[:]:
         made = node.manifest
-        for path, sha256 in made.inputs.items():
-            if sha256 not in known:
-                known[sha256] = _input(folder, path, sha256, nodes)
-            node.parents.append(known[sha256])
+        for path, sha256 in input_files(made.inputs):
+            if sha256 not in by_content:
+                by_content[sha256] = _input(folder, path, sha256, nodes)
+            node.parents.append(by_content[sha256])
         for name in READS.get(made.stage, ()):
             identity = made.identities.get(name)
             if identity is None:
                 continue
-            if identity not in known:
-                known[identity] = Node(name, identity, None)
-                nodes.append(known[identity])
-            if known[identity] not in node.parents:
-                node.parents.append(known[identity])
+            if identity not in by_content:
+                by_content[identity] = Node(name, identity, None)
+                nodes.append(by_content[identity])
+            if by_content[identity] not in node.parents:
+                node.parents.append(by_content[identity])
     return _parents_first(nodes)
 
 
+def places(folder) -> list[epath.Path]:
+    """start/ and iteration_K/ of a run, in order."""
+    if not (folder / "start").is_dir():
+        raise UserError(
+            f"{folder} is no run: give the folder runs/NAME that scripts/iterate.sh makes"
+        )
+    iterations = [p for p in folder.glob("iteration_*") if p.name[10:].isdigit()]
+    return [folder / "start", *sorted(iterations, key=lambda p: int(p.name[10:]))]
+
+
 def _written(folder) -> Iterator[tuple[Node, set[str]]]:
-    """Each node of the run's own, and the contents by which others may name it."""
-    suffix = manifest_path("")
-    for place in (folder, *sorted((p for p in folder.iterdir() if p.is_dir()), key=_place)):
+    """Each node that the run itself wrote, and the contents by which other manifests name it."""
+    suffix, first = manifest_path(""), [folder, *places(folder)]
+    rest = sorted(p for p in folder.iterdir() if p.is_dir() and p not in first)
+    for place in (*first, *rest):
         for file in sorted(place.glob(f"*{suffix}")):
             path = str(file).removesuffix(suffix)
-            if not epath.Path(path).exists():  # the stage is still at it
+            if not epath.Path(path).exists():  # the stage has not finished it
                 continue
             manifest, now = read_manifest(path), file_sha256(path)
             then = manifest.results.get("sha256", now)
@@ -92,12 +104,11 @@ def _checkpoint(folder, path) -> Node:
 
 
 def _input(folder, path: str, sha256: str, nodes: list[Node]) -> Node:
-    """A file that no manifest describes in this content: the user's own, or changed since."""
+    """An input whose content no manifest describes: the user's own file, or one changed since."""
     parts = [part for part in epath.Path(path).parts if part != "/"]
-    within = next(
-        (inner for i in range(len(parts)) if (folder / (inner := "/".join(parts[i:]))).is_file()),
-        None,
-    )
+    # The manifest may name it from another working folder: the longest tail that is in this run.
+    tails = ("/".join(parts[i:]) for i in range(len(parts)))
+    within = next((tail for tail in tails if (folder / tail).is_file()), None)
     node = next((node for node in nodes if within is not None and node.path == within), None)
     if node is None:
         nodes.append(node := Node(within or path, sha256, None))
@@ -107,14 +118,6 @@ def _input(folder, path: str, sha256: str, nodes: list[Node]) -> Node:
 
 def _within(folder, path) -> str:
     return str(path).removeprefix(str(folder)).strip("/")
-
-
-def _place(folder) -> tuple[int, int, str]:
-    """start, then the iterations by number, then the rest."""
-    kind, _, number = folder.name.partition("_")
-    if kind == "iteration" and number.isdigit():
-        return 1, int(number), ""
-    return (0 if folder.name == "start" else 2), 0, folder.name
 
 
 def _parents_first(nodes: list[Node]) -> list[Node]:

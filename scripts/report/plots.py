@@ -1,5 +1,5 @@
-"""Plots as SVG elements for a page: text stays text, and every colour is the page's own, so that
-they are read in its light and in its dark as it is."""
+"""Plots as SVG elements for a page. Text stays text, and the colours are the page's own, so that a
+plot follows the page from light to dark."""
 
 import io
 
@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-SIZE = (4.0, 2.9)  # inches: as wide as a phone's screen, so that letters there are 11 pixels high
-SERIES = 7  # colours that the page defines, --series-0 for the start model
+SIZE = (4.0, 2.9)  # inches: the width of a phone's screen, where letters are then 11 pixels high
+SERIES = 7  # colours that the page defines; --series-0 is the start model's
 
-# Matplotlib knows no CSS: these stand for the page's colours until the SVG is written.
+# Matplotlib has no CSS variables: these stand for the page's colours until the SVG is written.
 INK, LINE = "#010203", "#010204"
 COLOURS = [f"#0102{10 + i}" for i in range(SERIES)]
 STYLE = {
@@ -43,15 +43,15 @@ STYLE = {
 Line = tuple[str, int, str, list[float], list[float]]  # label, colour, matplotlib's style, x, y
 
 
-def lines(title: str, xlabel: str, given: list[Line], level: tuple[float, str] | None = None):
-    """Lines over one axis; level: a horizontal one, and what it means. Where there are many points
-    the line is their moving mean, and they stand faint behind it."""
+def lines(title: str, xlabel: str, drawn: list[Line], level: tuple[float, str] | None = None):
+    """Lines over one axis. level: a horizontal line and its meaning. A line of many points is drawn
+    as their moving mean, with the points faint behind it."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE)
         axes = figure.subplots()
         if level is not None:
             axes.axhline(level[0], color=INK, linewidth=0.8, linestyle=":", label=level[1])
-        for label, colour, style, x, y in given:
+        for label, colour, style, x, y in drawn:
             colour, window = COLOURS[colour], len(y) // 20
             if window > 1 and style in ("-", "--"):
                 axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.35)
@@ -61,20 +61,20 @@ def lines(title: str, xlabel: str, given: list[Line], level: tuple[float, str] |
         axes.set_title(title)
         axes.set_xlabel(xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if any(label and label[0] != "_" for label, *_ in given) or level:
+        if any(label and label[0] != "_" for label, *_ in drawn) or level:
             figure.legend(loc="outside lower left", ncols=3)
         return _svg(figure, title)
 
 
-def histograms(title: str, given: list[tuple[str, int, list[float]]]):
-    """(label, colour, values): one below the other on one scale, with each one's mean."""
+def histograms(title: str, series: list[tuple[str, int, list[float]]]):
+    """Histograms of (label, colour, values) below each other on one scale, with their means."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(SIZE[0], 0.75 + 0.62 * len(given)))
-        rows = figure.subplots(len(given), sharex=True, squeeze=False)[:, 0]
-        everything = np.concatenate([values for _, _, values in given])
+        figure = Figure(figsize=(SIZE[0], 0.75 + 0.62 * len(series)))
+        rows = figure.subplots(len(series), sharex=True, squeeze=False)[:, 0]
+        everything = np.concatenate([values for _, _, values in series])
         low, high = float(everything.min()), float(everything.max())
         bins = np.linspace(low, high if high > low else low + 1, 25)
-        for axes, (label, colour, values) in zip(rows, given):
+        for axes, (label, colour, values) in zip(rows, series):
             axes.hist(values, bins=bins, color=COLOURS[colour], alpha=0.55)
             axes.axvline(np.mean(values), color=INK, linewidth=1.4)
             axes.set_yticks([])

@@ -1,4 +1,4 @@
-"""A run's tables, as texts: that of its iterations for the terminal, all of them for the page."""
+"""A run's tables as texts: the table of iterations for the terminal, all tables for the page."""
 
 import textwrap
 
@@ -11,14 +11,13 @@ Cells = dict[str, str]  # column → text; every row of a table has all of its c
 
 
 def iterations(models: list[Model]) -> list[Cells]:
-    """A row for each model. A win rate is of 100 prompts, ties counting half, with its 95%
-    bootstrap interval; KL is a token's."""
+    """One row per model. Rewards, words, finished and distinct answers are means over the held-out
+    prompts. Win rates are per 100 prompts, ties count half; intervals are 95%. KL is per token."""
     rows = [_cells(model) for model in models]
-    # With a pairwise ranker no answer has a reward of its own.
-    columns = [
-        c for c in (rows[0] if rows else {}) if c != "reward" or any(row[c] != "–" for row in rows)
-    ]
-    return [{column: row[column] for column in columns} for row in rows]
+    if all(row["reward"] == "–" for row in rows):  # a pairwise ranker's scores are no rewards
+        for row in rows:
+            del row["reward"]
+    return rows
 
 
 def _cells(model: Model) -> Cells:
@@ -50,7 +49,7 @@ def _text(value: float | None, form: str) -> str:
 
 
 def in_lines(rows: list[Cells]) -> str:
-    """Columns below each other, a heading of two words or more in as many lines as it needs."""
+    """The rows as lines with aligned columns; a heading wider than its column is wrapped."""
     columns = []
     for name in rows[0]:
         cells = [row[name] for row in rows]
@@ -69,7 +68,7 @@ def in_lines(rows: list[Cells]) -> str:
 
 
 def verdict(models: list[Model]) -> list[str]:
-    """What the table says of the newest model, and which one is best, a line each."""
+    """Lines that say whether the newest model is worse than the one before, and which is best."""
     judged = [model for model in models if model.against_start]
     if not judged:
         return []
@@ -82,9 +81,19 @@ def verdict(models: list[Model]) -> list[str]:
     return [*lines, f"best so far: {best.name}"]
 
 
-# ------------------------------------------------------------------------------- of the page
+def change_of_terms(models: list[Model]) -> list[str]:
+    """Lines with each term of the reward, from the first model to the last."""
+    first, last = (models[0].terms(), models[-1].terms()) if models else ({}, {})
+    lines = [
+        f"  {name:<14} {value:.3f} → {last[name]:.3f}  ({last[name] - value:+.3f})"
+        for name, value in first.items()
+    ]
+    return ["", "The reward's terms, means over the held-out answers:", *lines] if lines else []
 
-RANKER = {  # of the manifests' results, as stages.rank explains them
+
+# ------------------------------------------------------------------------------- the page
+
+RANKER = {  # results in the manifests of stages.rank → the page's words
     "pairs": "pairs compared",
     "swap_consistency": "both orders agree",
     "tie_rate": "ties",
@@ -134,22 +143,22 @@ def page(run: Run) -> dict[str, list[Cells]]:
                 "identity": node.identity[:12],
                 "changed since": "yes" if node.changed else "",
             }
-            for node in run.graph
+            for node in run.nodes
         ],
     }
 
 
 def _ranker(run: Run) -> list[Cells]:
-    """What the rankings of each file have in common."""
-    found = []
-    for node in run.graph:
+    """One row per file that a ranker's comparisons went into."""
+    rows = []
+    for node in run.nodes:
         if node.manifest is None or node.manifest.stage not in ("rank", "evaluate compare"):
             continue
         results = node.manifest.results
         values = {title: results.get(name) for name, title in RANKER.items()}
         if any(value is not None for value in values.values()):
-            found.append({"file": node.path} | {t: _text(v, ".3g") for t, v in values.items()})
-    return found
+            rows.append({"file": node.path} | {t: _text(v, ".3g") for t, v in values.items()})
+    return rows
 
 
 def duration(seconds: float | None) -> str:

@@ -1,7 +1,17 @@
-"""A stage's output file: resumable while it is written, atomic when it is done; its manifest."""
+"""What a stage writes: one file, resumable while it grows, whole when it is done; its manifest.
+
+- A row in is a row out, or is counted with its reason: a well-formed row that cannot be used is set
+  aside, to OUT.set_aside.jsonl.
+- Rows are appended to OUT.partial as they are done, so a killed stage goes on where it was. OUT
+  itself appears whole, rows in input order, by an atomic rename.
+- Beside OUT lies OUT.manifest.json: stage, arguments, counts, every input by its role with its
+  sha256, and the identities of what made it. OUT.partial.manifest.json holds the same while the
+  stage runs, so that a run with other arguments is never mixed into it.
+
+Runs without JAX.
+"""
 
 import dataclasses
-import fcntl
 import json
 import os
 import time
@@ -11,12 +21,18 @@ from collections.abc import Iterable, Iterator
 from etils import epath
 
 from sharding.errors import UserError
-from stages.files.paths import file_sha256, local_path, publish, text_sha256, write_atomically
-from stages.files.rows import Row, json_line
+from stages.files.paths import (
+    check_distinct,
+    file_sha256,
+    local_path,
+    normalised,
+    publish,
+    try_lock,
+    write_atomically,
+)
+from stages.files.rows import Fields, json_line
 
-
-class Busy(UserError):
-    """Another process is writing the same file."""
+# ---------------------------------------------------------------------- manifests
 
 
 @dataclasses.dataclass
@@ -25,24 +41,34 @@ class Manifest:
 
     stage: str
     arguments: dict
-    inputs: dict[str, str]  # path → sha256
+    inputs: dict[str, dict]  # role, e.g. "samples" → {"path", "sha256"}
     identities: dict[str, str]  # "model", "tokenizer", "chat_template", "ranker", … → identity
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     results: dict = dataclasses.field(default_factory=dict)  # what the stage measured
-    seconds: float | None = None  # that the last sitting took: a stopped stage has more of them
+    seconds: float | None = None  # the last sitting's; a stopped stage has more of them
 
     def key(self) -> dict:
-        """What must agree for two runs to be the same run. The inputs' names do not matter."""
+        """What must agree for two runs to be the same run. Paths do not matter, roles do."""
         content = {
             "stage": self.stage,
             "arguments": self.arguments,
-            "inputs": sorted(self.inputs.values()),
+            "inputs": {role: sha256_of(entry) for role, entry in self.inputs.items()},
             "identities": self.identities,
         }
         return json.loads(json.dumps(content))
 
-    def write(self, path: str):
+    def write(self, path: str) -> None:
         write_atomically(path, json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False))
+
+
+def an_input(path: str, sha256: str | None = None) -> dict:
+    """A value of `Manifest.inputs`. sha256: of the file's content; None: it is hashed here."""
+    return {"path": str(path), "sha256": sha256 or file_sha256(path)}
+
+
+def sha256_of(entry: dict | str) -> str:
+    """The sha256 of an input. Manifests of earlier versions have it alone, under the path."""
+    return entry if isinstance(entry, str) else entry["sha256"]
 
 
 def manifest_path(path: str) -> str:
@@ -55,34 +81,36 @@ def read_manifest(path: str) -> Manifest | None:
     if not file.exists():
         return None
     try:
-        return Manifest(**json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+        manifest = Manifest(**json.loads(file.read_text()))
+        manifest.key()
+        return manifest
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a manifest ({error}): restore it, or delete it") from None
 
 
-def read_lineage(path: str) -> Manifest | None:
-    """`read_manifest` of a stage's input, and a line on the screen where there is none.
-
-    A file that no longer has the content its manifest describes was edited: that is allowed (the
-    files are there to be edited), and said.
-    """
+def read_lineage(path: str, sha256: str | None = None) -> Manifest | None:
+    """The manifest of a stage's input; a line on the screen where there is none, or where the file
+    was edited since (that is allowed: the files are there to be edited). sha256: the file's."""
     manifest = read_manifest(path)
     if manifest is None:
         print(f"{path}: no manifest, so its lineage is not checked (taken as your own file)")
     else:
-        say_if_edited(path, manifest)
+        say_if_edited(path, manifest, sha256)
     return manifest
 
 
-def say_if_edited(path: str, manifest: Manifest):
-    if manifest.results.get("sha256") not in (None, file_sha256(path)):
+def say_if_edited(path: str, manifest: Manifest, sha256: str | None = None) -> None:
+    if manifest.results.get("sha256") not in (None, sha256 or file_sha256(path)):
         print(f"{path}: changed since its manifest was written (taken as your own edit)")
 
 
-def refuse_other(here: Manifest, there: Manifest, path: str, mend: str | None = None) -> None:
-    """UserError, naming every difference, unless both manifests describe the same run."""
-    differences = _differences(here.key(), there.key())
-    if differences:
+def refuse_other(ours: Manifest, theirs: Manifest, path: str, mend: str | None = None) -> None:
+    """Raise UserError, naming every difference, unless both manifests describe the same run."""
+    ours_key, theirs_key = ours.key(), theirs.key()
+    if any(isinstance(entry, str) for entry in theirs.inputs.values()):  # by path, of no role
+        for key in (ours_key, theirs_key):
+            key["inputs"] = sorted(key["inputs"].values())
+    if differences := _differences(ours_key, theirs_key):
         raise UserError(
             f"{path} exists from other arguments ({'; '.join(differences)}): "
             f"{mend or 'choose another --out, or pass --overwrite'}"
@@ -94,11 +122,11 @@ def _differences(ours: dict, theirs: dict, prefix: str = "") -> list[str]:
     lines = []
     for name in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(name), theirs.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += _differences(a, b, f"{prefix}{name}.")
-        elif name == "inputs" and not prefix:
+        if name == "inputs" and not prefix:
             if a != b:
                 lines.append("the input's content differs")
+        elif isinstance(a, dict) and isinstance(b, dict):
+            lines += _differences(a, b, f"{prefix}{name}.")
         elif a != b:
             lines.append(f"{prefix}{name} {_short(b)} there, {_short(a)} here")
     return lines
@@ -109,16 +137,18 @@ def _short(value) -> str:
     return text if len(text) <= 40 else f"{text[:36]}…"
 
 
+# ---------------------------------------------------------------------- the file
+
+
 class Output:
-    """One stage's output file: resumable while it is written, atomic when it is done.
+    """One stage's output file.
 
         output = Output.open(path, manifest, overwrite=False)
         if output.finished: return
-        for … if not output.has(prompt_id): output.write(row)   or   output.set_aside(row, reason)
-        output.finish(order)
+        for …: if not output.has(prompt_id): output.write(fields) or output.set_aside(fields, why)
+        output.finish(order, counts)
 
-    A row is known by its prompt_id. What is set aside is written too, to OUT.set_aside.jsonl, with
-    its reason.
+    A row is known by its prompt_id.
     """
 
     def __init__(self, path: str, manifest: Manifest):
@@ -133,59 +163,76 @@ class Output:
     def open(
         cls, path: str, manifest: Manifest, overwrite: bool = False, share: tuple[int, int] = (0, 1)
     ) -> "Output":
-        """share (i, n): write only this process's share; shares.py makes `path` of all."""
-        output = cls(path, manifest)
+        """Begin the file, or go on with it, under a lock; or find it finished.
+
+        overwrite: replace a finished file, and an unfinished one of other arguments. What is there
+        stays until the new file is whole; an unfinished file of the same arguments goes on.
+        share (i, n): write only this process's share; shares.py makes `path` of all of them.
+        Raises UserError.
+        """
+        path = normalised(path, "--out")
         if epath.Path(path).is_dir():
             raise UserError(f"{path} is a folder: give the path of the file to write")
-        if path in manifest.inputs:
-            raise UserError(f"{path} is the input: give another path to write to")
-        partial, partial_manifest = epath.Path(output.partial), manifest_path(output.partial)
-        if overwrite:
-            for file in (
-                path,
-                manifest_path(path),
-                f"{path}.set_aside.jsonl",
-                partial,
-                partial_manifest,
-            ):
-                epath.Path(file).unlink(missing_ok=True)
-        if epath.Path(path).exists():
-            there = read_manifest(path)
-            if there is None:
-                raise UserError(f"{path} exists and has no manifest: move it, or pass --overwrite")
-            refuse_other(manifest, there, path)
-            say_if_edited(path, there)
-            for leftover in (partial, partial_manifest):  # killed just before it removed them
-                epath.Path(leftover).unlink(missing_ok=True)
-            print(f"{path} is finished already: {counts_line(there.counts)}")
-            output.finished, output.manifest = True, there
+        check_distinct(
+            {role: e["path"] for role, e in manifest.inputs.items() if isinstance(e, dict)},
+            {"--out": path},
+        )
+        output = cls(path, manifest)
+        if epath.Path(path).exists() and not overwrite:
+            output._recognise()
             return output
         if share[1] > 1:
             return cls.open(share_path(path, *share), manifest, overwrite)
-        for folder in (epath.Path(path).parent, partial.parent):
+        for folder in (epath.Path(path).parent, epath.Path(output.partial).parent):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"{folder} cannot be made ({error.strerror})") from None
-        output._file = open(output.partial, "ab")
-        try:
-            fcntl.flock(output._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"{path} is being written by another process: wait for it") from None
-        except OSError:
-            pass  # a file system without locks
-        there = read_manifest(output.partial)
-        # Begin anew where nothing was done yet, or nothing says what made the rows in there.
-        if there is None or not partial.stat().length:
-            output._file.seek(output._file.truncate(0))
-            manifest.write(partial_manifest)
-        else:
-            refuse_other(manifest, there, output.partial)
-            output._resume()
+        output._begin(overwrite)
         return output
 
-    def _resume(self):
-        """Read what is there; a line cut off by the kill is dropped and will be made again."""
+    def _recognise(self) -> None:
+        """Check that the file that is there is this very run's, finished."""
+        theirs = read_manifest(self.path)
+        if theirs is None:
+            raise UserError(f"{self.path} exists and has no manifest: move it, or pass --overwrite")
+        refuse_other(self.manifest, theirs, self.path)
+        say_if_edited(self.path, theirs)
+        if epath.Path(self.partial).exists():  # killed just before it removed it?
+            with open(self.partial, "rb") as file:
+                try_lock(file, self.path)
+                self._remove_partial()
+        print(f"{self.path} is finished already: {counts_line(theirs.counts)}")
+        self.finished, self.manifest = True, theirs
+
+    def _begin(self, overwrite: bool) -> None:
+        """Open and lock the partial file, and go on with what it holds of this very run."""
+        while self._file is None or not _is_at(self._file, self.partial):
+            self._file = open(self.partial, "ab")  # again, if its owner finished meanwhile
+            try_lock(self._file, self.path)
+        theirs = read_manifest(self.partial)
+        if theirs is not None and os.path.getsize(self.partial):
+            try:
+                refuse_other(self.manifest, theirs, self.partial)
+                return self._resume()
+            except UserError:
+                if not overwrite:
+                    raise
+        elif not self._holds_our_rows():
+            raise UserError(
+                f"{self.partial} is in the way, and not of this project: move it, or choose "
+                "another --out"
+            )
+        self._file.seek(self._file.truncate(0))
+        self.manifest.write(manifest_path(self.partial))
+
+    def _holds_our_rows(self) -> bool:
+        """Whether the partial file is empty or begins as ours do, if in a line that was cut off."""
+        with open(self.partial, "rb") as file:
+            return b'{"row": '.startswith(file.read(8))
+
+    def _resume(self) -> None:
+        """Read what is there; a line cut off by a kill is dropped, and its row made again."""
         end = 0
         with open(self.partial, "rb") as file:
             for line in file:
@@ -193,7 +240,7 @@ class Output:
                     break
                 try:
                     self._remember(json.loads(line), end)
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     break
                 end += len(line)
         self._file.truncate(end)
@@ -201,11 +248,11 @@ class Output:
         if self._offsets:
             print(f"{self.partial}: going on after {len(self._offsets)} rows")
 
-    def _remember(self, row: Row, offset: int):
-        prompt_id = row["row"]["prompt_id"]
+    def _remember(self, entry: dict, offset: int) -> None:
+        prompt_id = entry["row"]["prompt_id"]
         self._offsets[prompt_id] = offset
-        if "reason" in row:
-            self._reasons[prompt_id] = row["reason"]
+        if "reason" in entry:
+            self._reasons[prompt_id] = entry["reason"]
 
     def has(self, prompt_id: str) -> bool:
         return prompt_id in self._offsets
@@ -213,15 +260,15 @@ class Output:
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def write(self, row: Row):
+    def write(self, row: Fields) -> None:
         """Append a finished row."""
         self._append({"row": row})
 
-    def set_aside(self, row: Row, reason: str):
+    def set_aside(self, row: Fields, reason: str) -> None:
         """Count a row that cannot be used under `reason` (the same words for the same cause)."""
         self._append({"row": row, "reason": reason})
 
-    def _append(self, entry: dict):
+    def _append(self, entry: dict) -> None:
         offset = self._file.tell()
         try:
             line = json_line(entry)
@@ -230,74 +277,96 @@ class Output:
                 f"prompt_id {entry['row']['prompt_id']!r} holds what JSON cannot ({error}): "
                 "correct or remove that field"
             ) from None
-        self._file.write(line)
-        self._file.flush()
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self.partial} cannot be written ({error.strerror})") from None
         self._remember(entry, offset)
 
-    def rows(self) -> Iterator[tuple[Row, str | None]]:
+    def rows(self) -> Iterator[tuple[Fields, str | None]]:
         """(row, why it was set aside or None) of all rows so far, in the order written."""
         with open(self.partial, "rb") as file:
             for line in file:
                 entry = json.loads(line)
                 yield entry["row"], entry.get("reason")
 
-    def finish(self, order: Iterable[str], counts: Counter, results: dict | None = None):
+    def finish(self, order: Iterable[str], counts: Counter, results: dict | None = None) -> None:
         """Write OUT in the input's order of prompt_ids, then its manifest; print the counts.
 
-        `counts` holds "in", whatever the stage merged ("merged: …") and what it wrote to another
-        file ("split off: …"); "out" and the rows set aside are added here, and the sum is checked:
+        counts: "in", whatever the stage merged ("merged: …") and what it wrote to another file
+        ("split off: …"). "out" and the rows set aside are added here, and the sum is checked:
         nothing is dropped in silence.
         """
-        self._file.close()
-        self.manifest.seconds = round(time.monotonic() - self._opened, 1)
+        self._file.flush()
         aside = Counter(f"set aside: {reason}" for reason in self._reasons.values())
         out = len(self._offsets) - len(self._reasons)
         gone = sum(n for name, n in counts.items() if name.startswith(("merged", "split off")))
-        assert counts["in"] == out + sum(aside.values()) + gone, (counts, out, aside)
+        if counts["in"] != out + aside.total() + gone:
+            raise RuntimeError(
+                f"{self.path}: rows were lost: {counts['in']} in, but {out} out and {dict(aside)}, "
+                f"{dict(counts)}"
+            )
         self.manifest.counts = {"in": counts["in"], "out": out}
         self.manifest.counts |= {k: n for k, n in counts.items() if k != "in"} | dict(aside)
-        temporary, set_aside = f"{self.partial}.sorted", f"{self.partial}.set_aside"
+        whole, set_aside = f"{self.partial}.sorted", f"{self.partial}.set_aside"
         with (
             open(self.partial, "rb") as rows,
-            open(temporary, "wb") as file,
+            open(whole, "wb") as file,
             open(set_aside, "wb") as aside_file,
         ):
             for prompt_id in order:
                 rows.seek(self._offsets[prompt_id])
                 entry = json.loads(rows.readline())
-                reason = entry.get("reason")
-                target, row = (file, entry["row"]) if reason is None else (aside_file, entry)
-                target.write(json_line(row))
+                if "reason" in entry:
+                    aside_file.write(json_line(entry))
+                else:
+                    file.write(json_line(entry["row"]))
             for opened in (file, aside_file):
                 opened.flush()
                 os.fsync(opened.fileno())
-        self.manifest.results = dict(results or {}) | {"sha256": file_sha256(temporary)}
-        if aside:
-            publish(set_aside, f"{self.path}.set_aside.jsonl")
-        else:
+        self._publish(whole, set_aside if aside else None, file_sha256(whole), results)
+        if not aside:
             os.unlink(set_aside)
-            epath.Path(f"{self.path}.set_aside.jsonl").unlink(missing_ok=True)  # an older run's
-        # The manifest first: an OUT without one would be refused as somebody else's file.
-        self.manifest.write(manifest_path(self.path))
-        publish(temporary, self.path)
         self._done()
 
     def finish_as(self, content: dict | list, counts: dict[str, int], results: dict | None = None):
         """Write OUT as the JSON `content` that was made of the rows, not as the rows."""
-        self._file.close()
-        self.manifest.seconds = round(time.monotonic() - self._opened, 1)
         text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
         self.manifest.counts = dict(counts)
-        self.manifest.results = dict(results or {}) | {"sha256": text_sha256(text)}
-        self.manifest.write(manifest_path(self.path))
-        write_atomically(self.path, text)
+        whole = f"{self.partial}.sorted"
+        write_atomically(whole, text)
+        self._publish(whole, None, file_sha256(whole), results)
         self._done()
 
-    def _done(self):
-        for leftover in (self.partial, manifest_path(self.partial)):
-            os.unlink(leftover)
+    def _publish(self, whole: str, set_aside: str | None, sha256: str, results: dict | None):
+        """Put the finished files in their places, such that a kill between two of them leaves
+        nothing that says it is finished and is not."""
+        self.manifest.seconds = round(time.monotonic() - self._opened, 1)
+        self.manifest.results = dict(results or {}) | {"sha256": sha256}
+        # What --overwrite replaces goes first: under the new manifest it would pass for the new
+        # file. The manifest goes before the file, which without one would pass for a user's own.
+        for old in (self.path, f"{self.path}.set_aside.jsonl"):
+            epath.Path(old).unlink(missing_ok=True)
+        if set_aside is not None:
+            publish(set_aside, f"{self.path}.set_aside.jsonl")
+        self.manifest.write(manifest_path(self.path))
+        publish(whole, self.path)
+
+    def _done(self) -> None:
+        self._remove_partial()
+        self._file.close()
         self.finished = True
         print(f"{self.path}: {counts_line(self.manifest.counts)}")
+
+    def _remove_partial(self) -> None:
+        for leftover in (manifest_path(self.partial), self.partial):
+            epath.Path(leftover).unlink(missing_ok=True)
+
+
+def _is_at(file, path: str) -> bool:
+    """Whether the open file is the one that lies at `path` now."""
+    return os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
 
 
 def share_path(path: str, share: int, shares: int) -> str:

@@ -1,23 +1,161 @@
-"""Paths, local or in an object store (gs://…): reading, hashing, writing whole or not at all."""
+"""Paths, on a disk or in an object store (gs://…): opening, hashing, locking, writing whole or not
+at all. Runs without JAX.
 
+A path is normalised once, where it enters; two paths are the same file if the file system says so.
+Whatever is written for a while only has MARK in its name, so that no file of a user's is replaced.
+"""
+
+import contextlib
+import fcntl
 import hashlib
 import io
 import os
+import stat
+from collections.abc import Iterator
 
 from etils import epath
 
 from sharding.errors import UserError
 
+MARK = ".iterative-alignment-tmp"  # ends the name of every temporary file
+GZIP = b"\x1f\x8b"
+
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is in an object store, gs://… say: what can be written once, whole."""
+    """Whether `path` is in an object store, where a file is written once, whole."""
     return "://" in str(path)
 
 
+def normalised(path: str, flag: str) -> str:
+    """`path` without slashes at its end. Raises UserError for an empty one, and for every scheme
+    but gs://; `flag` names the flag in that line."""
+    scheme, separator, _ = str(path).partition("://")
+    if separator and scheme != "gs":
+        raise UserError(f"{flag} {path}: {scheme}:// is not supported: give a local path or gs://…")
+    if not path:
+        raise UserError(f"{flag} is empty: give a path")
+    return str(path).rstrip("/") or "/"
+
+
+def check_distinct(inputs: dict[str, str], outputs: dict[str, str]) -> None:
+    """Raise UserError where an output is also an input or another output.
+
+    inputs, outputs: path by flag or role. The file system decides whether two paths are the same
+    file: symbolic links, hard links and `./` do not hide it. The files that grow beside an output
+    belong to it.
+    """
+    taken = {_identity(path): (flag, path) for flag, path in inputs.items()}
+    for flag, path in outputs.items():
+        for written in (path, *(f"{path}{end}" for end in BESIDE)):
+            other, other_path = taken.get(_identity(written), (None, None))
+            if other in inputs:
+                raise UserError(
+                    f"{flag} {path}: {other_path} is the input ({other}): give another path to "
+                    "write to"
+                )
+            if other is not None and other != flag:
+                raise UserError(f"{other} and {flag} are the same file: give each its own")
+            taken[_identity(written)] = (flag, path)
+
+
+class Busy(UserError):
+    """Another process is writing the same file."""
+
+
+# What stages/files/output.py writes beside a file.
+BESIDE = (".manifest.json", ".set_aside.jsonl", ".partial", ".partial.manifest.json")
+
+
+def _identity(path: str):
+    """Equal for two paths of one file."""
+    if is_remote(path):
+        return path
+    try:
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    except OSError:
+        return os.path.realpath(path)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def open_input(path: str) -> io.BufferedReader:
+    """The file, open for reading bytes. Raises UserError where there is none, where it is a folder
+    or a pipe (a stage reads its input more than once), or compressed."""
+    file = epath.Path(path)
+    if not file.exists():
+        raise UserError(f"{path} does not exist: give the path of a file")
+    if file.is_dir():
+        raise UserError(f"{path} is a folder: give the path of a file")
+    if not is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path} is a pipe or a device: write its content to a file first")
+    opened = file.open("rb")
+    if is_remote(path):  # each unbuffered line would ask the object store anew
+        opened = io.BufferedReader(opened, 1 << 22)
+    if opened.read(2) == GZIP:
+        raise UserError(f"{path} is compressed by gzip: unpack it first (gunzip)")
+    opened.seek(0)
+    return opened
+
+
+def file_sha256(path: str) -> str:
+    """The sha256 of a file's content, 64 hex digits."""
+    with open_input(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_sha256(text: str) -> str:
+    """The sha256 of a text in UTF-8; halves of surrogate pairs count as they are."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+# ---------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def lock(path: str) -> Iterator[None]:
+    """Hold `path`, a folder or file to be written, against other processes of this machine.
+
+    Raises Busy where another process holds it. The lock is a file beside `path`, gone at the
+    end; a killed process holds nothing.
+    """
+    file = f"{local_path(path)}.lock{MARK}"
+    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    while True:
+        opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try_lock(opened, path)
+            if os.path.exists(file) and os.path.samestat(os.fstat(opened), os.stat(file)):
+                break
+        except BaseException:
+            os.close(opened)
+            raise
+        os.close(opened)  # its owner removed it between the two calls
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file)
+        os.close(opened)
+
+
+def try_lock(file, path: str) -> None:
+    """Lock the open `file`; raise Busy, which names `path`, where another process has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Busy(f"{path} is being written by another process: wait for it") from None
+    except OSError:
+        pass  # a file system without locks
+
+
 def local_path(path: str) -> str:
-    """Where the unfinished file of `path` grows: beside it, or, since object stores cannot append,
-    in the user's cache folder under a name made from the whole path: the same machine goes on from
-    it, another one begins anew."""
+    """Where the unfinished file of `path` grows: beside it.
+
+    Object stores cannot append, so there it grows in the user's cache folder, under a name made
+    from the whole path: the same machine goes on from it, another one begins anew.
+    """
     if not is_remote(path):
         return str(path)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -26,31 +164,8 @@ def local_path(path: str) -> str:
     return os.path.join(folder, f"{text_sha256(str(path))[:16]}-{os.path.basename(path)}")
 
 
-def open_input(path: str):
-    file = epath.Path(path)
-    if not file.exists():
-        raise UserError(f"{path} does not exist: give the path of a file")
-    if file.is_dir():
-        raise UserError(f"{path} is a folder: give the path of a file")
-    opened = file.open("rb")
-    # An object store's file asks for its data anew at each line, where it is not buffered.
-    return io.BufferedReader(opened, 1 << 22) if is_remote(path) else opened
-
-
-def file_sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open_input(path) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def text_sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def publish(local: str, path: str):
-    """Move a finished local file to where it belongs, whole or not at all."""
+def publish(local: str, path: str) -> None:
+    """Move a finished local file to `path`, whole or not at all."""
     if is_remote(path):
         epath.Path(local).copy(path, overwrite=True)
         os.unlink(local)
@@ -58,15 +173,17 @@ def publish(local: str, path: str):
         os.replace(local, path)
 
 
-def write_atomically(path: str, text: str):
+def write_atomically(path: str, content: str | bytes) -> None:
     """Write a whole file, or leave what was there."""
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     if is_remote(path):
-        epath.Path(path).write_text(text)
+        epath.Path(path).write_bytes(content)
         return
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
+    temporary = f"{path}{MARK}"
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

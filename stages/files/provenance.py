@@ -35,14 +35,22 @@ def _entries(path: str, sha256: str) -> Iterator[Entry]:
         "edited": manifest.results.get("sha256", sha256) != sha256,
         "stage": manifest.stage,
         "arguments": manifest.arguments,
-        "inputs": {short_name(file): content for file, content in manifest.inputs.items()},
+        "inputs": {short_name(file): content for file, content in input_files(manifest.inputs)},
         "identities": manifest.identities,
         "counts": manifest.counts,
         "results": manifest.results,
     }
-    for file, content in manifest.inputs.items():
+    for file, content in input_files(manifest.inputs):
         if not on_hub(file) and epath.Path(file).exists() and file_sha256(file) == content:
             yield from _entries(file, content)
+
+
+def input_files(inputs: dict) -> list[tuple[str, str]]:
+    """(path, sha256) of each input of a manifest; also of one from before inputs had roles."""
+    return [
+        (one["path"], one["sha256"]) if isinstance(one, dict) else (role, one)
+        for role, one in inputs.items()
+    ]
 
 
 def short_name(path: str) -> str:

@@ -1,53 +1,319 @@
-"""Rows of JSONL files: reading and checking them. Runs without JAX."""
+"""The rows between the stages, typed: Prompt, Sample, Ranked, Pair. Runs without JAX.
 
+`read(path, Sample)` opens a JSONL file once. One pass checks every row, gives it its key and finds
+duplicates, so that every refusal comes before any work; later passes read from the same open file.
+A malformed line stops the stage with file, line and field. A row keeps every field it came with
+(`fields`), and a stage writes `row.fields | {what it adds}`.
+
+The same prompt_id twice: with the same content the row is merged and counted, with other content
+it is refused.
+"""
+
+import dataclasses
+import hashlib
 import json
+import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Generic, Self, TypeVar
 
 from sharding.errors import UserError
 from stages.files.paths import open_input, text_sha256
 
-Row = dict
+Fields = dict  # a row as JSON has it
+MERGED = "merged: the same prompt again"
 
 
-def read_rows(path: str) -> Iterator[tuple[str, Row]]:
-    """(where, row) of each line that is not blank; `where` is "FILE, line N", for messages."""
+# ---------------------------------------------------------------------- the records
+
+
+@dataclasses.dataclass(slots=True)
+class Prompt:
+    """A row of prompts.jsonl: a conversation to answer."""
+
+    where: str  # "FILE, line N", for messages
+    prompt_id: str
+    messages: list[dict]  # [{"role", "content"}, …], a user turn last
+    fields: Fields  # the row with every field it came with, and prompt_id
+
+    COMPARED: ClassVar[tuple[str, ...]] = ()  # fields that rows of one prompt_id must share
+
+    @classmethod
+    def parse(cls, fields: Fields, where: str) -> Self:
+        messages = messages_of(fields, where)
+        if not messages[-1]["content"].strip():
+            raise UserError(f"{where}: the prompt is empty: write one, or remove the line")
+        prompt_id = _identify(fields, where)
+        return cls(where, prompt_id, messages, fields, **cls._further(fields, where))
+
+    @classmethod
+    def _further(cls, fields: Fields, where: str) -> dict:
+        """What a subclass reads of the row beyond the prompt, checked."""
+        return {}
+
+    @property
+    def prompt(self) -> str:
+        """What a reward function sees as the prompt: `prompt`, or the last user turn."""
+        prompt = self.fields.get("prompt")
+        return prompt if isinstance(prompt, str) else self.messages[-1]["content"]
+
+    def digest(self) -> bytes:
+        """Equal for rows of the same content."""
+        content = [prompt_key(self.fields, self.where)]
+        content += [self.fields.get(name) for name in self.COMPARED]
+        return bytes.fromhex(text_sha256(json.dumps(content, sort_keys=True)))
+
+
+@dataclasses.dataclass(slots=True)
+class Response:
+    """An answer. `token_ids` hold no EOS and end before a stop string; `logprob` sums their
+    log-probs under the model that drew them, EOS included."""
+
+    text: str
+    token_ids: list[int] | None = None
+    end_token_id: int | None = None  # the EOS that was drawn
+    logprob: float | None = None
+    finish_reason: str = "stop"  # "stop", "length" or "stop_string"
+
+    @classmethod
+    def parse(cls, fields: Fields, where: str, prefix: str = "") -> Self:
+        """Of a row's `responses`; or, with a prefix, of the fields of a pair (chosen_token_ids)."""
+        optional = {
+            "token_ids": list,
+            "end_token_id": int,
+            "logprob": (int, float),
+            "finish_reason": str,
+        }
+        values = {
+            name: field(fields, prefix + name, kind, where)
+            for name, kind in optional.items()
+            if fields.get(prefix + name) is not None
+        }
+        ids = values.get("token_ids", [])
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError(f"{where}: field '{prefix}token_ids' must hold token ids only")
+        return cls(field(fields, "text", str, where), **values)
+
+
+@dataclasses.dataclass(slots=True)
+class Sample(Prompt):
+    """A row of samples.jsonl: a prompt and its answers."""
+
+    responses: list[Response]
+
+    COMPARED = ("responses",)
+
+    @classmethod
+    def _further(cls, fields: Fields, where: str) -> dict:
+        responses = []
+        for i, response in enumerate(field(fields, "responses", list, where)):
+            at = f"{where}, responses[{i}]"
+            if not isinstance(response, dict):
+                raise UserError(f"{at}: a {type(response).__name__}, not an object with a text")
+            responses.append(Response.parse(response, at))
+        return {"responses": responses}
+
+    @property
+    def texts(self) -> list[str]:
+        return [response.text for response in self.responses]
+
+
+@dataclasses.dataclass(slots=True)
+class Ranked(Sample):
+    """A row of ranked.jsonl: a sample and a score for each of its answers, higher is better."""
+
+    scores: list[float]
+
+    COMPARED = ("responses", "scores")
+
+    @classmethod
+    def _further(cls, fields: Fields, where: str) -> dict:
+        further = super(Ranked, cls)._further(fields, where)
+        scores, n = field(fields, "scores", list, where), len(further["responses"])
+        if len(scores) != n:
+            raise UserError(f"{where}: {len(scores)} scores for {n} responses: give one for each")
+        for i, score in enumerate(scores):
+            if type(score) not in (int, float) or not _is_finite(score):
+                raise UserError(
+                    f"{where}, scores[{i}]: {score!r} is no finite number: correct the line"
+                )
+        return further | {"scores": [float(score) for score in scores]}
+
+
+@dataclasses.dataclass(slots=True)
+class Pair(Prompt):
+    """A row of pairs.jsonl: a conversation (`messages`) and two answers to it.
+
+    `chosen` and `rejected` are lists of messages that end with the assistant's answer. What stands
+    before it must be the row's own conversation. `unusable` says why a well-formed pair cannot be
+    trained on.
+    """
+
+    chosen: Response
+    rejected: Response
+    unusable: str | None
+
+    COMPARED = ("chosen", "rejected")
+
+    @classmethod
+    def parse(cls, fields: Fields, where: str) -> Self:
+        sides, before = {}, []
+        for side in ("chosen", "rejected"):
+            turns = _turns(field(fields, side, list, where), f"{where}, {side}")
+            if not turns or turns[-1]["role"] != "assistant":
+                raise UserError(f"{where}: {side!r} must end with the assistant's answer")
+            *conversation, answer = turns
+            before.append(conversation)
+            known = fields | {"text": answer["content"]}
+            sides[side] = Response.parse(known, where, prefix=f"{side}_")
+        messages, unusable = cls._conversation(fields, where, *before)
+        prompt_id = _identify(fields, where)
+        return cls(where, prompt_id, messages, fields, **sides, unusable=unusable)
+
+    @staticmethod
+    def _conversation(fields: Fields, where: str, chosen: list[dict], rejected: list[dict]):
+        """(the conversation that both answers end, why there is none or None).
+
+        The row says it as `messages`, or as `prompt`, which is then a user turn of the conversation
+        before the answers; these may also leave it out.
+        """
+        messages = messages_of(fields, where)
+        if chosen != rejected:
+            return messages, "chosen and rejected answer different conversations"
+        if not chosen or chosen == messages:
+            return messages, None
+        users = [turn["content"] for turn in chosen if turn["role"] == "user"]
+        if "messages" in fields or fields["prompt"] not in users or chosen[-1]["role"] != "user":
+            return messages, "chosen and rejected answer another conversation than the row's prompt"
+        return chosen, None
+
+
+# ---------------------------------------------------------------------- a file of them
+
+
+Kind = TypeVar("Kind", bound=Prompt)
+
+
+class RowFile(Generic[Kind]):
+    """A JSONL file whose rows are all checked; holds where they lie, not the rows.
+
+    ids: the prompt_ids in the file's order. counts: "in", and what was merged. sha256: of the
+    file's content. Iterating, and `file[prompt_id]`, read from the file opened at the start.
+    """
+
+    def __init__(self, path: str, kind: type[Kind], each: Callable[[Kind], None] | None = None):
+        """each: called with every distinct row of the first pass; may raise UserError."""
+        self.path, self._kind = path, kind
+        self.counts: Counter[str] = Counter()
+        self._file = open_input(path)
+        self._places: dict[str, tuple[int, int, bytes]] = {}  # offset, line number, digest
+        content, offset = hashlib.sha256(), 0
+        for number, line in enumerate(self._file, 1):
+            content.update(line)
+            if (row := self._row(line, number)) is not None:
+                self.counts["in"] += 1
+                if self._is_new(row, offset, number) and each is not None:
+                    each(row)
+            offset += len(line)
+        self.sha256 = content.hexdigest()
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[Kind]:
+        return map(self.__getitem__, self._places)
+
+    def __getitem__(self, prompt_id: str) -> Kind:
+        offset, number, _ = self._places[prompt_id]
+        self._file.seek(offset)
+        row = self._row(self._file.readline(), number)
+        if row is None or row.prompt_id != prompt_id:
+            raise UserError(f"{self.path} has changed while it was read: run the command again")
+        return row
+
+    def _row(self, line: bytes, number: int) -> Kind | None:
+        where = f"{self.path}, line {number}"
+        fields = decode_line(line, where, first=number == 1)
+        return None if fields is None else self._kind.parse(fields, where)
+
+    def _is_new(self, row: Kind, offset: int, number: int) -> bool:
+        digest = row.digest()
+        if row.prompt_id not in self._places:
+            self._places[row.prompt_id] = offset, number, digest
+            return True
+        if self._places[row.prompt_id][2] != digest:
+            raise UserError(
+                f"{row.where}: prompt_id {row.prompt_id!r} stood above with another "
+                f"{' or other '.join(('prompt', *row.COMPARED))}: give each row its own prompt_id"
+            )
+        self.counts[MERGED] += 1
+        return False
+
+
+def read(path: str, kind: type[Kind], each: Callable[[Kind], None] | None = None) -> RowFile[Kind]:
+    """The rows of a file, all checked. Raises UserError with file, line and field."""
+    return RowFile(path, kind, each)
+
+
+# ---------------------------------------------------------------------- lines and fields
+
+
+def json_rows(path: str) -> Iterator[tuple[str, Fields]]:
+    """(where, row) of each line that is not blank, for JSONL files of any other kind of row."""
     with open_input(path) as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{where}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8"
-                ) from None
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text, parse_constant=_refuse_constant)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{where}: not JSON ({error.msg}, column {error.colno}): one object a line"
-                ) from None
-            except (ValueError, RecursionError) as error:  # NaN, 5000 digits, 1000 brackets
-                raise UserError(f"{where}: not JSON ({error}): correct the line") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: a {type(row).__name__}, not an object {{…}}")
-            yield where, row
+            if (fields := decode_line(line, where, first=number == 1)) is not None:
+                yield where, fields
+
+
+def decode_line(line: bytes, where: str, first: bool = False) -> Fields | None:
+    """The JSON object of a line, None of a blank one; the first may begin with a byte order mark.
+    Raises UserError."""
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8"
+        ) from None
+    if not text.strip():
+        return None
+    try:
+        fields = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not JSON ({error.msg}, column {error.colno}): one object per line"
+        ) from None
+    except (ValueError, RecursionError) as error:  # NaN, 5000 digits, 1000 brackets
+        raise UserError(f"{where}: not JSON ({error}): correct the line") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: a {type(fields).__name__}, not an object {{…}}")
+    return fields
 
 
 def _refuse_constant(name: str):
     raise ValueError(f"{name} is no JSON number")
 
 
-def field(row: Row, name: str, kind: type | tuple[type, ...], where: str):
-    """row[name], checked to be of `kind` (bool never passes for a number)."""
+def json_line(fields: Fields) -> bytes:
+    """A row as a line of JSON. Raises ValueError or TypeError for what JSON cannot hold."""
+    # Halves of surrogate pairs have no UTF-8; within JSON "\ud83d" is the same string.
+    line = json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
+    return line.encode("utf-8", "backslashreplace")
+
+
+def field(fields: Fields, name: str, kind: type | tuple[type, ...], where: str):
+    """fields[name], checked to be of `kind` (a bool is no number). Raises UserError."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     wanted = " or ".join(k.__name__ for k in kinds)
-    if name not in row:
+    if name not in fields:
         raise UserError(f"{where}: field {name!r} is missing: add it as {wanted}")
-    value = row[name]
+    value = fields[name]
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise UserError(
             f"{where}: field {name!r} is {type(value).__name__}, not {wanted}: correct the line"
@@ -55,74 +321,77 @@ def field(row: Row, name: str, kind: type | tuple[type, ...], where: str):
     return value
 
 
-def messages_of(row: Row, where: str) -> list[dict]:
-    """The conversation of a prompt row: its `messages`, or its `prompt` as one user turn."""
-    if "messages" not in row:
-        return [{"role": "user", "content": field(row, "prompt", str, where)}]
-    messages = field(row, "messages", list, where)
+def _is_finite(number: int | float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an int beyond every float
+        return False
+
+
+# ---------------------------------------------------------------------- conversations
+
+
+def messages_of(fields: Fields, where: str) -> list[dict]:
+    """A prompt row's conversation: its `messages`, or its `prompt` as one user turn."""
+    if "messages" not in fields:
+        return [{"role": "user", "content": field(fields, "prompt", str, where)}]
+    messages = _turns(field(fields, "messages", list, where), f"{where}, messages")
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError(f"{where}: messages must end with a user turn, the one to answer")
+    return messages
+
+
+def _turns(messages: list, where: str) -> list[dict]:
+    """The messages, each reduced to role and content. Raises UserError."""
     for i, message in enumerate(messages):
-        at = f"{where}, messages[{i}]"
+        at = f"{where}[{i}]"
         if not isinstance(message, dict):
             raise UserError(f"{at}: not an object with role and content")
         field(message, "content", str, at)
         if field(message, "role", str, at) not in ("system", "user", "assistant"):
             raise UserError(f"{at}: role {message['role']!r} is not system, user or assistant")
-    if not messages or messages[-1]["role"] != "user":
-        raise UserError(f"{where}: messages must end with a user turn, the one to answer")
+        if message.get("tool_calls"):
+            raise UserError(f"{at}: tool_calls are not supported: remove the row")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def prompt_text(row: Row, where: str) -> str:
-    """What a reward function sees as the prompt: `prompt`, or the last user turn."""
-    if isinstance(row.get("prompt"), str):
-        return row["prompt"]
-    return messages_of(row, where)[-1]["content"]
+def prompt_key(fields: Fields, where: str) -> str:
+    """A prompt's canonical text, whose sha256 is its prompt_id by default: `prompt`, or the
+    canonical JSON of `messages`."""
+    if "messages" in fields:
+        return canonical(messages_of(fields, where))
+    return field(fields, "prompt", str, where)
 
 
-def prompt_key(row: Row, where: str) -> str:
-    """The prompt's canonical text: the prompt itself, or the messages' canonical JSON."""
-    if "messages" in row:
-        return json.dumps(
-            messages_of(row, where), ensure_ascii=False, sort_keys=True, separators=(",", ":")
-        )
-    return field(row, "prompt", str, where)
+def _identify(fields: Fields, where: str) -> str:
+    """The row's prompt_id, put into the row where it has none."""
+    if fields.get("prompt_id") is None:
+        fields["prompt_id"] = text_sha256(prompt_key(fields, where))
+    # Interned: rows are read more than once, and their ids are kept.
+    fields["prompt_id"] = sys.intern(field(fields, "prompt_id", str, where))
+    return fields["prompt_id"]
 
 
-def read_prompts(
-    path: str, counts: Counter, agree: tuple[str, ...] = ()
-) -> Iterator[tuple[str, Row]]:
-    """(where, row) of each distinct prompt, its prompt_id filled in.
-
-    The same prompt under the same id twice is merged and counted ("merged: …"); one id with two
-    prompts, or an empty prompt, is an error. `agree` names further fields that must be the same in
-    rows that are merged, e.g. ("responses", "scores"), so that none is lost. Holds a few hundred
-    bytes a prompt, not the prompts.
-    """
-    seen: dict[str, bytes] = {}
-    for where, row in read_rows(path):
-        key = prompt_key(row, where)
-        if not messages_of(row, where)[-1]["content"].strip():
-            raise UserError(f"{where}: the prompt is empty: write one, or remove the line")
-        if row.get("prompt_id") is None:
-            row["prompt_id"] = text_sha256(key)
-        # Interned: a file is read more than once, and its ids are kept.
-        prompt_id = row["prompt_id"] = sys.intern(field(row, "prompt_id", str, where))
-        content = [key, *(row.get(name) for name in agree)]
-        digest = bytes.fromhex(text_sha256(json.dumps(content, sort_keys=True)))
-        counts["in"] += 1
-        if prompt_id not in seen:
-            seen[prompt_id] = digest
-            yield where, row
-        elif seen[prompt_id] == digest:
-            counts["merged: the same prompt again"] += 1
-        else:
-            raise UserError(
-                f"{where}: prompt_id {prompt_id!r} stood above with another "
-                f"{' or other '.join(('prompt', *agree))}: give each row its own prompt_id"
-            )
+def canonical(messages: list[dict]) -> str:
+    """A conversation as JSON, always spelled the same."""
+    return json.dumps(messages, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
-def json_line(row: Row) -> bytes:
-    # Halves of surrogate pairs have no UTF-8; within JSON "\ud83d" is the same string.
-    line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-    return line.encode("utf-8", "backslashreplace")
+# ---------------------------------------------------------------------- old names, until all moved
+
+Row = Fields
+read_rows = json_rows
+
+
+def prompt_text(row: Fields, where: str) -> str:
+    return (
+        row["prompt"]
+        if isinstance(row.get("prompt"), str)
+        else messages_of(row, where)[-1]["content"]
+    )
+
+
+def read_prompts(path: str, counts: Counter, agree: tuple[str, ...] = ()):
+    rows = read(path, Prompt)
+    counts.update(rows.counts)
+    return ((row.where, row.fields) for row in rows)

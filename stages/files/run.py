@@ -1,12 +1,24 @@
-"""From the command line to an exit code: 0 done, 2 the caller's mistake, 75 stopped by a signal."""
+"""From the command line to an exit code: 0 done, 2 the caller's mistake, 75 stopped by a signal.
+
+Everything else is a bug of ours and ends with a traceback. Runs without JAX.
+"""
 
 import contextlib
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from sharding import watch
+import tyro
+
 from sharding.errors import UserError
+
+# What a disk or its owner refuses, wherever it comes up. A missing or an existing file is the
+# caller's mistake only where a stage looks for it, and says so there.
+REFUSED_BY_DISK = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+}
 
 
 class Stopped(Exception):
@@ -16,32 +28,38 @@ class Stopped(Exception):
 STOPPED_TOGETHER = Stopped("stopped with the other processes, the work is saved")
 
 
-def run_main(main: Callable, args_type: type, argv: list[str] | None = None) -> int:
-    """Parse `args_type` (a dataclass) from the command line, run main(args), give the exit code."""
-    import tyro
+def run_main(main: Callable, args_type: type, argv: list[str] | None = None, several=None) -> int:
+    """Parse `args_type` (a dataclass) from the command line, run main(args), give the exit code.
 
+    several: sharding.watch, for a command that several processes do together: it names a process
+    that died, and ends this one with the others.
+    """
     args = tyro.cli(args_type, args=argv, description=sys.modules[main.__module__].__doc__)
     code = 1
     try:
-        code = _run(main, args)
+        code = _exit_code(main, args, several)
     finally:
-        watch.end(code)
+        if several is not None:
+            several.end(code)
     return code
 
 
-def _run(main: Callable, args) -> int:
+def _exit_code(main: Callable, args, several) -> int:
     try:
         main(args)
     except UserError as error:
-        watch.settle()
+        if several is not None:
+            several.settle()
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        print(f"error: {error.filename}: {error.strerror}: give another path", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in REFUSED_BY_DISK:
+            raise
+        path = f"{error.filename}: " if error.filename else ""
+        print(f"error: {path}{error.strerror}: make room or give another path", file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt) as stop:
-        note = str(stop) or "stopped"
-        print(f"{note}: run the same command again to go on", file=sys.stderr)
+        print(f"{str(stop) or 'stopped'}: run the same command again to go on", file=sys.stderr)
         return 75
     return 0
 
@@ -73,16 +91,13 @@ def stop_signal() -> Iterator[Callable[[], None]]:
 
 
 def parse_bytes(text: str, flag: str) -> int:
-    """Bytes that a text like 8GiB, 500MB or 4096 names."""
-    units = {
-        "": 1,
-        **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
-        **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
-    }
+    """The bytes that a text such as 8GiB, 500MB or 4096 names. Raises UserError."""
+    prefixes = list(enumerate("KMGT", 1))
+    units = {"": 1} | {f"{p}B": 1000**i for i, p in prefixes}
+    units |= {f"{p}iB": 1024**i for i, p in prefixes}
     number = text.rstrip("KMGTiB")
-    unit = text[len(number) :].strip()
     try:
-        size = int(float(number) * units[unit])
+        size = int(float(number) * units[text[len(number) :].strip()])
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size < 1:

@@ -1,15 +1,16 @@
-"""Rows of which each of several processes does every so-manieth, and one file of their parts."""
+"""Several processes each do every so-manieth row of a file; process 0 puts their parts together."""
 
 import json
 from collections import Counter
 from collections.abc import Callable
 
+import jax
 from etils import epath
 
+from sharding import processes
 from sharding.errors import UserError
 from sharding.watch import Flags
 from stages.files.output import (
-    Busy,
     Manifest,
     Output,
     manifest_path,
@@ -17,56 +18,58 @@ from stages.files.output import (
     refuse_other,
     share_path,
 )
-from stages.files.rows import read_rows
+from stages.files.paths import Busy
+from stages.files.rows import RowFile, json_rows
 
 
 def join(flags: Flags, on_host: bool = False) -> tuple[int, int]:
-    """(which, of how many) processes this one is, once all are there; (0, 1) where it is alone:
-    then JAX is not loaded. on_host: it computes on the CPU alone."""
-    try:
-        if flags.place() is None:
-            return 0, 1
-        import jax
-
-        from sharding import processes
-
-        if on_host:
-            jax.config.update("jax_platforms", "cpu")  # before the first device is asked for
-        processes.start(flags)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    """(this process's number, how many there are), once all have come; (0, 1) for one alone.
+    on_host: it computes on the CPU alone."""
+    if flags.place() is None:
+        return 0, 1
+    if on_host:
+        jax.config.update("jax_platforms", "cpu")  # before the first device is asked for
+    processes.start(flags)
     return jax.process_index(), jax.process_count()
 
 
 def check_same(manifest: Manifest) -> None:
-    """UserError in all processes of `join`, unless each of them found the same inputs and models;
-    that their flags are the same, `join` has seen to."""
-    from sharding import processes
-
+    """Raise UserError in every process unless all read the same inputs and models. (`join` has
+    compared their flags.)"""
     if not processes.agree(json.dumps(manifest.key())):
         raise UserError("the processes were given different inputs or models")
 
 
-def merge(
-    path: str,
+def finish_share(
+    output: Output,
     manifest: Manifest,
+    path: str,
+    rows: RowFile,
+    share: int,
     shares: int,
-    order: list[str],
-    counts: Counter,
-    results: Callable[[Output], dict] = lambda output: {},
-):
-    """Make `path` of the processes' shares, rows in `order`, once all of them are there. Where some
-    are not, or another process is at it, say so. `counts`, and `results` of all rows: as for
-    `Output.finish`."""
+    results: Callable[[Output], dict],
+) -> None:
+    """Finish a process's part of `path`, and, in process 0, `path` itself. results: of an output's
+    rows, for the manifest."""
+    if not output.finished:
+        mine = rows.ids[share::shares]
+        counts = rows.counts if shares == 1 else Counter({"in": len(mine)})
+        output.finish(mine, counts, results(output))
+    if shares > 1:
+        processes.wait()
+        if share == 0:
+            merge(
+                path,
+                manifest,
+                shares,
+                lambda whole: whole.finish(rows.ids, rows.counts, results(whole)),
+            )
+        processes.wait()
 
-    def finish(output: Output) -> None:
-        output.finish(order, counts, results(output))
 
-    merge_as(path, manifest, shares, finish)
-
-
-def merge_as(path: str, manifest: Manifest, shares: int, finish: Callable[[Output], None]):
-    """`merge`, where `finish` writes `path` of the Output with all the shares' rows."""
+def merge(path: str, manifest: Manifest, shares: int, finish: Callable[[Output], None]) -> None:
+    """Make `path` of all shares, if they are all there; else say which are missing. `finish` writes
+    `path` from the Output that holds all their rows."""
     if epath.Path(path).exists():
         return
     files = [share_path(path, i, shares) for i in range(shares)]
@@ -79,21 +82,24 @@ def merge_as(path: str, manifest: Manifest, shares: int, finish: Callable[[Outpu
     except Busy:
         print(f"{path}: another process is putting the shares together")
         return
+    seconds = 0.0
     for file in files:
-        there = read_manifest(file) or manifest
-        refuse_other(manifest, there, file, f"remove {file}")
+        theirs = read_manifest(file) or manifest
+        refuse_other(manifest, theirs, file, f"remove {file}")
+        seconds += theirs.seconds or 0
         aside = f"{file}.set_aside.jsonl"
-        for _, row in read_rows(file):
+        for _, row in json_rows(file):
             if not output.has(row["prompt_id"]):
                 output.write(row)
-        for _, entry in read_rows(aside) if epath.Path(aside).exists() else ():
+        for _, entry in json_rows(aside) if epath.Path(aside).exists() else ():
             if not output.has(entry["row"]["prompt_id"]):
                 output.set_aside(entry["row"], entry["reason"])
     finish(output)
-    # What was computed, not what putting it together took.
-    parts = [there.seconds or 0 for f in files if (there := read_manifest(f))]
-    manifest.seconds = sum(parts)
+    manifest.seconds = seconds  # what was computed, not what putting it together took
     manifest.write(manifest_path(path))
     for file in files:
         for leftover in (file, manifest_path(file), f"{file}.set_aside.jsonl"):
             epath.Path(leftover).unlink(missing_ok=True)
+
+
+merge_as = merge

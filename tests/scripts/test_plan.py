@@ -22,7 +22,7 @@ from stages.files.output import Manifest
 from stages.files.run import run_main
 
 MISTRAL = ["", "mistralai/Mistral-7B-Instruct-v0.2", ""]
-DECODER = arithmetic.Decoder(model_config(MISTRAL))
+DECODER = arithmetic.DecoderCost(model_config(MISTRAL))
 LENGTHS = arithmetic.Lengths(prompt=200, answer=400, longest_prompt=512)
 SMALL = MISTRAL_7B | {
     "num_hidden_layers": 2,
@@ -37,7 +37,7 @@ def plan_of(recipe="snorkel-mistral-7b", topology="v5p:2x2x1", **flags):
     args = command.Args(recipe, topology, **flags)
     found = read(recipe)
     return command.make(
-        args, found, arithmetic.Decoder(model_config(found.start)), chips.parse(topology)
+        args, found, arithmetic.DecoderCost(model_config(found.start)), chips.parse(topology)
     )
 
 
@@ -101,13 +101,13 @@ def test_parameters_are_counted_as_the_model_declares_them():
     assert DECODER.parameters == 7_241_732_096
     for config in (DECODER.config, model_config(read("demo").start)):
         declared = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(decoder.abstract(config)))
-        assert arithmetic.Decoder(config).parameters == declared
+        assert arithmetic.DecoderCost(config).parameters == declared
 
 
 def training(mesh=(1, 1, 1), lengths=LENGTHS, pairs=64, **flags):
     flags = {"batch_size": 8, "micro_batch_size": 8, "dtype": "bfloat16", **flags}
     args = dpo.Args("C", "D", "C2", **flags)
-    return arithmetic.Training(DECODER, args, lengths, pairs, 0, arithmetic.Mesh(*mesh))
+    return arithmetic.TrainingCost(DECODER, args, lengths, pairs, 0, arithmetic.Mesh(*mesh))
 
 
 def test_a_step_multiplies_six_times_weights_times_tokens_and_once_more_with_remat():
@@ -158,7 +158,7 @@ def test_lengths_have_the_mean_that_is_asked_and_the_limit():
 def test_decoding_draws_every_answer_and_reads_weights_and_cache_once_a_step():
     args = sample.Args("C", "P", "S", n=5, max_new_tokens=2048, slots=64, dtype="bfloat16")
     mesh = arithmetic.Mesh(1, 1, 4)
-    one = arithmetic.Sampling(DECODER, args, LENGTHS, 1000, mesh)
+    one = arithmetic.SamplingCost(DECODER, args, LENGTHS, 1000, mesh)
     weights, cache, _ = one.decode(64, 2560)
     assert weights.bytes == pytest.approx(2 * (7_241_732_096 - 32000 * 4096) / 4, rel=1e-4)
     assert weights.gathered == 0 and weights.awaited > 0
@@ -173,7 +173,7 @@ def test_decoding_draws_every_answer_and_reads_weights_and_cache_once_a_step():
 
 
 def test_pairrm_counts_comparisons_and_the_weights_of_deberta_large():
-    one = arithmetic.Ranking(rank.Args("R", "S", "K"), LENGTHS, 10, 5, chips.parse("v5e:1x1"))
+    one = arithmetic.RankingCost(rank.Args("R", "S", "K"), LENGTHS, 10, 5, chips.parse("v5e:1x1"))
     assert one.comparisons == 200
     products = one.pieces()[0]
     assert products.flops == 2 * 24 * 12 * 1024**2 * one.length
@@ -326,7 +326,7 @@ def test_every_stages_programs_compile_for_a_device_that_is_there():
     from model.config import from_hf
 
     plan = plan_of(topology="v5e:1x1")
-    plan = dataclasses.replace(plan, decoder=arithmetic.Decoder(from_hf(SMALL)))
+    plan = dataclasses.replace(plan, decoder=arithmetic.DecoderCost(from_hf(SMALL)))
     work = fit.compiler_work(plan)
     work["sample"] |= {"slots": 4, "length": 64, "prefill": 32, "mesh": (1, 1, 1)}
     work["dpo"] |= {"pairs": 2, "prompt": 16, "length": 32, "mesh": (1, 1, 1)}
@@ -351,7 +351,7 @@ def test_a_small_models_programs_are_compiled_for_a_tpu():
     from model.config import from_hf
 
     plan = plan_of(topology="v5e:2x2")
-    plan = dataclasses.replace(plan, decoder=arithmetic.Decoder(from_hf(SMALL)))
+    plan = dataclasses.replace(plan, decoder=arithmetic.DecoderCost(from_hf(SMALL)))
     work = fit.compiler_work(plan)
     del work["rank"]
     found = programs.compiled(plan.on, work)

@@ -9,10 +9,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from scripts import table
+from scripts import ready
 from scripts.report import __main__ as report
-from scripts.report import gather, tables
-from scripts.report import graph as lineage
+from scripts.report import gather, graph, tables
 from stages import pairs, rank
 from stages.evaluate import compare
 from stages.files.output import Manifest, Output
@@ -175,15 +174,15 @@ def test_the_table_has_the_figures_of_the_files(run, capsys):
     assert (first["KL to start"], second["KL to previous"]) == ("0.250", "0.500")
     assert (first["DPO loss"], second["DPO accuracy"]) == ("0.600", "75%")
     assert (start["finished"], first["finished"], start["distinct"]) == ("50%", "100%", "100%")
-    table.main(table.Show(str(run), terms=True))
+    report.main(report.Args(str(run), terms=True))
     shown = capsys.readouterr().out
     assert all(cell in shown for row in rows for cell in row.values())
     assert "letters" in shown and "best so far: iteration_" in shown
 
 
 def test_lineage_says_what_was_made_from_what_and_what_changed_since(run, tmp_path):
-    graph = {node.path: node for node in lineage.read(str(run))}
-    names = {path: {parent.path for parent in node.parents} for path, node in graph.items()}
+    nodes = {node.path: node for node in graph.read(str(run))}
+    names = {path: {parent.path for parent in node.parents} for path, node in nodes.items()}
     assert names["iteration_2/checkpoint"] == {"iteration_2/pairs.jsonl", "iteration_1/checkpoint"}
     assert names["iteration_2/pairs.jsonl"] == {"iteration_2/ranked.jsonl"}
     assert names["iteration_2/ranked.jsonl"] == {"iteration_2/samples.jsonl", "ranker"}
@@ -193,14 +192,14 @@ def test_lineage_says_what_was_made_from_what_and_what_changed_since(run, tmp_pa
         "iteration_2/heldout.samples.jsonl",
         "ranker",
     }
-    order = list(graph)
+    order = list(nodes)
     assert all(order.index(p) < order.index(path) for path, of in names.items() for p in of)
-    assert not any(node.changed for node in graph.values())
+    assert not any(node.changed for node in nodes.values())
     edited = tmp_path / "edited"
     shutil.copytree(run, edited)
     with open(edited / "iteration_1/pairs.jsonl", "a") as file:
         file.write("\n")
-    changed = [node for node in lineage.read(str(edited)) if node.changed]
+    changed = [node for node in graph.read(str(edited)) if node.changed]
     assert [node.path for node in changed] == ["iteration_1/pairs.jsonl"]
 
 
@@ -226,6 +225,28 @@ def test_fewer_answers_are_shown_and_said_and_what_is_no_run_is_refused(run, tmp
     assert any(re.match("1 of 4 held-out prompts", text) for text in page.texts)
     assert run_main(report.main, report.Args, [str(tmp_path)]) == 2
     assert "is no run" in capsys.readouterr().err
+
+
+def test_a_metrics_line_that_a_kill_cut_off_is_left_out(run, tmp_path):
+    killed = tmp_path / "killed"
+    shutil.copytree(run, killed)
+    with open(killed / "iteration_2/checkpoint.log/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    assert [len(model.metrics) for model in gather.models(str(killed))] == [0, 2, 2]
+    page_of(killed)
+
+
+def test_a_run_is_ready_where_the_ranker_opens_and_the_disk_has_room(tmp_path, capsys):
+    checkpoint(tmp_path / "start/checkpoint", "0" * 64, {})
+    (tmp_path / "reward.py").write_text("def reward(prompt, responses):\n    return []\n")
+    argv = [str(tmp_path), "--ranker", f"{tmp_path}/reward.py:reward"]
+    assert run_main(ready.main, ready.Args, argv) == 0
+    assert "disk: up to 0.0 GB will be written" in capsys.readouterr().out
+    assert run_main(ready.main, ready.Args, [*argv[:-1], f"{tmp_path}/reward.py:other"]) == 2
+    content = {"identity": "", "parameters": 10**15, "origin": {}}
+    (tmp_path / "start/checkpoint/manifest.json").write_text(json.dumps(content))
+    assert run_main(ready.main, ready.Args, argv) == 2
+    assert "make room" in capsys.readouterr().err
 
 
 def test_a_pairwise_ranker_gives_win_rates_and_no_rewards(run, tmp_path):

@@ -6,15 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from sharding.errors import UserError
-from stages.files.output import Manifest, Output, read_lineage, read_manifest
+from stages.files import rows
+from stages.files.output import Manifest, Output, an_input, read_lineage, read_manifest
 from stages.files.paths import file_sha256, local_path, text_sha256
-from stages.files.rows import prompt_key, read_prompts, read_rows
+from stages.files.rows import prompt_key
 from stages.files.run import run_main, stop_signal
 
 
@@ -37,17 +37,16 @@ def upper(args: Args) -> None:
     manifest = Manifest(
         stage="upper",
         arguments={"suffix": args.suffix},
-        inputs={args.prompts: file_sha256(args.prompts)},
+        inputs={"prompts": an_input(args.prompts)},
         identities={"model": "abc"},
     )
-    counts: Counter = Counter()
-    rows = [row for _, row in read_prompts(args.prompts, counts)]
+    prompts = rows.read(args.prompts, rows.Prompt)
     output = Output.open(args.out, manifest, args.overwrite)
     if output.finished:
         return
     new = 0
     with stop_signal() as check_stop:
-        for row in reversed(rows):
+        for row in reversed([prompt.fields for prompt in prompts]):
             if output.has(row["prompt_id"]):
                 continue
             if new == args.stop_after:
@@ -58,7 +57,7 @@ def upper(args: Args) -> None:
             else:
                 output.write(row | {"upper": row["prompt"].upper() + args.suffix})
             new += 1
-    output.finish([row["prompt_id"] for row in rows], counts, {"measured": 1.5})
+    output.finish(prompts.ids, prompts.counts, {"measured": 1.5})
 
 
 def run(capsys, prompts: Path, out: Path, *flags: str) -> tuple[int, str, str]:
@@ -140,15 +139,17 @@ def test_the_manifest_says_what_made_the_file(capsys, prompts, out):
     manifest = json.loads(Path(f"{out}.manifest.json").read_text())
     assert manifest["stage"] == "upper"
     assert manifest["arguments"] == {"suffix": "!"}
-    assert manifest["inputs"] == {str(prompts): file_sha256(str(prompts))}
+    assert manifest["inputs"] == {
+        "prompts": {"path": str(prompts), "sha256": file_sha256(str(prompts))}
+    }
     assert manifest["identities"] == {"model": "abc"}
     assert manifest["results"] == {"measured": 1.5, "sha256": file_sha256(str(out))}
 
 
 def test_prompt_ids_come_from_the_prompt_alone():
     ids = []
-    for rows in ([{"prompt": "a"}, {"prompt": "b", "x": 1}], [{"prompt": "b"}]):
-        ids.append([text_sha256(prompt_key(row, "")) for row in rows])
+    for prompts in ([{"prompt": "a"}, {"prompt": "b", "x": 1}], [{"prompt": "b"}]):
+        ids.append([text_sha256(prompt_key(row, "")) for row in prompts])
     assert ids[0][1] == ids[1][0] != ids[0][0]
     turn = {"role": "user", "content": "b", "name": "ignored"}
     assert prompt_key({"messages": [turn]}, "") == '[{"content":"b","role":"user"}]'
@@ -286,8 +287,9 @@ def test_the_stale_set_aside_file_of_an_older_run_goes(capsys, prompts, out):
 
 STAGE = """
 import os, signal, sys, time
-sys.path[:0] = ["tests", "."]
 import tests.stages.test_files as t
+from stages.files.output import Output
+from stages.files.run import run_main
 append = Output._append
 def slow(self, entry):
     append(self, entry)
@@ -405,7 +407,7 @@ def test_a_bug_is_no_callers_mistake():
 def test_a_byte_order_mark_and_blank_lines_and_a_missing_last_newline_are_fine(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}')
-    assert [row["a"] for _, row in read_rows(str(path))] == [1, 2]
+    assert [row["a"] for _, row in rows.json_rows(str(path))] == [1, 2]
 
 
 def test_a_huge_line_is_one_row(capsys, tmp_path, out):
@@ -415,14 +417,15 @@ def test_a_huge_line_is_one_row(capsys, tmp_path, out):
 
 
 def test_rows_that_disagree_beyond_the_prompt_are_not_merged(tmp_path):
-    rows = [{"prompt": "x", "scores": [1, 2]}, {"prompt": "x", "scores": [1, 2]}]
-    path = jsonl(tmp_path / "x.jsonl", *rows)
-    counts: Counter = Counter()
-    assert len(list(read_prompts(str(path), counts, agree=("scores",)))) == 1
-    assert counts["merged: the same prompt again"] == 1
-    jsonl(path, *rows, {"prompt": "x", "scores": [2, 1]})
-    with pytest.raises(UserError, match=r"line 3: .* another prompt or other scores"):
-        list(read_prompts(str(path), Counter(), agree=("scores",)))
+    answered = {"prompt": "x", "responses": [{"text": "a"}, {"text": "b"}]}
+    lines = [answered | {"scores": [1, 2]}, answered | {"scores": [1, 2]}]
+    path = jsonl(tmp_path / "x.jsonl", *lines)
+    ranked = rows.read(str(path), rows.Ranked)
+    assert len(list(ranked)) == len(ranked) == 1
+    assert ranked.counts["merged: the same prompt again"] == 1
+    jsonl(path, *lines, answered | {"scores": [2, 1]})
+    with pytest.raises(UserError, match=r"line 3: .* another prompt or .*other scores"):
+        rows.read(str(path), rows.Ranked)
 
 
 def test_unfinished_files_of_object_stores_grow_in_the_cache_folder(monkeypatch, tmp_path):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from stages import pairs
-from stages.files.output import Manifest, read_manifest
-from stages.files.paths import file_sha256, text_sha256
-from stages.files.rows import prompt_key
+from stages.files.output import Manifest, an_input, read_manifest
+from stages.files.paths import text_sha256
+from stages.files.rows import Ranked, prompt_key
 from stages.files.run import Stopped, run_main
 
 
@@ -51,10 +51,14 @@ def out(tmp_path) -> Path:
     return tmp_path / "pairs.jsonl"
 
 
+def make_pair(source: dict, strategy: str):
+    args = pairs.Args(ranked="", out="", strategy=strategy)
+    return pairs.make_pair(Ranked.parse(source, "here"), args)
+
+
 def pick(scores: list, texts: list[str] | None = None, strategy: str = "max-min"):
     """(chosen_index, rejected_index), or the reason why there is no pair."""
-    source = row("p", scores, texts, prompt_id="id")
-    pair, reason = pairs.make_pair(source, "here", strategy, seed=0)
+    pair, reason = make_pair(row("p", scores, texts, prompt_id="id"), strategy)
     return reason or (pair["chosen_index"], pair["rejected_index"])
 
 
@@ -87,7 +91,7 @@ def test_max_random_draws_any_lower_answer_by_the_prompts_id():
     scores, seen = [1, 9, 9, 3, 2], set()
     for i in range(50):
         source = row("p", scores, prompt_id=f"id{i}")
-        draws = {pairs.make_pair(source, "", "max-random", 0)[0]["rejected_index"] for _ in "ab"}
+        draws = {make_pair(source, "max-random")[0]["rejected_index"] for _ in "ab"}
         assert len(draws) == 1
         seen |= draws
     assert seen == {0, 3, 4}
@@ -206,18 +210,18 @@ def test_the_manifest_carries_the_lineage(capsys, tmp_path, out):
         "ranker": "r",
     }
     assert manifest.stage == "pairs" and manifest.arguments["seed"] == 3
-    assert manifest.inputs == {str(source): file_sha256(str(source))}
+    assert manifest.inputs == {"ranked": an_input(str(source))}
     assert manifest.results["chosen_mean_score"] == 5.5
     assert manifest.results["rejected_mean_score"] == 1.5
 
 
 def test_the_same_command_again_says_that_it_is_finished(capsys, tmp_path, out):
     source = ranked(tmp_path / "ranked.jsonl", *many())
-    flags = ("--test-count", 10, "--parquet", tmp_path / "hub", "--iteration", 1)
+    flags = ("--test-count", 10)
     run(capsys, source, out, *flags)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     code, stdout, _ = run(capsys, source, out, *flags)
-    assert code == 0 and stdout.count("finished already") == 4
+    assert code == 0 and stdout.count("finished already") == 2
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     code, _, stderr = run(capsys, source, out, "--test-count", 11)
     assert code == 2 and "arguments.test_count 10 there, 11 here" in stderr
@@ -334,9 +338,6 @@ def test_a_malformed_row_is_named(capsys, tmp_path, out, line, message):
         (("--test-count", 2), "leaves none of the 2 prompts to train on"),
         (("--test-count", 1, "--test-fraction", 0.5), "not both"),
         (("--test-out", "t.jsonl"), "--test-out needs"),
-        (("--parquet", "hub"), "--parquet and --iteration go together"),
-        (("--iteration", 1), "--parquet and --iteration go together"),
-        (("--parquet", "hub", "--iteration", 0), "must be 1 or more"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(capsys, tmp_path, out, flags, message):

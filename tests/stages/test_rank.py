@@ -97,7 +97,7 @@ def test_the_manifest_records_what_the_run_reports(folder):
         "comparisons": "full",
         "aggregation": "max_logits",
         "backend": "jax",
-        "dtype": "fp32",
+        "dtype": "float32",
     }
     results = found["results"]
     # Pairs of different answers: 3 of a, 5 of b, 1 of turns, 3 of c.
@@ -167,7 +167,7 @@ def test_bubble_and_max_wins_agree_with_the_full_matrix(folder):
         ("{0}/pairrm", ["--comparisons", "bubble", "--aggregation", "max_wins"], "bubble"),
         ("{0}/reward.py:reward", ["--backend", "jax"], "--backend is for PairRM"),
         ("{0}/reward.py", [], "FILE.py:FUNCTION"),
-        ("{0}/pairrm", ["--backend", "llm-blender", "--dtype", "bf16"], "--dtype is for"),
+        ("{0}/pairrm", ["--backend", "llm-blender", "--dtype", "bfloat16"], "--dtype is for"),
     ],
 )
 def test_a_wrong_ranker_or_flag_is_told_in_one_line(folder, capsys, ranker, flags, words):
