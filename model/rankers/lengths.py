@@ -8,6 +8,7 @@ Lengths are in characters, and also in tokens where every answer carries its tok
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 DECILES = np.arange(0, 101, 10)
 
@@ -29,8 +30,6 @@ def correlation(
     One inner sequence per prompt, since scores are comparable only within a prompt. With `ranks`,
     values are replaced by their ranks within the prompt, so that no outlier decides (Spearman's).
     """
-    from scipy import stats  # takes a second, and --help must answer within two
-
     pairs = [np.array(pair, float) for pair in zip(scores, lengths, strict=True)]
     pairs = [stats.rankdata(pair, axis=1) if ranks else pair for pair in pairs if pair.size]
     if not pairs:

@@ -8,24 +8,26 @@ import dataclasses
 from collections import Counter
 
 import numpy as np
+from etils import epy
 
-from model.rankers.comparisons import Ranking, Report
-from model.rankers.opening import Request, open_ranker
-from sharding import processes
-from sharding.watch import Flags
+from sharding import watch
 from stages import rank
 from stages.evaluate import winrates
 from stages.evaluate.answers import align, generator_of
 from stages.files.benchmarks import ModelOutput, read_difficulties, read_outputs
 from stages.files.output import Manifest, Output, an_input
-from stages.files.shares import check_same, join, merge
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    from model.rankers import comparisons, opening
+    from sharding import processes
+    from stages.files import shares as sharing
 
 # The entries of --out that the manifest's results leave out.
 LONG = ("outputs", "baseline", "ranker", "generators", "per_instruction")
 
 
 @dataclasses.dataclass
-class Compare(Flags):
+class Compare(watch.Flags):
     """How often a ranker prefers a model's answers to a baseline's.
 
     PairRM compares each pair in both orders; a reward function scores both answers. The JSON has
@@ -58,13 +60,13 @@ class Compare(Flags):
 
 def main(args: Compare) -> None:
     # ------------------------------------------------------------------------------ inputs
-    share, shares = join(args)
+    share, shares = sharing.join(args)
     files = (args.outputs, args.baseline)
     ours, baseline = (read_outputs(path, args.response) for path in files)
     counts: Counter = Counter()
     pairs = align(ours, baseline, files, args.common_only, counts)
     difficulties = read_difficulties(args.difficulty, len(pairs)) if args.difficulty else None
-    ranker = open_ranker(args.ranker)
+    ranker = opening.open_ranker(args.ranker)
 
     # ------------------------------------------------------------------------------ output
     inputs = {name: getattr(args, name) for name in ("outputs", "baseline", "difficulty")}
@@ -80,7 +82,7 @@ def main(args: Compare) -> None:
         },
     )
     if shares > 1:
-        check_same(manifest)
+        sharing.check_same(manifest)
     output = Output.open(args.out, manifest, args.overwrite, (share, shares))
 
     # ------------------------------------------------------------------------------ rank
@@ -102,15 +104,15 @@ def main(args: Compare) -> None:
             output.finish([a.key for a, _ in mine], Counter({"in": len(mine)}))
         processes.wait()
         if share == 0:
-            merge(args.out, manifest, shares, finish)
+            sharing.merge(args.out, manifest, shares, finish)
         processes.wait()
     elif not output.finished:
         finish(output)
 
 
-def _request(ours: ModelOutput, baseline: ModelOutput) -> Request:
+def _request(ours: ModelOutput, baseline: ModelOutput) -> "opening.Request":
     texts = [ours.text, baseline.text]
-    return Request(
+    return opening.Request(
         where=ours.where,
         prompt_id=ours.key,
         prompt=ours.prompt,
@@ -121,7 +123,7 @@ def _request(ours: ModelOutput, baseline: ModelOutput) -> Request:
     )
 
 
-def _judged(ranking: Ranking) -> dict:
+def _judged(ranking: "comparisons.Ranking") -> dict:
     """What a row gains: {scores, comparisons, preference: 1 ours, 0.5 a tie, 0 the baseline's}."""
     a, b = ranking.scores
     judged = {"scores": ranking.scores, "preference": 0.5 if a == b else float(a > b)}
@@ -138,9 +140,9 @@ def _summary(
     preferences = np.array([row["preference"] for row in rows])
     lengths = np.array([row["lengths"] for row in rows])
     controlled = winrates.length_controlled(preferences, *lengths.T, difficulties)
-    report = Report()
+    report = comparisons.Report()
     for row in rows:
-        report.add(row["texts"], Ranking(row["scores"], row.get("comparisons")))
+        report.add(row["texts"], comparisons.Ranking(row["scores"], row.get("comparisons")))
     measured = {name: value for name, value in report.results().items() if name != "pairs"}
     return {
         "outputs": args.outputs,

@@ -11,27 +11,30 @@ from functools import partial
 from itertools import islice
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from etils import epy
 from tqdm import tqdm
 
-from model import checkpoint, decoder, logprobs
-from model.config import DecoderConfig
 from model.packing import Sequence, pack
-from model.tokenizer import ChatTokenizer
-from sharding import mesh as meshes
-from sharding import processes
+from sharding import watch
 from sharding.errors import UserError
-from sharding.watch import Flags
 from stages.evaluate.winrates import standard_error
 from stages.files.output import Manifest, Output, an_input, read_lineage
 from stages.files.rows import Response, Sample, field, read
 from stages.files.run import STOPPED_TOGETHER, stop_signal
 
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    import jax
+    import jax.numpy as jnp
+
+    from model import checkpoint, decoder, logprobs
+    from model import tokenizer as tokenizers
+    from sharding import mesh as meshes
+    from sharding import processes
+
 
 @dataclasses.dataclass
-class Kl(Flags):
+class Kl(watch.Flags):
     """KL(the model that sampled ‖ --checkpoint) per token and per answer, estimated from samples.
 
     It is the mean over the samples of their log-prob under the model that drew them, which they
@@ -78,7 +81,7 @@ def main(args: Kl) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
     processes.start(args)
     config = checkpoint.load_config(args.checkpoint)
-    tokenizer = ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
+    tokenizer = tokenizers.ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
     samples = read(args.samples, Sample)
     lineage = read_lineage(args.samples, samples.sha256)
     sampler = lineage.identities if lineage else {}
@@ -159,7 +162,7 @@ def _text(error: float | None) -> str:
     return "?" if error is None else f"{error:.2g}"
 
 
-def _tokens_of(row: Sample, tokenizer: ChatTokenizer, config: DecoderConfig) -> Answered | str:
+def _tokens_of(row: Sample, tokenizer, config) -> Answered | str:
     """The row's token ids and log-probs, or the reason why it is set aside."""
     prompt = _own_ids(field(row.fields, "prompt_token_ids", list, row.where), config, row.where)
     responses, recorded = [], []
@@ -179,7 +182,7 @@ def _tokens_of(row: Sample, tokenizer: ChatTokenizer, config: DecoderConfig) -> 
     return Answered(row.prompt_id, Sequence(prompt, responses), recorded)
 
 
-def _with_end(response: Response, tokenizer: ChatTokenizer) -> list[int]:
+def _with_end(response: Response, tokenizer) -> list[int]:
     """The tokens that `logprob` sums: token_ids and the EOS that was drawn."""
     if response.end_token_id is not None:
         return [*response.token_ids, response.end_token_id]
@@ -188,15 +191,13 @@ def _with_end(response: Response, tokenizer: ChatTokenizer) -> list[int]:
     return [*response.token_ids, *([tokenizer.eos_ids[0]] if ended else [])]
 
 
-def _own_ids(ids: list, config: DecoderConfig, where: str) -> list[int]:
+def _own_ids(ids: list, config, where: str) -> list[int]:
     if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
         raise UserError(f"{where}: a token id is none of this model's: other tokenizer, or edited?")
     return ids
 
 
-def compute(
-    args: Kl, config: DecoderConfig, prompts: list[Answered], output: Output | None
-) -> None:
+def compute(args: Kl, config, prompts: list[Answered], output: Output | None) -> None:
     """Write a row {prompt_id, logprobs} for each prompt: log π(response | prompt) of its answers
     under --checkpoint. output None: another process writes. Raises UserError for NaN."""
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(jax.device_count(), config))

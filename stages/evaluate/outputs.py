@@ -17,19 +17,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from model.rankers.opening import open_ranker
-from sharding import processes
+from etils import epy
+
+from sharding import watch
 from sharding.errors import UserError
-from sharding.watch import Flags
 from stages import rank, sample
 from stages.evaluate.judge import official_command
 from stages.files.benchmarks import conversation_key, local_file, read_instructions
 from stages.files.output import Manifest, Output, an_input, read_manifest
 from stages.files.rows import Prompt, Ranked, RowFile, Sample, read
 
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    from model.rankers import opening
+    from sharding import processes
+
 
 @dataclasses.dataclass
-class Outputs(Flags):
+class Outputs(watch.Flags):
     """A model's answers to a benchmark, exactly one per instruction. With --best-of 16 it is the
     one that a ranker finds best among 16.
 
@@ -87,7 +91,9 @@ def main(args: Outputs) -> None:
             processes.start(args)
         is_first = not several or processes.is_first()
         if args.ranker is not None:
-            open_ranker(args.ranker)  # refuses before hours of sampling; loads no weights yet
+            opening.open_ranker(
+                args.ranker
+            )  # refuses before hours of sampling; loads no weights yet
         stem = args.out.removesuffix(".json")
         prompts, samples, ranked = (f"{stem}.{x}.jsonl" for x in ("prompts", "samples", "ranked"))
 

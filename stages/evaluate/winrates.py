@@ -7,6 +7,12 @@ Pure functions of arrays with one value per instruction. They follow AlpacaEval 
 import dataclasses
 
 import numpy as np
+from etils import epy
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    import sklearn
+    from scipy import stats
+    from sklearn import linear_model, metrics, model_selection
 
 RESAMPLES = 10_000  # bootstrap samples
 FOLDS = 5  # folds of the cross-validation that chooses the logistic model's regularisation
@@ -43,15 +49,11 @@ def summary(preferences: np.ndarray, seed: int = 0) -> Summary:
 
 def standard_error(values: np.ndarray) -> float | None:
     """The standard error of the mean of `values`; None for fewer than two."""
-    from scipy import stats  # takes a second, and --help must answer within two
-
     return float(stats.sem(values)) if len(values) > 1 else None
 
 
 def bootstrap_interval(values: np.ndarray, seed: int, level: float = 0.95) -> tuple[float, float]:
     """The percentile interval of the mean over RESAMPLES bootstrap samples."""
-    from scipy import stats  # takes a second, and --help must answer within two
-
     if len(values) < 2:
         return float(values[0]), float(values[0])
     result = stats.bootstrap(
@@ -135,19 +137,16 @@ def _fit(features: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.n
     scikit-learn needs classes, so each row is entered twice: as class 1 with its target as the
     weight, and as class 0 with 1 − target. Both copies are in the same fold.
     """
-    import sklearn  # takes a second, and --help must answer within two
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.metrics import make_scorer
-    from sklearn.model_selection import GroupKFold
-
     n = len(targets)
     shares = np.concatenate([targets, 1 - targets])
     weights = np.concatenate([weights, weights])
     with sklearn.config_context(enable_metadata_routing=True):
-        scorer = make_scorer(_log_loss, response_method="predict_proba", greater_is_better=False)
+        scorer = metrics.make_scorer(
+            _log_loss, response_method="predict_proba", greater_is_better=False
+        )
         scorer = scorer.set_score_request(shares=True, weights=True)
-        model = LogisticRegressionCV(
-            cv=GroupKFold(FOLDS),
+        model = linear_model.LogisticRegressionCV(
+            cv=model_selection.GroupKFold(FOLDS),
             scoring=scorer,
             random_state=123,
             l1_ratios=(1.0,),

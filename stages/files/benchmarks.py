@@ -20,11 +20,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from etils import epath
+from etils import epath, epy
 
 from sharding.errors import UserError
 from stages.files.paths import open_input
 from stages.files.rows import Fields, Prompt, Sample, canonical, field, json_rows, messages_of
+
+with epy.lazy_imports():  # takes half a second, and only a download needs it
+    import huggingface_hub
 
 HUB, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
 # Fields of other data sets that belong to the task, and that nothing here puts into the prompt.
@@ -37,10 +40,8 @@ def local_file(benchmark: str) -> str:
     if benchmark != "alpaca_eval":
         folder = epath.Path(benchmark)
         return str(folder / HUB_FILE) if folder.is_dir() else benchmark
-    from huggingface_hub import hf_hub_download  # takes half a second, and only this needs it
-
     try:
-        return hf_hub_download(HUB, HUB_FILE, repo_type="dataset")
+        return huggingface_hub.hf_hub_download(HUB, HUB_FILE, repo_type="dataset")
     except Exception as error:  # of many kinds: no network, gated, no space
         line = next((s.strip() for s in str(error).splitlines() if s.strip()), repr(error))
         raise UserError(

@@ -17,7 +17,7 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from etils import epath
+from etils import epath, epy
 
 from sharding.errors import UserError
 from stages.files.output import Manifest, Output, an_input
@@ -25,6 +25,9 @@ from stages.files.paths import MARK, file_sha256, local_path, lock, publish, tex
 from stages.files.provenance import provenance
 from stages.files.rows import Fields, Pair, field, json_rows
 from stages.files.run import stop_signal
+
+with epy.lazy_imports():  # takes a second, and only reading needs it
+    import datasets
 
 MESSAGES = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))
 SCHEMA = pa.schema(
@@ -239,8 +242,6 @@ class Shards:
 
     def __init__(self, source: str, split: str | None):
         """split: SPLIT or CONFIG/SPLIT; None where there is only one. Raises UserError."""
-        import datasets  # takes a second, and only reading needs it
-
         is_folder = os.path.isdir(source)
         if not is_folder and (os.path.exists(source) or source.count("/") != 1):
             raise UserError(
@@ -308,8 +309,6 @@ class Shards:
 
 
 def _why_not_opened(source: str, config: str, error: Exception) -> str:
-    import datasets  # imported by the caller already
-
     try:
         configs = datasets.get_dataset_config_names(source)
     except Exception:  # of many kinds: `error` says it better
