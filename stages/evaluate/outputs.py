@@ -91,9 +91,7 @@ def main(args: Outputs) -> None:
             processes.start(args)
         is_first = not several or processes.is_first()
         if args.ranker is not None:
-            opening.open_ranker(
-                args.ranker
-            )  # refuses before hours of sampling; loads no weights yet
+            opening.open_ranker(args.ranker)  # refuses before hours of sampling; loads no weights
         stem = args.out.removesuffix(".json")
         prompts, samples, ranked = (f"{stem}.{x}.jsonl" for x in ("prompts", "samples", "ranked"))
 
