@@ -30,6 +30,7 @@ import numpy as np
 from model import decoder
 from model.config import DecoderConfig
 from model.packing import coarse_bucket
+from sharding.errors import UserError
 from sharding.mesh import constrain
 
 STEPS_A_CALL = 32  # decode steps between two looks of the host, at most
@@ -62,7 +63,7 @@ class Sampling:
             ("stop_strings", all(self.stop_strings), "not empty"),
         ):
             if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {rule}")
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be {rule}")
 
 
 @dataclasses.dataclass

@@ -19,6 +19,7 @@ import psutil
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding import chips
+from sharding.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -47,17 +48,17 @@ if simulated := re.search(r"device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh of (data, fsdp, tensor) over `devices` (default: all). One size may be -1: the rest.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    Raises UserError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        raise ValueError(f"mesh {data},{fsdp},{tensor}: sizes are positive, one of them may be -1")
+        raise UserError(f"mesh {data},{fsdp},{tensor}: sizes are positive, one of them may be -1")
     known = math.prod(s for s in sizes if s != -1)
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
-        raise ValueError(
+        raise UserError(
             f"mesh {data},{fsdp},{tensor} does not cover the {len(devices)} devices: "
             "the product of the sizes must be their number"
         )

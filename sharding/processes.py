@@ -19,6 +19,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from sharding import watch
+from sharding.errors import UserError
 from sharding.watch import Flags
 
 
@@ -27,7 +28,7 @@ def start(flags: Flags) -> None:
     or where a stage that calls this one has joined them.
 
     From here on process 0 alone prints to stdout, and sharding/watch.py names one that dies. Raises
-    ValueError where the flags do not fit together, the processes do not find each other, or were
+    UserError where the flags do not fit together, the processes do not find each other, or were
     given different flags: also one that changes no result may change what programs they run.
     """
     place = flags.place()
@@ -52,11 +53,11 @@ def start(flags: Flags) -> None:
             watch.start(address, jax.process_count(), jax.process_index())
     except (RuntimeError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
-        raise ValueError(f"--coordinator {place[0] if explicit else place}: {line}") from None
+        raise UserError(f"--coordinator {place[0] if explicit else place}: {line}") from None
     places = {field.name for field in dataclasses.fields(Flags)}
     same = {name: x for name, x in dataclasses.asdict(flags).items() if name not in places}
     if not agree(json.dumps(same, default=str)):
-        raise ValueError("the processes were given different flags: give all the same command")
+        raise UserError("the processes were given different flags: give all the same command")
     if not is_first():
         sys.stdout = open(os.devnull, "w")
 

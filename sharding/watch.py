@@ -20,6 +20,8 @@ import time
 import traceback
 from multiprocessing.connection import Connection, wait
 
+from sharding.errors import UserError
+
 BEAT = 1.0  # seconds between two signs of life
 ARRIVAL = 600.0  # seconds within which all must have come: one may still be installing packages
 GRACE = 2.0  # seconds until another's death is surely known, where it made this process fail too
@@ -31,7 +33,7 @@ def timeout() -> float:
     """PROCESS_TIMEOUT: seconds after which a silent process counts as dead."""
     text = os.environ.get("PROCESS_TIMEOUT") or "100"
     if not text.replace(".", "", 1).isdigit() or float(text) < 2 * BEAT:
-        raise ValueError(f"PROCESS_TIMEOUT={text}: give seconds, at least {2 * BEAT:.0f}")
+        raise UserError(f"PROCESS_TIMEOUT={text}: give seconds, at least {2 * BEAT:.0f}")
     return float(text)
 
 
@@ -49,27 +51,27 @@ class Flags:
 
     def place(self) -> tuple[str, int, int] | str | None:
         """(HOST:PORT, how many, which one), "auto", or None where this process is alone, with what
-        the environment says where a flag is not given. ValueError: they do not fit together."""
+        the environment says where a flag is not given. UserError: they do not fit together."""
         coordinator = self.coordinator or os.environ.get("COORDINATOR") or None
         if coordinator in (None, "auto"):
             if (self.processes, self.process_id) != (None, None):
-                raise ValueError("--processes and --process-id go with --coordinator HOST:PORT")
+                raise UserError("--processes and --process-id go with --coordinator HOST:PORT")
             return coordinator
         numbers = []
         for name, number in (("PROCESSES", self.processes), ("PROCESS_ID", self.process_id)):
             text = os.environ.get(name, "") if number is None else str(number)
             if not text.isdigit():
-                raise ValueError(
+                raise UserError(
                     f"--coordinator {coordinator} needs --processes and --process-id: {name} is "
                     f"{text!r}, no whole number"
                 )
             numbers.append(int(text))
         processes, me = numbers
         if not 0 <= me < processes:
-            raise ValueError(f"--process-id is {me}: a number from 0 to {processes - 1}")
+            raise UserError(f"--process-id is {me}: a number from 0 to {processes - 1}")
         port = coordinator.rpartition(":")[2]
         if not port.isdigit() or not 0 < int(port) < 65535:
-            raise ValueError(f"--coordinator {coordinator}: give HOST:PORT, a port below 65535")
+            raise UserError(f"--coordinator {coordinator}: give HOST:PORT, a port below 65535")
         return coordinator, processes, me
 
 
@@ -77,7 +79,7 @@ class Watch:
     """Connections to the others: process 0 has one to each, they have one to process 0."""
 
     def __init__(self, coordinator: str, processes: int, me: int):
-        """Wait until all are there; ValueError says who is not, or why none can be reached."""
+        """Wait until all are there; UserError says who is not, or why none can be reached."""
         self.me, self.silence = f"process {me} ({socket.gethostname()})", timeout()
         self.links: dict[Connection, str] = {}  # to whom
         self.last: tuple[int, str] | None = None  # exit code and line, once the end has come
@@ -97,7 +99,7 @@ class Watch:
         try:
             server = socket.create_server(("", port), family=family, dualstack_ipv6=both)
         except OSError as error:
-            raise ValueError(f"port {port}: {error.strerror}: give another") from None
+            raise UserError(f"port {port}: {error.strerror}: give another") from None
         with server:
             missing = set(range(1, processes))
             while missing:
@@ -105,7 +107,7 @@ class Watch:
                 try:
                     link = Connection(server.accept()[0].detach())
                 except TimeoutError:
-                    raise ValueError(
+                    raise UserError(
                         f"process {', '.join(map(str, sorted(missing)))} of {processes} did not "
                         f"come within {ARRIVAL:.0f} s"
                     ) from None
@@ -131,7 +133,7 @@ class Watch:
             except OSError as found:
                 error = found
             time.sleep(0.1)
-        raise ValueError(
+        raise UserError(
             f"process 0 did not say within {ARRIVAL:.0f} s, from {host}, port {port}, that all are "
             f"there ({error})"
         )

@@ -24,7 +24,7 @@ from etils import epy
 
 from sharding.errors import UserError
 from stages.files.output import Manifest, Output, an_input, read_lineage
-from stages.files.paths import check_distinct, normalised, text_sha256
+from stages.files.paths import check_distinct, text_sha256
 from stages.files.rows import Fields, Ranked, read
 from stages.files.run import run_main, stop_signal
 
@@ -68,10 +68,9 @@ class Args:
 
 def main(args: Args) -> None:
     check_flags(args)
-    outputs = {"train": normalised(args.out, "--out")}
+    outputs = {"train": args.out}
     if args.test_fraction or args.test_count:
-        test_out = args.test_out or f"{args.out.removesuffix('.jsonl')}.test.jsonl"
-        outputs["test"] = normalised(test_out, "--test-out")
+        outputs["test"] = args.test_out or f"{args.out.removesuffix('.jsonl')}.test.jsonl"
     flags = {"train": "--out", "test": "--test-out"}
     check_distinct({"--ranked": args.ranked}, {flags[s]: path for s, path in outputs.items()})
 

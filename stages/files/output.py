@@ -170,8 +170,7 @@ class Output:
         share (i, n): write only this process's share; shares.py makes `path` of all of them.
         Raises UserError.
         """
-        path = normalised(path, "--out")
-        if epath.Path(path).is_dir():
+        if path.endswith("/") or epath.Path(normalised(path, "--out")).is_dir():
             raise UserError(f"{path} is a folder: give the path of the file to write")
         check_distinct(
             {role: e["path"] for role, e in manifest.inputs.items() if isinstance(e, dict)},
@@ -208,7 +207,10 @@ class Output:
     def _begin(self, overwrite: bool) -> None:
         """Open and lock the partial file, and go on with what it holds of this very run."""
         while self._file is None or not _is_at(self._file, self.partial):
-            self._file = open(self.partial, "ab")  # again, if its owner finished meanwhile
+            try:
+                self._file = open(self.partial, "ab")  # again, if its owner finished meanwhile
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be written ({error.strerror})") from None
             try_lock(self._file, self.path)
         theirs = read_manifest(self.partial)
         if theirs is not None and os.path.getsize(self.partial):

@@ -1,6 +1,7 @@
 """The files between the stages, tried with a small stage that copies its prompts in upper case."""
 
 import dataclasses
+import gzip
 import json
 import os
 import signal
@@ -433,3 +434,199 @@ def test_unfinished_files_of_object_stores_grow_in_the_cache_folder(monkeypatch,
     first, second = (local_path(f"gs://bucket/{x}/out.jsonl") for x in "ab")
     assert first != second and not first.startswith("gs:") and first.endswith("-out.jsonl")
     assert local_path("a/out.jsonl") == "a/out.jsonl"
+
+
+# ---------------------------------------------------------------------- files that are not ours
+
+
+def same_file(path: Path, how: str) -> str:
+    """Another path of the same file."""
+    if how == "dotted":
+        return str(path.parent / "." / "x" / ".." / path.name).replace("x/../", "./")
+    link = path.with_name(f"{how}-{path.name}")
+    link.symlink_to(path) if how == "symbolic" else link.hardlink_to(path)
+    return str(link)
+
+
+@pytest.mark.parametrize("how", ["dotted", "symbolic", "hard"])
+def test_the_input_is_never_written_over_whatever_it_is_called(capsys, prompts, how):
+    before = prompts.read_bytes()
+    code, _, stderr = run(capsys, prompts, same_file(prompts, how), "--overwrite")
+    assert code == 2 and "is the input" in stderr
+    assert prompts.read_bytes() == before
+
+
+@pytest.mark.parametrize("end", [".manifest.json", ".set_aside.jsonl", ".partial"])
+def test_an_input_with_the_name_of_a_file_beside_the_output_is_kept(capsys, prompts, out, end):
+    out.parent.mkdir()
+    source = prompts.rename(f"{out}{end}")
+    before = source.read_bytes()
+    code, _, stderr = run(capsys, source, out)
+    assert code == 2 and "is the input" in stderr
+    assert source.read_bytes() == before
+
+
+def test_a_file_of_the_partial_files_name_that_is_not_ours_is_kept(capsys, prompts, out):
+    out.parent.mkdir()
+    mine = Path(f"{out}.partial")
+    mine.write_text("half a novel")
+    code, _, stderr = run(capsys, prompts, out, "--overwrite")
+    assert code == 2 and "not of this project" in stderr
+    assert mine.read_text() == "half a novel"
+
+
+def test_overwriting_keeps_the_old_file_until_the_new_one_is_whole_and_goes_on(
+    capsys, prompts, out
+):
+    run(capsys, prompts, out)
+    before = out.read_bytes()
+    again = ("--suffix", "?", "--overwrite")
+    for stop_after in ("2", "1"):
+        with pytest.raises(Killed):
+            run(capsys, prompts, out, *again, "--stop-after", stop_after)
+        assert out.read_bytes() == before
+    code, stdout, _ = run(capsys, prompts, out, *again)
+    assert code == 0 and "going on after 3 rows" in stdout
+    assert all(row["upper"].endswith("?") for row in read(out))
+
+
+def test_a_kill_between_the_new_manifest_and_the_new_file_does_not_pass_for_the_old_one(
+    capsys, prompts, out, monkeypatch
+):
+    run(capsys, prompts, out)
+
+    def dies(local, path):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("stages.files.output.publish", dies)
+        run(capsys, prompts, out, "--suffix", "?", "--overwrite")
+    code, _, _ = run(capsys, prompts, out, "--suffix", "?")
+    assert code == 0 and all(row["upper"].endswith("?") for row in read(out))
+
+
+def test_what_another_process_writes_is_not_overwritten(capsys, prompts, out):
+    run(capsys, prompts, out)
+    before = out.read_bytes()
+    holder = Output.open(str(out), Manifest("upper", {"suffix": "!"}, {}, {}), overwrite=True)
+    code, _, stderr = run(capsys, prompts, out, "--overwrite")
+    assert code == 2 and "another process" in stderr and out.read_bytes() == before
+    holder._file.close()
+
+
+# ---------------------------------------------------------------------- inputs that cannot be read
+
+
+def test_what_cannot_be_read_twice_or_is_compressed_is_refused_by_name(capsys, prompts, tmp_path):
+    out = tmp_path / "o.jsonl"
+    pipe, packed = tmp_path / "pipe", tmp_path / "p.jsonl.gz"
+    os.mkfifo(pipe)
+    packed.write_bytes(gzip.compress(prompts.read_bytes()))
+    for source, word in ((pipe, "a pipe"), (packed, "gzip"), (Path("/dev/null"), "a device")):
+        code, _, stderr = run(capsys, source, out)
+        assert code == 2 and word in stderr and stderr.count("\n") == 1
+    for target in ("s3://b/x.jsonl", "file:///x.jsonl", "https://h/x"):
+        code, _, stderr = run(capsys, prompts, target)
+        scheme = target.partition("://")[0]
+        assert code == 2 and f"{scheme}:// is not supported" in stderr
+    assert not list(tmp_path.glob("o.jsonl*"))
+
+
+@pytest.mark.parametrize("out", ["new/", "a/b/", "{0}/"])
+def test_an_output_that_ends_with_a_slash_is_refused_before_the_work(
+    capsys, prompts, tmp_path, out
+):
+    code, _, stderr = run(capsys, prompts, str(tmp_path / "x") + "/" + out.format("y"))
+    assert code == 2 and "is a folder: give the path of the file to write" in stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_full_or_forbidding_disk_is_one_line(capsys, prompts, tmp_path):
+    for target in (f"/proc/{'x' * 300}.jsonl", str(tmp_path / ("y" * 300)), "/dev/full/x.jsonl"):
+        code, _, stderr = run(capsys, prompts, target)
+        assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+
+
+# ---------------------------------------------------------------------- pairs as rows
+
+
+def talk(*texts: str, system: str | None = None) -> list[dict]:
+    turns = [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 9, texts)]
+    return [{"role": "system", "content": system}, *turns] if system is not None else turns
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "conversation"),
+    [
+        ("hi", talk("hi", "a"), talk("hi", "b"), talk("hi")),
+        ("hi", talk("hi", "a")[1:], talk("hi", "b")[1:], talk("hi")),  # the answers alone
+        ("q2", talk("q1", "a1", "q2", "a"), talk("q1", "a1", "q2", "b"), talk("q1", "a1", "q2")),
+        ("q1", talk("q1", "a1", "q2", "a"), talk("q1", "a1", "q2", "b"), talk("q1", "a1", "q2")),
+        ("hi", talk("hi", "a", system="s"), talk("hi", "b", system="s"), talk("hi", system="s")),
+    ],
+)
+def test_both_answers_of_a_pair_end_one_conversation(prompt, chosen, rejected, conversation):
+    pair = rows.Pair.parse({"prompt": prompt, "chosen": chosen, "rejected": rejected}, "here")
+    assert pair.unusable is None and pair.messages == conversation
+    assert (pair.chosen.text, pair.rejected.text) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"rejected": talk("other", "b")}, "different conversations"),
+        ({"rejected": talk("hi", "b", system="s")}, "different conversations"),
+        ({"rejected": talk("hi", "x", "more", "b")}, "different conversations"),
+        ({"prompt": "what?"}, "another conversation than the row's prompt"),
+        ({"messages": talk("what?")}, "another conversation than the row's prompt"),
+        ({"messages": talk("q", "a", "hi")}, "another conversation than the row's prompt"),
+    ],
+)
+def test_a_pair_of_two_conversations_is_unusable(fields, reason):
+    row = {"prompt": "hi", "chosen": talk("hi", "a"), "rejected": talk("hi", "b")} | fields
+    assert reason in rows.Pair.parse(row, "here").unusable
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (talk("hi"), "'chosen' must end with the assistant's answer"),
+        ([], "'chosen' must end with the assistant's answer"),
+        (talk("hi", "a", "more"), "'chosen' must end with the assistant's answer"),
+        ("a", "field 'chosen' is str, not list"),
+        ([*talk("hi"), {"role": "assistant", "content": None}], "'content' is NoneType"),
+        ([*talk("hi"), {"role": "tool", "content": "x"}], "role 'tool' is not"),
+        ([*talk("hi"), {"role": "assistant", "content": "", "tool_calls": [{}]}], "tool_calls"),
+    ],
+)
+def test_a_malformed_side_of_a_pair_is_named(chosen, message):
+    with pytest.raises(UserError, match=f"^here.*{message}"):
+        rows.Pair.parse({"prompt": "hi", "chosen": chosen, "rejected": talk("hi", "b")}, "here")
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", {"prompt": "one"}, {"prompt": "two"})
+    prompts = rows.read(str(path), rows.Prompt)
+    first = prompts.ids[0]
+    jsonl(path, {"prompt": "six"}, {"prompt": "two"})
+    with pytest.raises(UserError, match="has changed while it was read"):
+        prompts[first]
+
+
+def test_a_manifest_of_an_earlier_version_is_the_same_run(capsys, prompts, out):
+    run(capsys, prompts, out)
+    file = Path(f"{out}.manifest.json")
+    manifest = json.loads(file.read_text())
+    manifest["inputs"] = {e["path"]: e["sha256"] for e in manifest["inputs"].values()}
+    file.write_text(json.dumps(manifest))
+    code, stdout, _ = run(capsys, prompts, out)
+    assert code == 0 and "finished already" in stdout
+    code, _, stderr = run(capsys, prompts, out, "--suffix", "?")
+    assert code == 2 and "arguments.suffix" in stderr and "input" not in stderr
+
+
+def test_inputs_that_swap_their_roles_are_another_run(tmp_path):
+    a, b = (jsonl(tmp_path / f"{x}.jsonl", {"prompt": x}) for x in "ab")
+    one = Manifest("x", {}, {"train": an_input(str(a)), "test": an_input(str(b))}, {})
+    other = Manifest("x", {}, {"train": an_input(str(b)), "test": an_input(str(a))}, {})
+    assert one.key() != other.key()
