@@ -215,13 +215,23 @@ def ask_all(
         stop_signal() as check_stop,
         httpx2.Client(headers=headers, timeout=args.timeout) as client,
     ):
+
+        def ask_or_stop(ours: ModelOutput, theirs: ModelOutput) -> dict:
+            try:
+                return ask(args, client, template, ours, theirs, stopping)
+            except BaseException:
+                stopping.set()  # here, before this thread takes the next pair from the queue
+                raise
+
         pool = ThreadPoolExecutor(args.parallel)
-        waiting = {
-            pool.submit(ask, args, client, template, *pair, stopping): pair[0].key for pair in todo
-        }
+        waiting = {pool.submit(ask_or_stop, *pair): pair[0].key for pair in todo}
         try:
             for future in as_completed(list(waiting)):
-                row = {"prompt_id": waiting.pop(future)} | future.result()
+                prompt_id = waiting.pop(future)
+                try:
+                    row = {"prompt_id": prompt_id} | future.result()
+                except CancelledError:  # not sent, since another one failed, which comes up too
+                    continue
                 output.write(row)
                 spent += row["tokens"]
                 dollars = spent * args.price_per_million / 1e6

@@ -271,26 +271,17 @@ def test_ids_become_texts_and_shards_need_not_have_the_same_columns(tmp_path):
         [pair("e", prompt_id=2.0, extra="text")],
     ]
     (tmp_path / "d" / "data").mkdir(parents=True)
-    for i, rows in enumerate(shards):
+    for i, shard in enumerate(shards):
         file = tmp_path / "d" / "data" / f"train-{i:05}-of-00003.parquet"
-        pq.write_table(pa.Table.from_pylist(rows), file)
+        pq.write_table(pa.Table.from_pylist(shard), file)
     wanted = ["7", text_sha256("b"), "x", text_sha256("d"), "2"]
     formats.read_prompts_dataset(str(tmp_path / "d"), str(tmp_path / "p.jsonl"))
     assert [row["prompt_id"] for row in read(tmp_path / "p.jsonl")] == wanted
     formats.read_dataset(str(tmp_path / "d"), str(tmp_path / "o.jsonl"))
     assert [row["prompt_id"] for row in read(tmp_path / "o.jsonl")] == wanted
-    assert [row.get("extra") for row in read(tmp_path / "o.jsonl")] == [
-        None,
-        None,
-        [1.5],
-        [],
-        "text",
-    ]
-    assert rows_of_pairs(tmp_path / "o.jsonl") == 5  # the next stage reads them
-
-
-def rows_of_pairs(path: Path) -> int:
-    return len(rows.read(str(path), rows.Pair))
+    extras = [row.get("extra") for row in read(tmp_path / "o.jsonl")]
+    assert extras == [None, None, [1.5], [], "text"]
+    assert len(rows.read(str(tmp_path / "o.jsonl"), rows.Pair)) == 5  # as the next stage reads it
 
 
 def test_columns_nobody_needs_hold_what_they_like(tmp_path):
