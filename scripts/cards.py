@@ -7,19 +7,22 @@ without JAX.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 
 from etils import epath, epy
-from huggingface_hub import DatasetCardData, ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 from sharding.errors import UserError
 from stages.files.output import Manifest, read_manifest
 from stages.files.paths import text_sha256, write_atomically
 from stages.files.provenance import Entry, provenance, short_name, with_roles
 
-with epy.lazy_imports():  # takes two seconds, and only the card of a data set needs it
+with epy.lazy_imports():  # they take two seconds, and only the card of a data set needs them
     import datasets
+
+    from stages.files import formats
 
 UNKNOWN = "not known"
 MADE = re.compile(r"\n<!-- made from the manifests, sha256 ([0-9a-f]{64}) -->\n\Z")
@@ -362,6 +365,25 @@ def dataset_card(splits: list[dict], features) -> tuple[dict, str]:
     return {name: front[name] for name in ("configs", "dataset_info")}, _card(
         front.to_yaml(), blocks
     )
+
+
+def write_dataset_card(directory: str) -> None:
+    """Write DIR/README.md, the card of all splits in DIR/data. If a user changed the card, only the
+    part that `datasets` reads is renewed: the list of splits in its front matter."""
+    features = datasets.Features.from_arrow_schema(formats.SCHEMA)
+    machine_read, card = dataset_card(formats.split_facts(directory), features)
+    path = os.path.join(directory, "README.md")
+    if write(path, card):
+        return
+    try:
+        changed = DatasetCard(epath.Path(path).read_text(), ignore_metadata_errors=True)
+    except Exception as error:  # YAML errors of many kinds
+        raise UserError(f"{path}: its front matter cannot be read ({error}): mend it") from None
+    if {name: changed.data.get(name) for name in machine_read} != machine_read:
+        for name, value in machine_read.items():
+            changed.data[name] = value
+        write_atomically(path, str(changed))
+    print(f"{path} was changed by hand: only the splits in its front matter are kept up to date")
 
 
 def _making(data: list[Entry]) -> list[str]:

@@ -300,7 +300,7 @@ def to_parquet(args: ToParquet):
     if not re.fullmatch(r"\w+", args.split):
         raise UserError(f"--split {args.split}: a name has only letters, digits and underscores")
     formats.write_split(args.pairs, args.directory, args.split, args.overwrite)
-    formats.write_card(args.directory)
+    cards.write_dataset_card(args.directory)
 
 
 def prompts(args: Prompts):

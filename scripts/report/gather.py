@@ -14,8 +14,8 @@ from etils import epath
 
 from scripts.report import graph
 from sharding.errors import UserError
-from stages.evaluate.answers import conversation_key
 from stages.evaluate.winrates import standard_error
+from stages.files.benchmarks import conversation_key
 from stages.files.rows import Fields, json_rows, messages_of
 
 Z = 1.959964  # 97.5% quantile of the normal distribution

@@ -408,7 +408,7 @@ def test_a_card_that_the_user_changed_keeps_its_words_and_learns_the_splits(tmp_
     assert readme.read_bytes() == before
     readme.write_text("---\nlicense: [\n---\n")
     with pytest.raises(UserError, match="its front matter cannot be read"):
-        formats.write_card(str(tmp_path / "hub"))
+        cards.write_dataset_card(str(tmp_path / "hub"))
 
 
 def test_pairs_of_a_known_ranker_and_model_are_told_in_the_datasets_card(tmp_path):
