@@ -6,7 +6,7 @@ since llama.cpp's rotary embedding rotates neighbouring values; `half_split` und
 
 import importlib.util
 import json
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from etils import epath
@@ -68,7 +68,7 @@ def read_gguf(path: str, tokenizer_folder: str | None = None) -> tuple[DecoderCo
         raise UserError(f"{path}: tensor {name} is not built (scaled RoPE, a bias, experts?)")
     if tokenizer_folder is not None:
         try:
-            gguf_tokenizer.write_tokenizer(partial(_value, reader), tokenizer_folder)
+            gguf_tokenizer.write_tokenizer(cache(partial(_value, reader)), tokenizer_folder)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         ids = {f"{name}_token_id": value for name, value in _token_ids(reader).items()}
