@@ -1,4 +1,4 @@
-"""What the host prepares, made in a thread while the device computes."""
+"""The host prepares the next batches in a thread while the device computes."""
 
 import time
 from collections import deque
@@ -14,8 +14,8 @@ Made = TypeVar("Made")
 def ahead(
     make: Callable[[T], Made], of: Iterable[T], depth: int = 2
 ) -> Iterator[tuple[Made, float]]:
-    """(make(x), the seconds that were waited for it) for each x of `of`, in order; up to `depth` of
-    them are made ahead. What `make` raises is raised where its result is asked for."""
+    """Yields (make(x), seconds waited for it) for each x of `of`, in order. Up to `depth` results
+    are made ahead. An exception of `make` is raised when its result is asked for."""
     of = iter(of)
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
         making = deque(pool.submit(make, x) for x in islice(of, depth))

@@ -1,4 +1,4 @@
-"""Log-probabilities of responses, without ever holding the logits of a whole batch.
+"""Log-probabilities of responses. The logits of a whole batch are never held at once.
 
 Axis letters: b row, t index in a row, s index in a chunk of a row, n response, d width,
 v vocabulary.
@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from model import decoder
-from model.attention import matmul_precision
 from model.config import DecoderConfig
+from model.precision import matmul_precision
 from sharding.mesh import batch_shards, constrain
 
-CHUNK = 256  # tokens a device holds the logits of: 50 MB of fp32 at 49,152 words
+CHUNK = 256  # tokens per device whose logits are held: 50 MB of fp32 at 49,152 words
+# Kept log-probs of a reference are named by it (stages/dpo.py). Raise it with each change to this
+# file, to the decoder or to packing that moves the numbers by more than rounding.
+VERSION = 1
 
 
 def response_logprobs(
@@ -25,10 +28,11 @@ def response_logprobs(
     dtype=jnp.float32,
     remat: decoder.Remat = "none",
 ) -> jax.Array:
-    """Summed log π(response | prompt), fp32 [responses]; 0 for one that is not in the batch.
+    """log π(response | prompt), summed over tokens, fp32 [responses]; 0 for a response that the
+    batch does not have.
 
-    batch: the arrays of model/packing.py. Only response tokens see the vocabulary product.
-    Sums, no means (Rafailov et al. 2023).
+    batch: the arrays of model/packing.py. The vocabulary product is computed for response tokens
+    only. Sums, not means, as in Rafailov et al. 2023.
     """
     hidden_btd = decoder.forward(
         params, config, batch["tokens"], batch["positions"], None, dtype, remat, layout=batch
@@ -37,17 +41,17 @@ def response_logprobs(
     hidden_btd = constrain(hidden_btd, "batch", "length", "act_embed")
     longest = jnp.max(jnp.sum(batch["owners"] >= 0, axis=1))
     logprobs_bt = token_logprobs(params, config, hidden_btd, batch["targets"], longest)
-    # A masked sum, not a scatter: the same bits at every run on every device.
+    # A masked sum and not a scatter, which would give other bits from run to run on a GPU.
     mine_btn = batch["owners"][..., None] == jnp.arange(responses)
     return jnp.sum(jnp.where(mine_btn, logprobs_bt[..., None], 0.0), axis=(0, 1))
 
 
 def token_logprobs(params, config, hidden_btd, targets_bt, longest) -> jax.Array:
-    """log softmax of the logits at the targets, fp32 [b, t], for the first `longest` (an int32)
-    tokens of each row; of what lies behind them some are left at 0.
+    """log softmax of the logits at the targets, fp32 [b, t]. Only the first `longest` tokens (an
+    int32) of each row are sure to be computed; values behind them may be 0.
 
-    In chunks of tokens, whose logits are computed again for the backward pass: memory is one
-    chunk's logits, for one more vocabulary product.
+    The tokens are taken in chunks. The backward pass computes each chunk's logits again, so that
+    memory holds the logits of one chunk only, at the price of one more vocabulary product.
     """
     b, t, _ = hidden_btd.shape
     step = min(t, max(1, CHUNK * batch_shards(jax.sharding.get_abstract_mesh()) // b))
@@ -110,7 +114,8 @@ _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
 def _gathered(w32_dv, dtype) -> jax.Array:
-    """In the dtype of computation, cut along the vocabulary alone: once, not at each chunk."""
+    """The matrix in the dtype of computation, cut along the vocabulary only. Called once, so that
+    its shards are not collected again for each chunk."""
     return constrain(w32_dv.astype(dtype), "act_embed", "vocab")
 
 

@@ -1,22 +1,22 @@
 """Prompts with their responses, packed into rows: the arrays that log-probs are computed from.
 
-A sequence is a prompt and the responses to it. A response sees its prompt and itself and nothing
-else, so a pair's prompt is computed once for both sides. Sequences lie one behind the other in a
-row, so that hardly anything is padding:
+A sequence is a prompt and the responses to it. A response attends to its prompt and itself only, so
+the prompt of a pair is computed once for both sides. Sequences lie one behind the other in a row,
+so that there is little padding:
 
     row         prompt  chosen    rejected  | prompt  chosen    rejected  | padding
     positions   0 1 2   3 4 5 6   3 4 5     | 0 1     2 3 4     2 3       | 0 0
 
-For attention alone the row is unfolded: each response with a copy of its prompt before it, a plain
-causal text, in rows about as long as the longest of them. That way no work is spent on one response
-looking at another, and any attention kernel will do:
+For attention only, the row is unfolded: each response with a copy of its prompt before it, a plain
+causal text, in rows about as long as the longest text. So no response computes scores with another
+response, and any causal attention kernel can be used:
 
     unfolded    prompt  chosen               segments   1 1 1 1 1 1 1
                 prompt  rejected  padding               1 1 1 1 1 1 0
                 prompt  chosen  | prompt  rejected      1 1 1 1 1 2 2 2 2
 
-Axis letters: b row, t index in a row, r response token of a row, u unfolded row, s index in an
-unfolded row, c copy of a token. Runs without JAX.
+Axis letters: b row, t index in a row, u unfolded row, s index in an unfolded row, c copy of a
+token. Runs without JAX.
 """
 
 import dataclasses
@@ -34,15 +34,16 @@ class Sequence:
 
 
 def bucket(length: int, step: int = 32) -> int:
-    """The padded length that is compiled: multiples of `step`, from sixteen of them on of about a
-    sixteenth to an eighth of the length."""
+    """The padded length that is compiled for `length`: a multiple of `step`; above 16 · `step`, a
+    multiple of a larger number, about a sixteenth to an eighth of the length."""
     while length > 16 * step:
         step *= 2
     return -(-length // step) * step
 
 
 def coarse_bucket(length: int) -> int:
-    """64, 96, 128, 192, 256, …: for what costs more to compile than a third of padding costs."""
+    """64, 96, 128, 192, 256, …: for programs that cost more to compile than padding costs to
+    compute."""
     power = 64
     while power < length:
         power *= 2
@@ -50,16 +51,16 @@ def coarse_bucket(length: int) -> int:
 
 
 def pack(sequences: list[Sequence], shards: int = 1, alone: bool = False) -> dict[str, np.ndarray]:
-    """Arrays, all int32, in as many rows as there are `shards` (over which a mesh cuts the batch),
-    or, if each sequence is to be `alone` in its own, in a multiple of that:
+    """The int32 arrays of a batch. There is one row per shard of the mesh, or, if `alone`, one row
+    per sequence, filled up to a multiple of `shards`.
 
     tokens, positions [b, t]: as above;
     unfold [b, u, s]: the index in its row of each token of the unfolded rows, 0 at padding;
     segments [b, u, s]: 1, 2, … for the texts of an unfolded row, 0 at padding;
-    copies [b, t, c]: where, counted through a row's unfolded rows, a token lies; -1: no more;
-    predictors, targets [b, t]: of each response token the index in its row of the token that
-    predicts it, and its id; the response tokens of a row stand in front;
-    owners [b, t]: its response's number, counted through all sequences, and -1 behind the last.
+    copies [b, t, c]: the places of a token, counted through its row's unfolded rows; -1: no more;
+    predictors, targets [b, t]: for each response token, the index in its row of the token that
+    predicts it, and its id; the response tokens of a row stand first;
+    owners [b, t]: the number of the response, counted through all sequences; -1 behind the last.
     """
     count = -(-len(sequences) // shards) if alone else 1
     rows = _fill(list(map(len, sequences)), shards * count)
@@ -70,7 +71,7 @@ def pack(sequences: list[Sequence], shards: int = 1, alone: bool = False) -> dic
     }
     arrays["owners"] = np.full((b, t), -1, np.int32)
     first_response = np.cumsum([0] + [len(s.responses) for s in sequences])
-    texts = []  # of each row: the indices of every response with its prompt
+    texts = []  # per row: the indices of each response with its prompt
     for row, members in enumerate(rows):
         at = counted = 0
         texts.append([])
@@ -96,19 +97,20 @@ def pack(sequences: list[Sequence], shards: int = 1, alone: bool = False) -> dic
 
 
 def _fill(lengths: list[int], rows: int) -> list[list[int]]:
-    """The items spread over so many rows: longest first, each to the emptiest row."""
-    found, filled = [[] for _ in range(rows)], [0] * rows
+    """Item numbers per row. The items are dealt out longest first, each to the emptiest row."""
+    dealt, filled = [[] for _ in range(rows)], [0] * rows
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         row = filled.index(min(filled))
-        found[row].append(i)
+        dealt[row].append(i)
         filled[row] += lengths[i]
-    return found
+    return dealt
 
 
 def _unfold(texts: list[list[np.ndarray]], t: int) -> dict[str, np.ndarray]:
-    """`unfold`, `segments` and `copies` of each row's texts, given as indices in a row of t."""
+    """`unfold`, `segments` and `copies`. texts: per row, the indices of each text's tokens in it;
+    t: the length of a row."""
     s = coarse_bucket(max((len(text) for row in texts for text in row), default=1))
-    placed = []  # of each row: (unfolded row, start in it, segment) of every text
+    placed = []  # per row: (unfolded row, start in it, segment) of each text
     for row in texts:
         filled, held, places = [], [], [None] * len(row)
         for i in sorted(range(len(row)), key=lambda i: (-len(row[i]), i)):

@@ -1,33 +1,38 @@
-"""The optimizer and the jitted DPO step.
+"""The optimizer and the jitted training step, for any loss.
 
-A step over many pairs is a sum of micro-batches: `accumulate` adds one micro-batch's gradient in
-fp32, `apply` clips the sum and updates. Parameters, gradients and moments are donated from call to
-call, so that none of them exists twice.
+`loss(params, batch)` gives one loss per example and other values per example. A step is a sum over
+micro-batches: `accumulate` adds the gradient of one micro-batch in fp32, `apply` clips the sum and
+updates. Parameters, gradients and moments are donated from call to call, so that none of them
+exists twice.
 
-Axis letters: p pair, n response.
+Axis letter: e example.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from tqdm import tqdm
 
-from model import decoder
-from model.config import DecoderConfig
-from model.logprobs import response_logprobs
-from model.losses import Loss, Pairs, implicit_rewards
+from model.ahead import ahead
+from model.batches import Batcher, Example, MicroBatch
+from sharding.mesh import abstract, batch_shardings, peak_flops, peak_memory, put_batch, replicated
 
-Batch = dict  # of arrays: see model/packing.py, which makes them
+# (parameters, batch) → (losses [e], {name: values [e]}). The batch holds the arrays of
+# model/packing.py and the sides of its examples (model/batches.py).
+LossFunction = Callable[[dict, dict], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What is optimised and how."""
+class Optimization:
+    """How the parameters are updated. stages/dpo.py explains each field as a flag."""
 
-    loss: Loss
     learning_rate: float
     schedule: Literal["linear", "cosine", "constant"]
     warmup_ratio: float
@@ -36,13 +41,14 @@ class Recipe:
     max_grad_norm: float
 
 
-def learning_rate(recipe: Recipe, total_steps: int) -> optax.Schedule:
+def learning_rate(optimization: Optimization, total_steps: int) -> optax.Schedule:
     """Learning rate of step 0, 1, …: linear warm-up from 0, then linear or cosine decay to 0.
 
-    The values of transformers' get_{linear,cosine,constant}_schedule_with_warmup, its first step
-    at 0 included; warm-up is ceil(warmup_ratio · total_steps) steps, as its Trainer counts them.
+    The values are those of transformers' get_{linear,cosine,constant}_schedule_with_warmup, with
+    the first step at 0. Warm-up takes ceil(warmup_ratio · total_steps) steps, as in transformers'
+    Trainer.
     """
-    warmup = -int(-recipe.warmup_ratio * total_steps // 1)
+    warmup = -int(-optimization.warmup_ratio * total_steps // 1)
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)
@@ -52,84 +58,76 @@ def learning_rate(recipe: Recipe, total_steps: int) -> optax.Schedule:
             "linear": 1 - done,
             "cosine": 0.5 * (1 + jnp.cos(jnp.pi * done)),
             "constant": jnp.ones_like(done),
-        }[recipe.schedule]
-        return recipe.learning_rate * jnp.where(step < warmup, rise, fall)
+        }[optimization.schedule]
+        return optimization.learning_rate * jnp.where(step < warmup, rise, fall)
 
     return schedule
 
 
-def optimizer(recipe: Recipe, total_steps: int) -> optax.GradientTransformation:
-    """torch's AdamW (betas 0.9, 0.999) or RMSprop (alpha 0.99), eps 1e-8 outside the root; weight
-    decay only on matrices, never on norms."""
-    schedule = learning_rate(recipe, total_steps)
-    if recipe.optimizer == "adamw":
-        return optax.adamw(
-            schedule, 0.9, 0.999, 1e-8, weight_decay=recipe.weight_decay, mask=_is_matrix
-        )
+def optimizer(optimization: Optimization, total_steps: int) -> optax.GradientTransformation:
+    """torch's AdamW (betas 0.9, 0.999) or RMSprop (alpha 0.99), eps 1e-8 outside the root. Weight
+    decay applies to matrices only, not to norms."""
+    schedule = learning_rate(optimization, total_steps)
+    decay = optimization.weight_decay
+    if optimization.optimizer == "adamw":
+        return optax.adamw(schedule, 0.9, 0.999, 1e-8, weight_decay=decay, mask=_is_matrix)
     return optax.chain(
-        optax.add_decayed_weights(recipe.weight_decay, mask=_is_matrix),
+        optax.add_decayed_weights(decay, mask=_is_matrix),
         optax.rmsprop(schedule, decay=0.99, eps=1e-8, eps_in_sqrt=False),
     )
 
 
-def _is_matrix(params: decoder.Params):
+def _is_matrix(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path[-1].key, params)
 
 
-def optimizer_shardings(tx: optax.GradientTransformation, params, shardings, replicated):
-    """Shardings of tx's state: a moment lies as its parameter does, a counter everywhere."""
-    state = jax.eval_shape(tx.init, params)
-    return optax.tree_map_params(
+def optimizer_state(tx: optax.GradientTransformation, params):
+    """Shapes and shardings of tx's state, nothing allocated: each moment lies as its parameter
+    does, a counter lies whole on every device. params: shapes with shardings."""
+    shapes = jax.eval_shape(tx.init, params)
+    shardings = optax.tree_map_params(
         tx,
-        lambda _, sharding: sharding,
-        state,
-        shardings,
-        transform_non_params=lambda _: replicated,
+        lambda _, x: x.sharding,
+        shapes,
+        params,
+        transform_non_params=lambda _: replicated(_mesh(params)),
     )
+    return abstract(shapes, shardings)
+
+
+def arrays_held(optimization: Optimization, params, batch: dict) -> dict:
+    """{title: arrays} that a training holds, apart from activations, for sharding/table.py.
+    params, batch: arrays or shapes; those of params have shardings."""
+    return {
+        "parameters": params,
+        "gradients": params,
+        "optimizer state": optimizer_state(optimizer(optimization, total_steps=1), params),
+        "batch": abstract(batch, batch_shardings(_mesh(params), batch)),
+    }
+
+
+def _mesh(params):
+    return jax.tree.leaves(params)[0].sharding.mesh
 
 
 # ------------------------------------------------------------------------------- the step
 
 
-def pair_logprobs(
-    params, config: DecoderConfig, batch: Batch, pairs: int, dtype, remat: decoder.Remat
-):
-    """Summed log-probs (chosen_p, rejected_p), fp32 [p], of a micro-batch of up to `pairs` pairs:
-    the sequences of model/packing.py with two responses each, chosen and rejected."""
-    found_n = response_logprobs(params, config, batch, 2 * pairs, dtype, remat)
-    return found_n[0::2], found_n[1::2]
+def _accumulate(params, gradients, batch, examples, *, loss: LossFunction):
+    """(gradients + ∂(Σ weights·loss / examples), values [e]). gradients is None for the first
+    micro-batch; `examples` counts the examples of the whole step."""
 
+    def summed(params):
+        loss_e, values = loss(params, batch)
+        return jnp.sum(batch["weights"] * loss_e) / examples, values
 
-def _accumulate(params, gradients, batch, sides, pairs, *, config, recipe, dtype, remat):
-    """gradients (None: nothing yet) + ∂(Σ weighted loss / pairs), and the values, one per pair.
-
-    batch: see pair_logprobs; sides: fp32 [p] each, what `losses.Pairs` needs beside the policy's
-    log-probs, and `weights`: 0 where the micro-batch has fewer pairs. `pairs`: real pairs in the
-    whole step.
-    """
-    sides = dict(sides)
-    weights_p = sides.pop("weights")
-
-    def loss_of(params):
-        chosen_p, rejected_p = pair_logprobs(params, config, batch, len(weights_p), dtype, remat)
-        p = Pairs(chosen_p, rejected_p, **sides)
-        loss_p = recipe.loss(p)
-        values = {
-            "loss": loss_p,
-            "logps/chosen": chosen_p,
-            "logps/rejected": rejected_p,
-            "rewards/chosen": implicit_rewards(chosen_p, p.ref_chosen, recipe.loss.beta),
-            "rewards/rejected": implicit_rewards(rejected_p, p.ref_rejected, recipe.loss.beta),
-        }
-        return jnp.sum(weights_p * loss_p) / pairs, values
-
-    new, values = jax.grad(loss_of, has_aux=True)(params)
+    new, values = jax.grad(summed, has_aux=True)(params)
     return new if gradients is None else jax.tree.map(jnp.add, gradients, new), values
 
 
 def _apply(params, state, gradients, norm, *, tx, max_norm):
-    """Clip to the global norm `max_norm`, where `norm` is the gradients', and update. Returns
-    (params, optimizer state, the share of the weights whose bfloat16 rounding has changed)."""
+    """Clip the gradients, whose global norm is `norm`, to `max_norm` and update. Returns (params,
+    optimizer state, share of the weights whose bfloat16 rounding has changed)."""
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))  # torch's clip_grad_norm_
     clipped = jax.tree.map(lambda g: g * scale, gradients)
     updates, state = tx.update(clipped, state, params)
@@ -144,43 +142,88 @@ def _apply(params, state, gradients, norm, *, tx, max_norm):
 
 
 class Trainer:
-    """The compiled functions of a run, under the current mesh (`jax.set_mesh`).
+    """The compiled functions of a training. Call them under its mesh (`jax.set_mesh`).
 
-    `logprobs(params, batch, pairs)`, `accumulate(params, gradients, batch, sides, pairs)`,
-    `norm(gradients)`, `apply(params, optimizer_state, gradients, norm)`, `init_optimizer(params)`.
-    A batch has a multiple of `batch_shards(mesh)` rows.
+    `accumulate(params, gradients, batch, examples)`, `norm(gradients)`, `apply(params,
+    optimizer_state, gradients, norm)`, `init_optimizer(params)`, `schedule(step)`. A batch has a
+    multiple of `batch_shards(mesh)` rows.
     """
 
-    def __init__(
-        self,
-        config,
-        recipe: Recipe,
-        total_steps: int,
-        shardings,
-        replicated,
-        dtype=jnp.float32,
-        remat: decoder.Remat = "none",
-    ):
-        tx = optimizer(recipe, total_steps)
-        self.schedule = learning_rate(recipe, total_steps)
-        self.optimizer_shardings = optimizer_shardings(
-            tx, decoder.abstract(config), shardings, replicated
-        )
-        self.optimizer_shapes = jax.eval_shape(tx.init, decoder.abstract(config))
-        self.logprobs = jax.jit(
-            partial(pair_logprobs, config=config, dtype=dtype, remat="none"),
-            static_argnames="pairs",
-            out_shardings=replicated,
+    def __init__(self, loss: LossFunction, optimization: Optimization, total_steps: int, params):
+        """params: shapes with shardings, e.g. of `placement.parameters`."""
+        tx = optimizer(optimization, total_steps)
+        self.params, self.mesh = params, _mesh(params)
+        self.schedule = learning_rate(optimization, total_steps)
+        self.optimizer_state = optimizer_state(tx, params)
+        whole = replicated(self.mesh)
+        of_params, of_state = (
+            jax.tree.map(lambda x: x.sharding, tree) for tree in (params, self.optimizer_state)
         )
         self.accumulate = jax.jit(
-            partial(_accumulate, config=config, recipe=recipe, dtype=dtype, remat=remat),
+            partial(_accumulate, loss=loss),
             donate_argnames="gradients",
-            out_shardings=(shardings, replicated),
+            out_shardings=(of_params, whole),
         )
-        self.norm = jax.jit(optax.tree.norm, out_shardings=replicated)
+        self.norm = jax.jit(optax.tree.norm, out_shardings=whole)
         self.apply = jax.jit(
-            partial(_apply, tx=tx, max_norm=recipe.max_grad_norm),
+            partial(_apply, tx=tx, max_norm=optimization.max_grad_norm),
             donate_argnums=(0, 1),
-            out_shardings=(shardings, self.optimizer_shardings, replicated),
+            out_shardings=(of_params, of_state, whole),
         )
-        self.init_optimizer = jax.jit(tx.init, out_shardings=self.optimizer_shardings)
+        self.init_optimizer = jax.jit(tx.init, out_shardings=of_state)
+
+    def gradients(self, params, batches: list[MicroBatch]):
+        """(gradients, their norm, values) of a step. values: {name: fp32 [e]}, in the order of the
+        micro-batches."""
+        examples = float(sum(len(micro.prompt_ids) for micro in batches))
+        gradients, values = None, []
+        for micro in batches:
+            batch = put_batch(self.mesh, micro.packed) | micro.sides
+            gradients, more = self.accumulate(params, gradients, batch, examples)
+            more = jax.device_get(more)
+            values.append({name: x[: len(micro.prompt_ids)] for name, x in more.items()})
+        joined = {name: np.concatenate([each[name] for each in values]) for name in values[0]}
+        return gradients, self.norm(gradients), joined
+
+
+# ----------------------------------------------------------------------- without gradients
+
+
+def for_each(
+    compute: Callable[[dict], tuple], mesh, batcher: Batcher, examples: list[Example], title: str
+) -> np.ndarray:
+    """What `compute(batch)` gives for each example, fp32 [examples, 2]. `compute` gives a pair of
+    arrays, each with one value per example of a micro-batch. `title` names the progress bar."""
+    values = np.zeros((len(examples), 2), np.float32)
+    cut = batcher.cut(examples, range(len(examples)))
+    packed = ahead(lambda indices: (indices, batcher.pack(examples, indices)), cut)
+    silent = not examples or jax.process_index() > 0
+    for (indices, batch), _ in tqdm(
+        packed, desc=title, unit=" batches", total=len(cut), disable=silent
+    ):
+        for column, x in enumerate(jax.device_get(compute(put_batch(mesh, batch)))):
+            values[indices, column] = x[: len(indices)]
+    return values
+
+
+def speed(params, batches: list[MicroBatch], seconds: float) -> dict[str, float]:
+    """The metrics of a step's speed and memory.
+
+    Operations count products with weights only, forward and backward, and nothing that is computed
+    twice. params: a decoder's arrays or shapes, with shardings.
+    """
+    mesh = _mesh(params)
+    tokens = sum(np.sum(micro.packed["copies"][..., 0] >= 0) for micro in batches)
+    responses = sum(np.sum(micro.packed["owners"] >= 0) for micro in batches)
+    slots = sum(micro.packed["tokens"].size for micro in batches)
+    layers = sum(math.prod(x.shape) for x in jax.tree.leaves(params["layers"]))
+    flops = 6.0 * (tokens * layers + responses * math.prod(params["embed"].shape))
+    metrics = {
+        "padding": 1 - tokens / slots,
+        "tokens_per_second": tokens / seconds,
+        "model_flops_per_second": flops / seconds,
+        "peak_memory_gb": peak_memory(mesh) / 1e9,
+    }
+    if peak := peak_flops(mesh):
+        metrics["mfu"] = flops / seconds / peak
+    return {name: float(value) for name, value in metrics.items()}

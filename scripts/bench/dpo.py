@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.bench.machine import Side, peak_memory, timed, two_formats
-from sharding.chips import gemm_rate
+from scripts.plan.slices import gemm_rate
 from sharding.errors import UserError
 
 
@@ -43,7 +43,7 @@ def bench(args: Dpo) -> None:
     if not data.is_dir():
         raise UserError(f"{data} does not exist: set ALIGN_TEST_DATA to the tests' data")
     with tempfile.TemporaryDirectory() as temporary:
-        from model import checkpoint
+        from model import checkpoint  # here: --help must not wait for JAX
         from model.tokenizer import ChatTokenizer
 
         folder, hf_folder = two_formats(args.checkpoint, temporary)
@@ -121,9 +121,9 @@ def _rows(data: Path, tokenizer, args: Dpo) -> list[dict]:
 
 
 def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
-    import jax
+    import jax  # here: --help must not wait for JAX
 
-    from model import checkpoint, decoder, losses, train
+    from model import checkpoint, decoder, losses, placement, train
     from model.packing import Sequence, pack
     from sharding.mesh import make_mesh, replicated, tree_shardings
 
@@ -132,7 +132,12 @@ def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
     mesh = make_mesh()
     shapes = decoder.abstract(config)
     shardings = tree_shardings(mesh, decoder.logical_axes(config), shapes)
-    recipe = train.Recipe(losses.Loss(), 5e-7, "linear", 0.0, "adamw", 0.0, 1.0)
+    optimization = train.Optimization(5e-7, "linear", 0.0, "adamw", 0.0, 1.0)
+    loss = partial(losses.pair_loss, loss=losses.Loss(), config=config, dtype=np.float32)
+    pair_logprobs = jax.jit(
+        partial(losses.pair_logprobs, config=config, pairs=args.pairs, dtype=np.float32),
+        out_shardings=replicated(mesh),
+    )
     batches = [
         pack(
             [
@@ -150,7 +155,7 @@ def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
 
     def reference(batch, params):
         """The log-probs of both sides."""
-        return jax.device_get(trainer.logprobs(params, batch=batch, pairs=args.pairs))
+        return jax.device_get(pair_logprobs(params, batch))
 
     def step(batch, params, state):
         """(the reference's log-probs, the new parameters and optimizer state), all computed."""
@@ -163,13 +168,13 @@ def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
             "win_probability": ones,
             "weights": ones,
         }
-        gradients, _ = trainer.accumulate(params, None, batch, sides, float(args.pairs))
+        gradients, _ = trainer.accumulate(params, None, batch | sides, float(args.pairs))
         norm = trainer.norm(gradients)
         params, state, _ = trainer.apply(params, state, gradients, norm)
         return logps, *jax.block_until_ready((params, state))
 
     with jax.set_mesh(mesh):
-        trainer = train.Trainer(config, recipe, 100, shardings, replicated(mesh), remat="none")
+        trainer = train.Trainer(loss, optimization, 100, placement.parameters(config, mesh))
         params = checkpoint.load(folder, shardings)[1]
         state = trainer.init_optimizer(params)
         for batch in batches:  # each shape is compiled before anything is timed
@@ -200,7 +205,7 @@ def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
 def _trl_worker(pipe, folder: str, rows: list[dict], args: Dpo, precompute: bool):
     pipe.recv()
     with contextlib.redirect_stdout(sys.stderr):
-        import datasets
+        import datasets  # here: torch is heavy, and what it prints at import goes to stderr
         import torch
         import transformers
         from trl import DPOConfig

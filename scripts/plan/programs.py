@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 
-from sharding.chips import Slice
+from scripts.plan.slices import Slice
 from sharding.errors import UserError
 
 INSTALL = (
@@ -150,8 +150,8 @@ def training(
     several: bool,
 ):
     """(name, compiled program, its parts) of one micro-batch of so many pairs, each of a prompt
-    and two responses up to `length`, and of the update. recipe: flags of train.Recipe but for the
-    loss; several: whether a step has more micro-batches, whose gradients are summed."""
+    and two responses up to `length`, and of the update. recipe: the fields of train.Optimization;
+    several: whether a step has more micro-batches, whose gradients are summed."""
     import jax
     import jax.numpy as jnp
 
@@ -160,11 +160,12 @@ def training(
     from sharding.mesh import batch_shards, replicated
     from sharding.table import bytes_a_device
 
-    recipe = train.Recipe(losses.Loss(), **recipe)
+    optimization = train.Optimization(**recipe)
     pair = Sequence([3] * prompt, [[4] * (length - prompt), [5] * (length - prompt)])
-    lies = placement.training(config, mesh, recipe, pack([pair] * pairs, batch_shards(mesh)))
-    params, state, batch = lies["parameters"], lies["optimizer state"], lies["batch"]
-    shardings, whole = jax.tree.map(lambda x: x.sharding, params), replicated(mesh)
+    params, whole = placement.parameters(config, mesh), replicated(mesh)
+    batch = pack([pair] * pairs, batch_shards(mesh))
+    held = train.arrays_held(optimization, params, batch)
+    state, batch = held["optimizer state"], held["batch"]
     names = (
         "ref_chosen",
         "ref_rejected",
@@ -176,12 +177,15 @@ def training(
     sides = {n: jax.ShapeDtypeStruct((pairs,), np.float32, sharding=whole) for n in names}
     scalar = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
     # Not under the mesh: optax makes a counter, and these devices run nothing.
-    trainer = train.Trainer(config, recipe, 100, shardings, whole, jnp.dtype(dtype), remat)
+    loss = partial(
+        losses.pair_loss, loss=losses.Loss(), config=config, dtype=jnp.dtype(dtype), remat=remat
+    )
+    trainer = train.Trainer(loss, optimization, 100, params)
     known = {"parameters": bytes_a_device(params), "gradients": bytes_a_device(params)}
     moments = bytes_a_device(state)
     with jax.set_mesh(mesh):
         before = params if several else None
-        accumulate = trainer.accumulate.lower(params, before, batch, sides, scalar).compile()
+        accumulate = trainer.accumulate.lower(params, before, batch | sides, scalar).compile()
         beside = parts(accumulate, **known) | {"moments": moments}
         yield f"dpo: gradients of {pairs} pairs", accumulate, beside
         apply = trainer.apply.lower(params, state, params, scalar).compile()
@@ -194,8 +198,8 @@ def pairrm_layer(config, device, dtype: str, rows: int, length: int):
     import jax
     import jax.numpy as jnp
 
-    from model import hf
     from model.rankers import deberta, deberta_tpu
+    from model.weights import table_slots
     from sharding.mesh import make_mesh, replicated
     from sharding.table import bytes_a_device
 
@@ -205,7 +209,7 @@ def pairrm_layer(config, device, dtype: str, rows: int, length: int):
         return jax.ShapeDtypeStruct(shape, kind, sharding=whole)
 
     params: dict = {"layers": [{} for _ in range(config.num_hidden_layers)]}
-    for slot in hf.table_slots(deberta.TABLE, config.num_hidden_layers).values():
+    for slot in table_slots(deberta.TABLE, config.num_hidden_layers).values():
         parent = params
         for step in slot.path[:-1]:
             parent = parent[step]
@@ -223,7 +227,8 @@ def pairrm_layer(config, device, dtype: str, rows: int, length: int):
 
 
 def _stage(stage: str, given: dict, there) -> Iterator[tuple]:
-    from model.config import DebertaConfig, DecoderConfig
+    from model.config import DecoderConfig
+    from model.rankers.deberta import DebertaConfig
     from sharding.mesh import make_mesh
 
     config = given.pop("config")

@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 from etils import epy
 
+from model.rankers.ranking import Ranking, Request
 from sharding import watch
 from stages import rank
 from stages.evaluate import winrates
@@ -110,9 +111,9 @@ def main(args: Compare) -> None:
         finish(output)
 
 
-def _request(ours: ModelOutput, baseline: ModelOutput) -> "opening.Request":
+def _request(ours: ModelOutput, baseline: ModelOutput) -> Request:
     texts = [ours.text, baseline.text]
-    return opening.Request(
+    return Request(
         where=ours.where,
         prompt_id=ours.key,
         prompt=ours.prompt,
@@ -123,7 +124,7 @@ def _request(ours: ModelOutput, baseline: ModelOutput) -> "opening.Request":
     )
 
 
-def _judged(ranking: "comparisons.Ranking") -> dict:
+def _judged(ranking: Ranking) -> dict:
     """What a row gains: {scores, comparisons, preference: 1 ours, 0.5 a tie, 0 the baseline's}."""
     a, b = ranking.scores
     judged = {"scores": ranking.scores, "preference": 0.5 if a == b else float(a > b)}
@@ -142,7 +143,7 @@ def _summary(
     controlled = winrates.length_controlled(preferences, *lengths.T, difficulties)
     report = comparisons.Report()
     for row in rows:
-        report.add(row["texts"], comparisons.Ranking(row["scores"], row.get("comparisons")))
+        report.add(row["texts"], Ranking(row["scores"], row.get("comparisons")))
     measured = {name: value for name, value in report.results().items() if name != "pairs"}
     return {
         "outputs": args.outputs,

@@ -1,6 +1,6 @@
 """Pairs as token ids: from the rows of pairs.jsonl to what training packs into batches.
 
-Tokens that were sampled are taken as they are; a row without token ids has its texts tokenised,
+Tokens that were sampled are taken as they are. A row without token ids has its texts tokenised,
 prompt and responses apart. Runs without JAX.
 """
 
@@ -13,7 +13,8 @@ import numpy as np
 from model.packing import Sequence
 from model.tokenizer import ChatTokenizer
 from sharding.errors import UserError
-from stages.files.rows import Row, field, messages_of, read_rows
+from stages.files import rows
+from stages.files.rows import Pair, Response, RowFile, field
 
 
 @dataclasses.dataclass(slots=True)
@@ -33,6 +34,19 @@ class Example:
         return Sequence(self.prompt, [self.chosen, self.rejected])
 
 
+def sides(examples: list[Example], reference_p2: np.ndarray) -> dict[str, np.ndarray]:
+    """What model/losses.py needs of pairs beside the policy's log-probs, fp32 [pairs] each.
+    reference_p2: the reference's log-probs, chosen and rejected."""
+    wins = [1.0 if e.win_probability is None else e.win_probability for e in examples]
+    return {
+        "ref_chosen": reference_p2[:, 0],
+        "ref_rejected": reference_p2[:, 1],
+        "chosen_tokens": np.array([len(e.chosen) for e in examples], np.float32),
+        "rejected_tokens": np.array([len(e.rejected) for e in examples], np.float32),
+        "win_probability": np.array(wins, np.float32),
+    }
+
+
 def read_pairs(
     path: str,
     tokenizer: ChatTokenizer,
@@ -40,12 +54,13 @@ def read_pairs(
     max_length: int,
     max_prompt_length: int,
     aside: list[dict],
-) -> tuple[list[Example], Counter]:
-    """(the pairs as token ids, the counts of what was read, cut and set aside).
+) -> tuple[list[Example], RowFile[Pair]]:
+    """(the pairs as token ids, the file with its sha256 and the counts of what was read, cut and
+    set aside). The file is read once.
 
-    A prompt beyond max_prompt_length is cut behind its template's head, a response beyond
-    max_length (of both together) at its end. What cannot be trained on goes to `aside` with its
-    reason. Raises UserError for a malformed row.
+    A prompt beyond max_prompt_length loses tokens behind its template's head, and a response that
+    ends beyond max_length, counted from the prompt's start, loses its end. A pair that cannot be
+    trained on goes to `aside` with its reason. Raises UserError for a malformed row.
     """
     head = template_head(tokenizer)
     if head >= max_prompt_length:
@@ -53,83 +68,112 @@ def read_pairs(
             f"--max-prompt-length {max_prompt_length} is no longer than the chat "
             f"template's opening ({head} tokens): raise it"
         )
-    lengths = max_length, max_prompt_length
-    counts, examples, seen = Counter({"in": 0}), [], set()
-    for where, row in read_rows(path):
-        prompt_id = field(row, "prompt_id", str, where)
-        if prompt_id in seen:
-            raise UserError(f"{where}: prompt_id {prompt_id!r} stood above: remove one of them")
-        seen.add(prompt_id)
-        counts["in"] += 1
-        example = _example(row, where, tokenizer, vocabulary, head, lengths, counts)
+    examples, counts = [], Counter()
+
+    def each(pair: Pair) -> None:
+        lengths = head, max_prompt_length, max_length
+        example = _example(pair, tokenizer, vocabulary, lengths, counts)
         if isinstance(example, str):
             counts[f"set aside: {example}"] += 1
-            aside.append({"file": path, "prompt_id": prompt_id, "reason": example})
-            continue
-        examples.append(example)
-    return examples, counts
+            aside.append({"file": path, "prompt_id": pair.prompt_id, "reason": example})
+        else:
+            examples.append(example)
+
+    file = rows.read(path, Pair, each)
+    file.counts.update(counts)
+    return examples, file
 
 
-def _example(row: Row, where: str, tokenizer, vocabulary: int, head: int, lengths, counts: Counter):
-    """One pair as an Example, or the reason (str) why it cannot be used."""
-    max_length, max_prompt_length = lengths
-    try:
-        prompt = _ids(row, "prompt_token_ids", where)
-        if prompt is None:
-            prompt = tokenizer.prompt_ids(messages_of(row, where))
-        sides = [_response(row, side, tokenizer, where) for side in ("chosen", "rejected")]
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    if not prompt or not all(sides):
+def _example(
+    pair: Pair, tokenizer: ChatTokenizer, vocabulary: int, lengths: tuple, counts: Counter
+) -> Example | str:
+    """One pair as an Example, or the reason why it cannot be trained on."""
+    head, max_prompt_length, max_length = lengths
+    if pair.unusable is not None:
+        return pair.unusable
+    prompt = _prompt_ids(pair, tokenizer)
+    responses = [_response_ids(r, tokenizer) for r in (pair.chosen, pair.rejected)]
+    if not prompt or not all(responses):
         return "empty prompt or response"
-    if sides[0] == sides[1]:
+    if responses[0] == responses[1]:
         return "chosen equals rejected"
     cut = len(prompt) > max_prompt_length
     if cut:
         prompt = prompt[:head] + prompt[len(prompt) - max_prompt_length + head :]
         counts["prompts cut"] += 1
     room = max_length - len(prompt)
-    for i, ids in enumerate(sides):
+    for i, ids in enumerate(responses):
         if len(ids) > room:
-            sides[i], cut = ids[:room], True
+            responses[i], cut = ids[:room], True
             counts["responses cut"] += 1
-    if sides[0] == sides[1]:
+    if responses[0] == responses[1]:
         return "chosen equals rejected after the cut"
-    if max(map(max, (prompt, *sides))) >= vocabulary:
-        raise UserError(f"{where}: a token id beyond the vocabulary: other tokenizer, or edited?")
-    recorded = [row.get(f"{side}_logprob") for side in ("chosen", "rejected")]
-    known = not cut and all(isinstance(x, (int, float)) for x in recorded)
+    if max(map(max, (prompt, *responses))) >= vocabulary:
+        raise UserError(
+            f"{pair.where}: a token id is beyond the vocabulary of {vocabulary}: was another "
+            "tokenizer used, or the line edited?"
+        )
+    logprobs = pair.chosen.logprob, pair.rejected.logprob
     return Example(
-        prompt_id=row["prompt_id"],
+        prompt_id=pair.prompt_id,
         prompt=np.array(prompt, np.int32),
-        chosen=np.array(sides[0], np.int32),
-        rejected=np.array(sides[1], np.int32),
-        sampled=tuple(recorded) if known else None,
-        win_probability=_win_probability(row, where),
+        chosen=np.array(responses[0], np.int32),
+        rejected=np.array(responses[1], np.int32),
+        sampled=None if cut or None in logprobs else logprobs,
+        win_probability=_win_probability(pair.fields, pair.where),
     )
 
 
-def _win_probability(row: Row, where: str) -> float | None:
-    """The row's own `win_probability`, or what its ranking says; None where there is none.
+def _prompt_ids(pair: Pair, tokenizer: ChatTokenizer) -> list[int]:
+    if pair.fields.get("prompt_token_ids") is not None:
+        ids = field(pair.fields, "prompt_token_ids", list, pair.where)
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError(f"{pair.where}: field 'prompt_token_ids' must hold token ids only")
+        return ids
+    try:
+        return tokenizer.prompt_ids(pair.messages)
+    except UserError as error:
+        raise UserError(f"{pair.where}: {error}") from error
 
-    The logistic function of by how much the chosen response is ahead: of both orders' mean logit in
-    PairRM's matrix, or else of the scores' difference (Wu et al. 2024, SPPO, section 5).
+
+def _response_ids(response: Response, tokenizer: ChatTokenizer) -> list[int]:
+    """The tokens that were sampled, else those of the text. An answer that ended by itself ends
+    with the EOS that was drawn, else with the tokenizer's first. A text without token ids counts as
+    ended: published pairs hold whole answers."""
+    ids = response.token_ids
+    if ids is None:
+        ids = tokenizer.response_ids(response.text)
+        if not ids:
+            return []
+    if response.finish_reason != "stop":
+        return ids
+    if response.end_token_id is not None:
+        return [*ids, response.end_token_id]
+    return [*ids, *tokenizer.eos_ids[:1]]
+
+
+def _win_probability(fields: dict, where: str) -> float | None:
+    """The row's own `win_probability`, else what its ranking says, else None.
+
+    The ranking says σ(lead of the chosen response over the rejected one): the mean logit of both
+    orders in PairRM's matrix, or the difference of the scores (Wu et al. 2024, SPPO, section 5).
     """
-    if row.get("win_probability") is not None:
-        probability = field(row, "win_probability", (int, float), where)
+    if fields.get("win_probability") is not None:
+        probability = field(fields, "win_probability", (int, float), where)
         if not 0 <= probability <= 1:
             raise UserError(f"{where}: win_probability is {probability}, not between 0 and 1")
         return float(probability)
-    best, worst, scores = (row.get(k) for k in ("chosen_index", "rejected_index", "all_rm_scores"))
+    names = "chosen_index", "rejected_index", "all_rm_scores"
+    best, worst, scores = (fields.get(name) for name in names)
     if not isinstance(best, int) or not isinstance(worst, int) or not isinstance(scores, list):
         return None
     try:
-        matrix = row.get("comparisons")
-        ahead = None
+        matrix = fields.get("comparisons")
         if matrix is not None and None not in (matrix[best][worst], matrix[worst][best]):
-            ahead = (matrix[best][worst] - matrix[worst][best]) / 2
-        ahead = scores[best] - scores[worst] if ahead is None else ahead
-        return 1 / (1 + math.exp(-min(max(ahead, -700), 700)))
+            lead = (matrix[best][worst] - matrix[worst][best]) / 2
+        else:
+            lead = scores[best] - scores[worst]
+        return 1 / (1 + math.exp(-min(max(lead, -700), 700)))
     except (TypeError, IndexError):
         raise UserError(
             f"{where}: chosen_index, rejected_index, all_rm_scores and comparisons do not fit "
@@ -137,32 +181,7 @@ def _win_probability(row: Row, where: str) -> float | None:
         ) from None
 
 
-def _ids(row: Row, name: str, where: str) -> list[int] | None:
-    if row.get(name) is None:
-        return None
-    ids = field(row, name, list, where)
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise UserError(f"{where}: field {name!r} must hold token ids only")
-    return ids
-
-
-def _response(row: Row, side: str, tokenizer, where: str) -> list[int]:
-    """The tokens that were sampled, or else the text's; EOS only where the answer ended by itself
-    (a text without token ids counts as ended: published pairs hold whole answers)."""
-    messages = field(row, side, list, where)
-    ids = _ids(row, f"{side}_token_ids", where)
-    reason = row.get(f"{side}_finish_reason") or "stop"
-    if ids is None:
-        if not messages or not isinstance(messages[-1], dict):
-            raise UserError(f"{where}: {side!r} must be a list of {{role, content}}")
-        ids = tokenizer.response_ids(field(messages[-1], "content", str, f"{where}, {side}"))
-        if not ids:
-            return []
-    return ids + [tokenizer.eos_ids[0]] if reason == "stop" and tokenizer.eos_ids else ids
-
-
-def template_head(tokenizer) -> int:
+def template_head(tokenizer: ChatTokenizer) -> int:
     """How many tokens the chat template puts before a user's text."""
-    one, other = ([{"role": "user", "content": text}] for text in ("a", "7"))
-    one, other = tokenizer.prompt_ids(one), tokenizer.prompt_ids(other)
+    one, other = (tokenizer.prompt_ids([{"role": "user", "content": text}]) for text in ("a", "7"))
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), 0)

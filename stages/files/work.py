@@ -1,114 +1,227 @@
-"""What a training leaves on disk while it runs, so that it can be stopped and goes on."""
+"""What a training leaves on disk while it runs, so that it can be stopped and go on.
 
+    OUT.work/   manifest.json, and state-N/ for each saved step N: gone when the training is done
+    OUT.log/    metrics.jsonl, TensorBoard events, set_aside.jsonl: for the user
+
+Process 0 writes all of it except the shards of a state; all processes see the same file system.
+Where OUT is in an object store, the log grows in a local folder and is copied at each save.
+"""
+
+import contextlib
 import io
 import json
-import os
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from etils import epath
 
+from model import checkpoint
 from sharding import processes
 from sharding.errors import UserError
 from stages.files.output import Manifest, refuse_other
-from stages.files.paths import is_remote, local_path
+from stages.files.paths import is_remote, local_path, lock, write_atomically
+
+STATE = re.compile(r"state-(\d+)")
+
+
+def is_finished(out: str, manifest: Manifest) -> bool:
+    """Whether `out` is the checkpoint that this run makes. UserError: it is something else."""
+    if not checkpoint.is_taken(out):
+        return False
+    try:
+        made = Manifest(**checkpoint.read_manifest(out)["origin"])
+    except (UserError, TypeError) as error:
+        raise UserError(
+            f"--out {out} exists and is no checkpoint of this stage: choose another ({error})"
+        ) from error
+    _refuse_other_run(manifest, made, out, "choose another --out")
+    if processes.is_first():
+        _remove(out)  # killed between the two
+    return True
+
+
+def _refuse_other_run(manifest: Manifest, made: Manifest, path: str, mend: str) -> None:
+    """`refuse_other`, but for what earlier versions counted as an argument and changes nothing."""
+    made.arguments = {k: v for k, v in made.arguments.items() if k in manifest.arguments}
+    refuse_other(manifest, made, path, mend)
 
 
 class Work:
-    """OUT.work/: what a stopped run needs to go on; OUT.log/: what a user reads. Of several
-    processes the first writes, to a file system that all of them see. Where OUT is in an object
-    store, the log grows in a local folder, and is copied there whenever the state is saved."""
+    """OUT.work and OUT.log of a training, held by a lock.
 
-    def __init__(self, out: str, manifest: Manifest, keep: int = 1):
-        self.keep, self._finish = keep, lambda: None
-        self.out, self.folder = out, epath.Path(f"{out}.work")
-        self.log = Path(local_path(f"{out}.log"))
-        self.remote_log = f"{out}.log" if is_remote(out) else None
-        self.finished = False
-        from model import checkpoint
+    with Work(out, manifest, total_steps, keep, aside) as work:
+        begun = work.load_state(shapes)
+        …work.log(step, metrics); work.save_state(step, state)…
+        work.finish_saving(); …write OUT…; work.done()
+    """
 
-        if checkpoint.is_taken(out):
-            try:
-                origin = checkpoint.read_manifest(out)["origin"]
-                there = Manifest(**origin)
-            except (checkpoint.UserError, TypeError) as error:
-                raise UserError(
-                    f"--out {out} exists and is no checkpoint of this stage: "
-                    f"choose another ({error})"
-                ) from error
-            refuse_other(manifest, there, out, "choose another --out")
-            self.finished = True
-            if processes.is_first():
-                self.done()
-            return
-        if self.states():  # work that other arguments must not go on with
-            there = Manifest(**json.loads((self.folder / "manifest.json").read_text()))
-            refuse_other(manifest, there, str(self.folder), f"remove {self.folder}")
+    def __init__(self, out: str, manifest: Manifest, total_steps: int, keep: int, aside: list):
+        """keep: how many saved states stay. aside: rows for OUT.log/set_aside.jsonl."""
+        self.out, self.manifest, self.total_steps = out, manifest, total_steps
+        self.keep, self.aside = keep, aside
+        self.folder = epath.Path(f"{out}.work")
+        self.log_folder = Path(local_path(f"{out}.log"))
+        self._remote_log = f"{out}.log" if is_remote(out) else None
+        self._finish: Callable[[], None] = lambda: None  # ends the saving in progress
+        self._metrics = self._board = None
+        self._held = contextlib.ExitStack()
 
-    def begin(self, manifest: Manifest, aside: list[dict]) -> None:
-        """Make the folders, once the input is known to be sound, and write what was set aside."""
+    def __enter__(self) -> "Work":
         if processes.is_first():
-            self._begin(manifest, aside)
+            with contextlib.ExitStack() as held:
+                held.enter_context(lock(self.out))
+                self._begin()
+                self._open_log(max(self.states(), default=0))
+                held.callback(self._metrics.close)
+                held.callback(self._board.close)
+                self._held = held.pop_all()
         processes.wait()
+        return self
 
-    def _begin(self, manifest: Manifest, aside: list[dict]) -> None:
-        if self.remote_log and self.states() and not self.log.exists():  # of another machine
-            _copy(self.remote_log, self.log)
-        self.log.mkdir(parents=True, exist_ok=True)
-        if not self.states():
-            self.folder.rmtree(missing_ok=True)
-            self.folder.mkdir(parents=True)
-            manifest.write(str(self.folder / "manifest.json"))
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in aside)
-        file = self.log / "set_aside.jsonl"
-        file.write_text(text) if aside else file.unlink(missing_ok=True)
+    def __exit__(self, *_) -> None:
+        self._held.close()
 
-    # The training state, one folder a save: the new one is whole before the old one goes.
+    def _begin(self) -> None:
+        """Refuse what is in the way, then make OUT.work and remove what a cut-off save left."""
+        if checkpoint.is_taken(self.out):
+            raise UserError(f"{self.out} was finished by another process just now")
+        for folder in (self.folder, epath.Path(self.log_folder)):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder} is in the way: choose another --out, or move it")
+        file, states = self.folder / "manifest.json", self.states()
+        if file.exists():
+            try:
+                made = Manifest(**json.loads(file.read_text()))
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{file} is damaged ({error}): remove {self.folder} to begin anew"
+                ) from None
+            if states:
+                _refuse_other_run(self.manifest, made, str(self.folder), f"remove {self.folder}")
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} is not of this stage: choose another --out, or move it")
+        self.manifest.write(str(file))
+        for path in self.folder.glob("state-*"):
+            if _step_of(path) not in states:
+                path.rmtree() if path.is_dir() else path.unlink()
+        if self._remote_log and states and not self.log_folder.exists():  # of another machine
+            _copy(self._remote_log, self.log_folder)
+        self.log_folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.aside)
+        aside_file = self.log_folder / "set_aside.jsonl"
+        aside_file.write_text(lines) if lines else aside_file.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------ the states
 
     def states(self) -> list[int]:
-        """The steps of the states there are, ascending."""
-        from model import checkpoint
+        """The steps whose state is whole, ascending."""
+        whole = filter(checkpoint.is_whole_state, self.folder.glob("state-*"))
+        return sorted(int(step) for path in whole if (step := _step_of(path)) is not None)
 
-        found = filter(checkpoint.is_whole_state, self.folder.glob("state-*"))
-        return sorted(int(path.name[6:]) for path in found)
+    def load_state(self, shapes) -> tuple[int, dict] | None:
+        """(step, state) of the last whole state; None where there is none. shapes: of the state's
+        arrays, with shardings."""
+        step = int(processes.from_first(np.array(max(self.states(), default=-1))))
+        if step < 0:
+            return None
+        return step, checkpoint.load_state(str(self.folder / f"state-{step}"), shapes)
 
     def save_state(self, step: int, state: dict) -> None:
         """Begin to save; the next call, or `finish_saving`, waits for its end."""
-        from model import checkpoint
-
         self.finish_saving()
-        self._finish = checkpoint.save_state(str(self.folder / f"state-{step}"), state)
+        if not processes.from_first(np.array(step in self.states())):
+            self._finish = checkpoint.save_state(str(self.folder / f"state-{step}"), state)
 
     def finish_saving(self) -> None:
-        self._finish()
-        self._finish = lambda: None
+        """Wait until the state is whole; then the oldest ones go."""
+        finish, self._finish = self._finish, lambda: None
+        finish()
         if processes.is_first():
             self._keep_log()
             for old in self.states()[: -self.keep]:
                 (self.folder / f"state-{old}").rmtree()
 
-    def log_from(self, step: int, evaluated: bool) -> None:
-        """Forget the metrics of steps after `step`, and, unless it was `evaluated` before it was
-        saved, its evaluation: they will be made again."""
-        file = self.log / "metrics.jsonl"
-        if file.exists():
-            rows = [
-                json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")
-            ]
-            kept = [
-                r
-                for r in rows
-                if r["step"] < step or (r["step"] == step > 0 and (evaluated or "loss" in r))
-            ]
-            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    def done(self) -> None:
+        """OUT is whole: nothing more is needed to go on."""
+        if processes.is_first():
+            self._keep_log()
+            _remove(self.out)
+
+    # --------------------------------------------------------------------------- the log
+
+    def _open_log(self, step: int) -> None:
+        """Forget the metrics of steps after `step`, which will be made again; the last step's
+        evaluation too, since no state is saved after it."""
+        file = self.log_folder / "metrics.jsonl"
+        kept = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut off by a kill
+                continue
+            evaluated = step < self.total_steps or "loss" in row
+            if row["step"] < step or (row["step"] == step > 0 and evaluated):
+                kept.append(line + "\n")
+        write_atomically(str(file), "".join(kept))
+        self._metrics = open(file, "a")
+        self._board = _Board(self.log_folder / "tensorboard", step)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write a step's metrics to metrics.jsonl and for TensorBoard."""
+        if self._metrics is None:  # not process 0
+            return
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.flush()
+        self._board.write(step, values)
 
     def _keep_log(self) -> None:
-        if self.remote_log is not None and self.log.exists():
-            _copy(self.log, self.remote_log)
+        if self._remote_log is not None and self.log_folder.exists():
+            _copy(self.log_folder, self._remote_log)
 
-    def done(self) -> None:
-        self._keep_log()
-        self.folder.rmtree(missing_ok=True)
+
+def _remove(out: str) -> None:
+    """Remove what OUT's training no longer needs."""
+    folder = epath.Path(f"{out}.work")
+    if (folder / "manifest.json").exists():
+        folder.rmtree()
+
+
+def _step_of(path: epath.Path) -> int | None:
+    """The N of state-N; None of any other name, such as that of a save that was cut off."""
+    match = STATE.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+class _Board:
+    """TensorBoard's events. (SummaryWriter writes them in a thread: when a full disk ends it, the
+    next call waits for ever.)"""
+
+    def __init__(self, folder: Path, step: int):
+        """TensorBoard will forget what an earlier sitting wrote for steps from `step` on."""
+        # Slow: it imports torch where that is installed.
+        from tensorboardX import event_file_writer, proto
+
+        self._proto = proto
+        folder.mkdir(exist_ok=True)
+        self._file = event_file_writer.EventsWriter(str(folder / "events"))
+        start = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
+        self._event(step, session_log=start)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        Summary = self._proto.summary_pb2.Summary
+        scalars = [Summary.Value(tag=name, simple_value=x) for name, x in values.items()]
+        self._event(step, summary=Summary(value=scalars))
+        self._file.flush()
+
+    def _event(self, step: int, **content) -> None:
+        event = self._proto.event_pb2.Event(wall_time=time.time(), step=step, **content)
+        self._file.write_event(event)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _copy(source: epath.PathLike, target: epath.PathLike) -> None:
@@ -122,14 +235,31 @@ def _copy(source: epath.PathLike, target: epath.PathLike) -> None:
             path.copy(to, overwrite=True)
 
 
-def save_array(path: epath.Path, array: np.ndarray) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def read_array(places: list[str], shape: tuple[int, ...]) -> np.ndarray | None:
+    """The fp32 array of this shape that `keep_array` kept in one of `places`, in all processes;
+    None where there is none."""
+    array = None
+    for place in places if processes.is_first() else ():
+        try:
+            kept = np.load(io.BytesIO(epath.Path(place).read_bytes()), allow_pickle=False)
+        except (OSError, ValueError, EOFError):  # none, or damaged
+            continue
+        if kept.shape == shape and kept.dtype == np.float32:
+            print(f"computed before: {place}")
+            array = kept
+            break
+    if not processes.from_first(np.array(array is not None)):
+        return None
+    return processes.from_first(np.zeros(shape, np.float32) if array is None else array)
+
+
+def keep_array(places: list[str], array: np.ndarray) -> None:
+    """Keep an array in the first of `places` that can be written."""
     content = io.BytesIO()
     np.save(content, array)
-    if is_remote(path):
-        path.write_bytes(content.getvalue())
-        return
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_bytes(content.getvalue())
-    temporary.rename(path)
+    for place in places if processes.is_first() else ():
+        try:
+            return write_atomically(place, content.getvalue())
+        except OSError:
+            if place == places[-1]:
+                raise

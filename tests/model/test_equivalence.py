@@ -12,6 +12,7 @@ import pytest
 from model import checkpoint
 from stages import dpo
 from stages.files.run import run_main
+from stages.files.work import Work
 from tests import tiny
 
 STEPS = 50
@@ -113,7 +114,7 @@ def test_fifty_steps_are_the_same(start, base, tmp_path, name):
 
 @pytest.mark.heavy
 def test_a_run_killed_at_random_steps_is_bit_identical(start, base, tmp_path, monkeypatch):
-    log, kill_at = dpo.Run._log, sorted(random.Random(1).sample(range(3, STEPS), 3))
+    log, kill_at = Work.log, sorted(random.Random(1).sample(range(3, STEPS), 3))
 
     def killing(self, step, values):
         log(self, step, values)
@@ -121,7 +122,7 @@ def test_a_run_killed_at_random_steps_is_bit_identical(start, base, tmp_path, mo
             kill_at.pop(0)
             raise MemoryError("stands for a kill")
 
-    monkeypatch.setattr(dpo.Run, "_log", killing)
+    monkeypatch.setattr(Work, "log", killing)
     out = tmp_path / "out"
     while kill_at:
         with pytest.raises(MemoryError):

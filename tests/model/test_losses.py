@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import get_args
 
 import jax
@@ -12,15 +13,14 @@ import pytest
 import torch
 import transformers
 
-from model import decoder, losses, train
+from model import decoder, losses, placement, train
 from model.logprobs import response_logprobs
 from model.packing import Sequence, pack
-from sharding.mesh import batch_shards, make_mesh, replicated, tree_shardings
+from sharding.mesh import batch_shards, make_mesh, tree_shardings
 from stages import dpo
 from tests import tiny
 
-RECIPE = train.Recipe(
-    losses.Loss("sigmoid", 0.1),
+OPTIMIZATION = train.Optimization(
     learning_rate=1e-3,
     schedule="linear",
     warmup_ratio=0.2,
@@ -28,6 +28,13 @@ RECIPE = train.Recipe(
     weight_decay=0.05,
     max_grad_norm=1.0,
 )
+
+
+def trainer_of(config, mesh, optimization, steps) -> train.Trainer:
+    """A DPO trainer in fp32."""
+    loss = losses.Loss("sigmoid", 0.1)
+    loss = partial(losses.pair_loss, loss=loss, config=config, dtype=jnp.float32)
+    return train.Trainer(loss, optimization, steps, placement.parameters(config, mesh))
 
 
 # Each paper's formula in float64, from what `losses.Pairs` holds (c chosen, r rejected; n tokens).
@@ -237,7 +244,7 @@ def test_training_steps_equal_torchs_optimizer_on_transformers_model(name):
     """Loss, gradient norm and total update of 6 clipped steps, two micro-batches each."""
     config = tiny.config()
     params = decoder.init(config)
-    recipe = dataclasses.replace(RECIPE, optimizer=name, schedule="cosine")
+    optimization = dataclasses.replace(OPTIMIZATION, optimizer=name, schedule="cosine")
     steps, pairs = 6, 4
     batches = [sequences((6, 18, 12), (4, 14, 19)), sequences((5, 7, 17), (3, 12, 6))]
     references = {
@@ -273,16 +280,15 @@ def test_training_steps_equal_torchs_optimizer_on_transformers_model(name):
     expected_update = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
 
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
-    shardings = tree_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
     with jax.set_mesh(mesh):
-        trainer = train.Trainer(config, recipe, steps, shardings, replicated(mesh))
+        trainer = trainer_of(config, mesh, optimization, steps)
         ours = jax.tree.map(jnp.copy, params)
         state = trainer.init_optimizer(ours)
         for i, (loss, norm, rate) in enumerate(expected):
             gradients, values = None, []
             for b in batches:
                 gradients, micro = trainer.accumulate(
-                    ours, gradients, pack(b), references, float(pairs)
+                    ours, gradients, pack(b) | references, float(pairs)
                 )
                 values.append(micro["loss"])
             our_norm = trainer.norm(gradients)
@@ -297,15 +303,15 @@ def test_training_steps_equal_torchs_optimizer_on_transformers_model(name):
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
 def test_schedules_are_transformers_schedules(name):
-    total, recipe = 37, dataclasses.replace(RECIPE, schedule=name, warmup_ratio=0.1)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.learning_rate)
+    total, optimization = 37, dataclasses.replace(OPTIMIZATION, schedule=name, warmup_ratio=0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optimization.learning_rate)
     warmup = math.ceil(0.1 * total)
     if name == "constant":
         reference = transformers.get_constant_schedule_with_warmup(optimizer, warmup)
     else:
         make = getattr(transformers, f"get_{name}_schedule_with_warmup")
         reference = make(optimizer, warmup, total)
-    ours = train.learning_rate(recipe, total)
+    ours = train.learning_rate(optimization, total)
     for step in range(total):
         assert float(ours(step)) == pytest.approx(reference.get_last_lr()[0], rel=1e-5, abs=1e-12)
         optimizer.step()
@@ -318,15 +324,15 @@ def test_moments_lie_as_their_parameters_do_and_old_buffers_are_donated(shape):
     mesh = make_mesh(*shape)
     shardings = tree_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
     with jax.set_mesh(mesh):
-        trainer = train.Trainer(config, RECIPE, 4, shardings, replicated(mesh))
+        trainer = trainer_of(config, mesh, OPTIMIZATION, 4)
         params = jax.device_put(decoder.init(config), shardings)
         state = trainer.init_optimizer(params)
         references = {name: np.full(2, -50, np.float32) for name in ("ref_chosen", "ref_rejected")}
         ones = ("chosen_tokens", "rejected_tokens", "win_probability", "weights")
         references |= {name: np.ones(2, np.float32) for name in ones}
         b = pack(sequences((6, 18, 12), (4, 14, 19)), batch_shards(mesh))
-        first, _ = trainer.accumulate(params, None, b, references, 2.0)
-        gradients, _ = trainer.accumulate(params, first, b, references, 2.0)
+        first, _ = trainer.accumulate(params, None, b | references, 2.0)
+        gradients, _ = trainer.accumulate(params, first, b | references, 2.0)
         adam = next(s for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s))
         for moment in (adam.mu, adam.nu, gradients):
             same = jax.tree.map(

@@ -7,6 +7,7 @@ What each array should be cut along is said here once more, by hand: not by shar
 
 import os
 import sys
+from functools import partial
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -120,14 +121,15 @@ def check_training(check: Check) -> None:
     sides = {name: np.ones(8, np.float32) for name in names}
     gradients = None
     for optimizer, moments in (("adamw", 2), ("rmsprop", 1)):
-        recipe = train.Recipe(losses.Loss(), 1e-3, "constant", 0.0, optimizer, 0.0, 1.0)
-        trainer = train.Trainer(CONFIG, recipe, 2, shardings, replicated(mesh))
+        optimization = train.Optimization(1e-3, "constant", 0.0, optimizer, 0.0, 1.0)
+        loss = partial(losses.pair_loss, loss=losses.Loss(), config=CONFIG, dtype=np.float32)
+        trainer = train.Trainer(loss, optimization, 2, shapes)
         params = jax.device_put(decoder.init(CONFIG), shardings)
         check.parameters("parameters", params)
         if gradients is None:  # not donated to `apply`, so they serve both
-            gradients, _ = trainer.accumulate(params, None, batch, sides, 16.0)
+            gradients, _ = trainer.accumulate(params, None, batch | sides, 16.0)
             check.parameters("gradients", gradients)
-            gradients, _ = trainer.accumulate(params, gradients, batch, sides, 16.0)
+            gradients, _ = trainer.accumulate(params, gradients, batch | sides, 16.0)
             check.parameters("gradients, summed", gradients)
         state = trainer.init_optimizer(params)
         check.optimizer(optimizer, state, moments)

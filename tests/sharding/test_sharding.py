@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from model import losses, placement, train
+from model import placement, train
 from model.config import DecoderConfig
 from model.packing import Sequence, pack
 from sharding import table
@@ -35,9 +35,9 @@ def test_everything_lies_where_it_should_on_eight_devices(meshes):
 
 def test_the_table_of_a_mistral_7b_training_on_four_chips():
     mesh = abstract_mesh((1, 4, 1))
-    recipe = train.Recipe(losses.Loss(), 5e-7, "linear", 0.1, "adamw", 0.0, 1.0)
+    optimization = train.Optimization(5e-7, "linear", 0.1, "adamw", 0.0, 1.0)
     batch = pack([Sequence([3] * 8, [[4] * 8, [5] * 8])] * 4, batch_shards(mesh))
-    sections = placement.training(MISTRAL_7B, mesh, recipe, batch)
+    sections = train.arrays_held(optimization, placement.parameters(MISTRAL_7B, mesh), batch)
     count, norms = 7_241_732_096, 65 * 4096
     a_device = 4 * ((count - norms) // 4 + norms)
     for title, times, counters in (

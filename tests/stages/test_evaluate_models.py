@@ -284,7 +284,7 @@ def test_a_model_is_at_no_distance_from_itself(folder, tmp_path):
 
 def test_the_distance_is_that_of_transformers_log_probs(folder, tmp_path):
     found = kl(folder, tmp_path, "other", "--batch-size", 6)
-    convert.to_hf(convert.ToHf(str(folder / "other"), str(tmp_path / "hf"), dtype="fp32"))
+    convert.to_hf(convert.ToHf(str(folder / "other"), str(tmp_path / "hf"), dtype="float32"))
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     eos = checkpoint.load_config(str(folder / "other")).eos_token_ids[0]
     ahead, tokens = [], []

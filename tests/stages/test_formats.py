@@ -58,8 +58,9 @@ def make(tmp_path: Path, iteration: int, n: int = 30) -> Path:
     out = tmp_path / f"pairs_{iteration}.jsonl"
     source = ranked(tmp_path / f"ranked_{iteration}.jsonl", n)
     pairs.main(pairs.Args(str(source), str(out), test_count=5))
-    for split, path in (("train", out), ("test", out.with_suffix(".test.jsonl"))):
-        formats.write_split(str(path), str(tmp_path / "hub"), f"{split}_iteration_{iteration}")
+    for kind, file in (("train", out), ("test", out.with_suffix(".test.jsonl"))):
+        split = f"{kind}_iteration_{iteration}"
+        convert.main(convert.ToParquet(str(file), str(tmp_path / "hub"), split))
     return out
 
 

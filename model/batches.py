@@ -1,0 +1,88 @@
+"""The host's half of a training step: which examples it takes, in which micro-batches. Without JAX.
+
+An example is anything with a `sequence` (model/packing.py) and a `prompt_id`.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import numpy as np
+
+from model.packing import Sequence, pack
+
+
+class Example(Protocol):
+    prompt_id: str
+
+    @property
+    def sequence(self) -> Sequence: ...
+
+
+@dataclasses.dataclass
+class MicroBatch:
+    prompt_ids: list[str]  # of its examples
+    packed: dict[str, np.ndarray]  # the tokens: model/packing.py
+    sides: dict[str, np.ndarray]  # one fp32 value per example: `weights` and what the loss needs
+
+
+def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
+    """The order of the examples in epoch 0, 1, …: a function of these three numbers alone."""
+    digest = hashlib.sha256(f"{seed}\n{epoch}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(list(digest))).permutation(examples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batcher:
+    """How examples become the micro-batches of a step."""
+
+    seed: int  # of the order of the examples
+    batch_size: int  # examples per step
+    size: int  # examples per micro-batch
+    # What a row holds: all examples that one device gets, one example, or one response behind its
+    # own copy of the prompt.
+    rows: Literal["packed", "pairs", "responses"]
+    shards: int  # into how many parts the mesh cuts a batch
+
+    def cut(self, examples: list[Example], indices) -> list[np.ndarray]:
+        """The indices in micro-batches of about as many tokens each, so that few shapes are
+        compiled."""
+        by_length = sorted(indices, key=lambda i: (-len(examples[i].sequence), i))
+        count = math.ceil(len(by_length) / self.size)
+        return [np.array(by_length[m::count]) for m in range(count)]
+
+    def pack(self, examples: list[Example], indices) -> dict[str, np.ndarray]:
+        """The arrays of model/packing.py for these examples."""
+        sequences = [examples[i].sequence for i in indices]
+        if self.rows == "responses":
+            sequences = [Sequence(s.prompt, [r]) for s in sequences for r in s.responses]
+        return pack(sequences, self.shards, alone=self.rows != "packed")
+
+    def steps_per_epoch(self, examples: list[Example]) -> int:
+        return math.ceil(len(examples) / self.batch_size)
+
+    def of_step(
+        self, examples: list[Example], sides: Callable[[np.ndarray], dict], step: int
+    ) -> list[MicroBatch]:
+        """The micro-batches of step 0, 1, …, counted through the epochs: a function of the seed and
+        the step alone. The last step of an epoch takes what is left.
+
+        sides(indices): what the loss needs beside the tokens, one value per index.
+        """
+        epoch, number = divmod(step, self.steps_per_epoch(examples))
+        order = epoch_order(self.seed, epoch, len(examples))
+        indices = order[number * self.batch_size : (number + 1) * self.batch_size]
+        made = []
+        for part in self.cut(examples, indices):
+            full = {name: self._filled(x, 1.0) for name, x in sides(part).items()}
+            full["weights"] = self._filled(np.ones(len(part)), 0.0)
+            ids = [examples[i].prompt_id for i in part]
+            made.append(MicroBatch(ids, self.pack(examples, part), full))
+        return made
+
+    def _filled(self, x_e: np.ndarray, filler: float) -> np.ndarray:
+        """x_e made as long as a micro-batch, in fp32."""
+        missing = self.size - len(x_e)
+        return np.pad(x_e.astype(np.float32), (0, missing), constant_values=filler)

@@ -1,0 +1,54 @@
+"""Checks of a training's own numbers: a run that fails one stops and says so. Runs without JAX."""
+
+import math
+
+import numpy as np
+
+from sharding.errors import UserError
+
+# Mean over the pairs of |sampler − trainer|, in log-prob per token. Above the first, one of the two
+# may have computed in bfloat16; above the second, model, template or text are not the same.
+WARN_DISAGREEMENT, STOP_DISAGREEMENT = 1e-2, 2e-1
+
+
+def check_finite(step: int, values: dict, prompt_ids: list[str], norm: float = 0.0) -> None:
+    """UserError that names the examples with a value that is not finite, or the gradient's norm.
+    values: {name: one value per prompt_id}."""
+    finite = np.isfinite(list(values.values())).all(axis=0)
+    bad = [prompt_id for prompt_id, ok in zip(prompt_ids, finite) if not ok]
+    if bad:
+        raise UserError(
+            f"step {step + 1}: loss or log-probs are not finite for prompt_id "
+            f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}: lower --learning-rate"
+        )
+    if not math.isfinite(norm):
+        raise UserError(f"step {step + 1}: the gradient's norm is {norm}: lower --learning-rate")
+
+
+def check_ln_2(loss: float, dtype: str) -> None:
+    """DPO's loss is ln 2 where the policy is the reference, whatever the label smoothing."""
+    if abs(loss - math.log(2)) > (1e-4 if dtype == "float32" else 2e-2):
+        raise RuntimeError(
+            f"the loss at step 0 is {loss:.6f}, not ln 2 = {math.log(2):.6f}, although the "
+            "policy is the reference: their log-probs are computed differently"
+        )
+
+
+def check_sampler(path: str, sampled: np.ndarray, trained: np.ndarray, tokens: np.ndarray) -> float:
+    """The sampler's log-probs must be the trainer's where both have the same model: UserError where
+    they differ by far. All arrays [pairs, 2]. Returns the largest difference per token."""
+    per_token = np.abs(trained - sampled) / np.maximum(tokens, 1)
+    mean = per_token.mean()
+    print(
+        f"sampler and trainer agree within {per_token.max():.1e} of log-prob per token "
+        f"(mean {mean:.1e})"
+    )
+    message = f"the sampler's log-probs differ from the trainer's by {mean:.2g} per token"
+    if mean > STOP_DISAGREEMENT:
+        raise UserError(
+            f"{path}: {message}: the *_logprob or *_token_ids fields are not what this model "
+            "sampled; sample again, or remove them"
+        )
+    if mean > WARN_DISAGREEMENT:
+        print(f"warning: {message} (was one of them computed in bfloat16?)")
+    return float(per_token.max())

@@ -1,0 +1,123 @@
+"""stages.sample through its command line: resuming, shares, and the caller's mistakes."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from stages import sample
+from stages.files.output import Output, read_manifest
+from stages.files.run import parse_bytes, run_main
+from tests import tiny
+from tests.stages.chain import refused, run_sample
+
+
+def test_sampling_that_was_stopped_goes_on_and_ends_with_the_same_answers(
+    base, tmp_path, monkeypatch, capsys
+):
+    write = Output.write
+
+    def stopping(self, row):
+        write(self, row)
+        if len(self) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Output, "write", stopping)
+    assert run_sample(base, out=tmp_path / "s.jsonl") == 75
+    assert not (tmp_path / "s.jsonl").exists()
+    monkeypatch.undo()
+    assert run_sample(base, out=tmp_path / "s.jsonl") == 0
+    assert "going on after" in capsys.readouterr().out
+    for a, b in zip(
+        tiny.read_jsonl(tmp_path / "s.jsonl"), tiny.read_jsonl(base / "samples.jsonl"), strict=True
+    ):
+        for x, y in zip(a["responses"], b["responses"], strict=True):
+            assert (x["token_ids"], x["finish_reason"]) == (y["token_ids"], y["finish_reason"])
+            assert x["logprob"] == pytest.approx(y["logprob"], abs=1e-4)
+
+
+def test_a_checkpoint_folder_that_is_incomplete_is_refused(base, tmp_path, capsys):
+    refused(capsys, run_sample(base, model="nowhere"), "nowhere", "does not exist")
+    broken = tmp_path / "broken"
+    tiny.write_checkpoint(broken)
+    (broken / "tokenizer_config.json").unlink()
+    refused(capsys, run_sample(base, model=broken), "broken", "tokenizer_config.json is missing")
+    (broken / "tokenizer_config.json").write_text("{}")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"rope_scaling": {"type": "yarn"}}))
+    refused(capsys, run_sample(base, model=broken), "rope_scaling")
+
+
+def test_a_prompt_longer_than_the_context_is_set_aside_and_counted(base, tmp_path):
+    rows = [*tiny.PROMPTS[:2], {"prompt": "x" * 400}]
+    tiny.write_jsonl(tmp_path / "p.jsonl", rows)
+    assert run_sample(base, prompts=tmp_path / "p.jsonl", out=tmp_path / "s.jsonl") == 0
+    counts = read_manifest(str(tmp_path / "s.jsonl")).counts
+    assert counts == {"in": 3, "out": 2, "set aside: prompt longer than 244 tokens": 1}
+    (aside,) = tiny.read_jsonl(tmp_path / "s.jsonl.set_aside.jsonl")
+    assert aside["reason"] == "prompt longer than 244 tokens"
+
+
+def test_shares_make_the_same_file_as_one_process(base, tmp_path, capsys):
+    rows = [*tiny.PROMPTS[:5], {"prompt": "x" * 400}, tiny.PROMPTS[0], tiny.PROMPTS[6]]
+    prompts = tiny.write_jsonl(tmp_path / "p.jsonl", rows)
+    assert run_sample(base, prompts=prompts, out=tmp_path / "whole.jsonl") == 0
+    out = tmp_path / "s.jsonl"
+    for share in (2, 0, 1):
+        assert not out.exists()
+        assert run_sample(base, "--share", str(share), "3", prompts=prompts, out=out) == 0
+        said = capsys.readouterr().out
+        assert ("waits for share" in said) == (share != 1)
+    for end in ("", ".set_aside.jsonl"):
+        shared, whole = (tiny.read_jsonl(f"{p}{end}") for p in (out, tmp_path / "whole.jsonl"))
+        for one, other in zip(shared, whole, strict=True):
+            for a, b in zip(one.pop("responses", []), other.pop("responses", []), strict=True):
+                assert a.pop("logprob") == pytest.approx(b.pop("logprob"), abs=1e-4)
+                assert a == b
+            assert one == other
+    counts = read_manifest(str(out)).counts
+    assert counts == read_manifest(str(tmp_path / "whole.jsonl")).counts
+    assert counts["in"] == 8 and counts["out"] == 6
+    assert not list(tmp_path.glob("*share*")) and not list(tmp_path.glob("*partial*"))
+    assert run_sample(base, "--share", "1", "3", prompts=prompts, out=out) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_the_cache_memory_decides_the_slots(base, tmp_path, capsys):
+    # A slot: 2 layers × keys and values × 2 heads × 8 × positions × 4 bytes.
+    positions = 12 + max(
+        len(r["prompt_token_ids"]) for r in tiny.read_jsonl(base / "samples.jsonl")
+    )
+    memory = 5 * 2 * 2 * 2 * 8 * positions * 4 + 100
+    argv = ["--checkpoint", str(base / "model"), "--prompts", str(base / "prompts.jsonl")]
+    argv += ["--n", "3", "--max-new-tokens", "12", "--mesh", "1", "1", "-1", "--out"]
+    more = [f"{tmp_path}/s.jsonl", "--cache-memory", f"{memory}"]
+    assert run_main(sample.main, sample.Args, argv + more) == 0
+    last = read_manifest(str(tmp_path / "s.jsonl")).results["last_sitting"]
+    assert last["slots"] == 5
+    argv += [f"{tmp_path}/t.jsonl", "--cache-memory", "1000"]
+    code = run_main(sample.main, sample.Args, argv)
+    refused(capsys, code, "raise --cache-memory")
+
+
+@pytest.mark.parametrize("text,size", [("8GiB", 8 << 30), ("1.5 MB", 1_500_000), ("77", 77)])
+def test_sizes_are_read_with_their_units(text, size):
+    assert parse_bytes(text, "--cache-memory") == size
+
+
+@pytest.mark.parametrize(
+    "flags,word",
+    [
+        (["--n", "0"], "n is 0"),
+        (["--top-p", "2"], "top_p"),
+        (["--max-new-tokens", "999"], "room"),
+        (["--slots", "0"], "slots"),
+        (["--mesh", "3", "1", "1"], "mesh"),
+        (["--cache-memory", "1GiB"], "twice"),
+        (["--share", "3", "3"], "--share"),
+        (["--min-p", "1"], "min_p"),
+    ],
+)
+def test_sampling_settings_that_make_no_sense_are_refused(base, tmp_path, capsys, flags, word):
+    refused(capsys, run_sample(base, *flags, out=tmp_path / "s.jsonl"), word)
