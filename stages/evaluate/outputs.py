@@ -119,7 +119,7 @@ def main(args: Outputs) -> None:
                 **place,
             )
         )
-        gc.collect()  # frees the model, which reference cycles hold, before the ranker needs memory
+        gc.collect()  # what cycles still hold of the model, before the ranker needs the memory
         answered = read(samples, Sample)
         check_all_answered(args, prompts, answered)
 

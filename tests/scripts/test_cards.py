@@ -12,7 +12,6 @@ from model import checkpoint
 from scripts import cards, convert
 from sharding.errors import UserError
 from stages import pairs
-from stages.files import formats
 from stages.files.output import Manifest, an_input, manifest_path
 from stages.files.paths import file_sha256
 from stages.files.provenance import provenance

@@ -233,6 +233,26 @@ def test_stopped_while_sampling_it_goes_on_to_the_same_answers(folder, tmp_path)
     assert os.listdir(tmp_path).count("m.samples.jsonl.partial") == 0
 
 
+@pytest.mark.heavy
+def test_processes_that_slurm_started_answer_together(folder, tmp_path):
+    """--coordinator auto: who is who stands in SLURM's environment."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+    job |= {"SLURM_NTASKS": "2", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    ranker = ("--best-of", 3, "--ranker", f"{folder}/reward.py:reward", "--mesh", 1, -1, 1)
+    words = map(str, argv(folder, tmp_path / "m.json", *ranker, "--coordinator", "auto"))
+    command = [sys.executable, "-m", "stages.evaluate", *words]
+    running = [
+        subprocess.Popen(command, env=os.environ | job | {"SLURM_PROCID": i, "SLURM_LOCALID": i})
+        for i in ("0", "1")
+    ]
+    assert [process.wait() for process in running] == [0, 0]
+    answers = json.loads((tmp_path / "m.json").read_text())
+    sampled = tiny.read_jsonl(folder / "samples.jsonl")
+    texts = [[r["text"] for r in row["responses"]] for row in sampled]
+    assert [a["output"] for a in answers] == [max(t, key=lambda x: x.count("e")) for t in texts]
+    assert not list(tmp_path.glob("*share*"))
+
+
 # --------------------------------------------------------------------------------------- kl
 
 
