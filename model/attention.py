@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from model.precision import matmul_precision
+
 
 def visible(
     query_positions_bt: jax.Array,
@@ -34,17 +36,16 @@ def attention(
 ) -> jax.Array:
     """softmax(q·k / √h)·v over the keys that `seen_bts` allows; [b, t, n, h] in q's dtype.
 
-    With one query a row the keys are a decode cache; else they are the queries' own, and no query
-    may see a key that lies behind it in the row: those are not looked at.
+    With one query per row, the keys are a decode cache. With more, they are the queries' own keys,
+    and no query may see a key behind it in the row: such keys are not read.
 
-    Keys lie [h, s] and values [s, h], as the decode cache keeps them: with one query a row both
-    products then run along contiguous memory (on CPU a third of the time of the other layouts).
-    Scores and softmax are fp32. A query that sees nothing gets a mean of values, a padded row's
-    harmless answer, and never NaN.
+    Keys lie [h, s] and values [s, h], as in the decode cache: with one query per row both products
+    then run along contiguous memory (on CPU in a third of the time of other layouts). Scores and
+    softmax are fp32. A query that sees nothing (padding) gets a mean of values, never NaN.
     """
     b, t, n, h = q_btnh.shape
     k = k_bkhs.shape[1]
-    # All queries of a key head as the rows of one matrix: on CPU two to three times as fast as a
+    # All queries of a key head are the rows of one matrix: on CPU two to three times as fast as a
     # product over separate axes t and g.
     q_bkgth = jnp.transpose(q_btnh.reshape(b, t, k, n // k, h), (0, 2, 3, 1, 4))
     if t == 1:
@@ -65,7 +66,7 @@ def _attend(q_bkgth, k_bkhs, v_bksh, seen_bts, product):
     """(softmax(scores)·v in q's dtype, the log of each softmax's denominator, fp32 [b, k, g, t])"""
     b, k, g, t, h = q_bkgth.shape
     scores = _scores(q_bkgth, k_bkhs, seen_bts, product)
-    # Softmax whose division comes last, over h numbers a query instead of s.
+    # The softmax's division comes last, over h numbers per query instead of s.
     largest_bkgt = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - largest_bkgt[..., None])
     total_bkgt = jnp.sum(weights, axis=-1)
@@ -75,8 +76,8 @@ def _attend(q_bkgth, k_bkhs, v_bksh, seen_bts, product):
 
 
 def _blocks(t: int) -> list[slice]:
-    """The queries in blocks, at most eight: what is behind a block's end is not looked at, and its
-    scores are about what a CPU's cache holds."""
+    """The queries in at most eight blocks. Keys behind a block's end are not read, and a block's
+    scores about fit into a CPU's cache."""
     size = max(128, -(-t // 8))
     return [slice(start, min(start + size, t)) for start in range(0, t, size)]
 
@@ -89,7 +90,7 @@ def _blockwise(q_bkgth, k_bkhs, v_bksh, seen_bts):
 
 
 def _blockwise_fwd(q_bkgth, k_bkhs, v_bksh, seen_bts):
-    found = [
+    blocks = [
         _attend(
             q_bkgth[..., now, :],
             k_bkhs[..., : now.stop],
@@ -99,9 +100,9 @@ def _blockwise_fwd(q_bkgth, k_bkhs, v_bksh, seen_bts):
         )
         for now in _blocks(q_bkgth.shape[3])
     ]
-    # Named as the products are: kept where those are kept.
-    out_bkgth = checkpoint_name(jnp.concatenate([out for out, _ in found], axis=3), "product")
-    logsum_bkgt = checkpoint_name(jnp.concatenate([x for _, x in found], axis=3), "product")
+    # Named as the products are named: remat keeps these whenever it keeps those.
+    out_bkgth = checkpoint_name(jnp.concatenate([out for out, _ in blocks], axis=3), "product")
+    logsum_bkgt = checkpoint_name(jnp.concatenate([x for _, x in blocks], axis=3), "product")
     return out_bkgth, (q_bkgth, k_bkhs, v_bksh, seen_bts, out_bkgth, logsum_bkgt)
 
 
@@ -123,7 +124,7 @@ def _blockwise_bwd(kept, grad_bkgth):
         both = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
         grad_scores = rows(weights * (grad_weights - both) * h**-0.5)
         grad_q.append(_product(grad_scores, jnp.swapaxes(keys_bkhs, 2, 3)).reshape(q.shape))
-        # Narrow sides first: XLA's CPU compiler transposes the first one.
+        # The narrow operand comes first: XLA's CPU compiler transposes the first one.
         grad_k_bkhs = _add_front(grad_k_bkhs, _product(jnp.swapaxes(rows(q), 2, 3), grad_scores))
         grad_v_bkhs = _add_front(
             grad_v_bkhs, _product(jnp.swapaxes(rows(grad), 2, 3), rows(weights))
@@ -137,8 +138,8 @@ def _blockwise_bwd(kept, grad_bkgth):
 
 
 def _add_front(total_bkhs, new_bkhs):
-    """The sum, where `new` has only the first keys; in place. (As a sum of padded arrays XLA fuses
-    it with what comes after, which reads each of them key by key.)"""
+    """The sum in place, where `new` has only the first keys. (XLA would fuse a sum of padded arrays
+    with the work after it, which reads each of them key by key.)"""
     if total_bkhs is None:
         return new_bkhs
     front = total_bkhs[..., : new_bkhs.shape[-1]] + new_bkhs
@@ -153,9 +154,9 @@ _blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 
 @jax.custom_vjp
 def unfold(x_bt: jax.Array, unfold_bus: jax.Array, copies_btc: jax.Array) -> jax.Array:
-    """[b, t, …] → [b·u, s, …]: every token wherever model/packing.py put copies of it.
+    """[b, t, …] → [b·u, s, …]: every token at all places where model/packing.py put a copy of it.
 
-    Its gradient sums a token's copies by looking them up: a scatter would go one by one on CPU.
+    The gradient looks a token's copies up and sums them: on CPU a scatter goes one by one.
     """
     b, u, s = unfold_bus.shape
     return _look_up(x_bt, unfold_bus.reshape(b, u * s)).reshape(b * u, s, *x_bt.shape[2:])
@@ -197,7 +198,7 @@ fold.defvjp(lambda x, *layout: (fold(x, *layout), layout), _fold_bwd)
 
 
 def _look_up(x_bt: jax.Array, indices_bx: jax.Array) -> jax.Array:
-    """[b, x, …]; -1 finds whatever lies in front."""
+    """x at these indices, [b, x, …]; the index -1 reads element 0, which callers mask."""
     indices_bx = jnp.maximum(indices_bx, 0)
     return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x_bt, indices_bx)
 
@@ -222,16 +223,11 @@ def _product(a_bkrx: jax.Array, b_bkxy: jax.Array) -> jax.Array:
 
 
 def _product_of_few_rows(a_bkrx: jax.Array, b_bkxy: jax.Array) -> jax.Array:
-    """As `_product`. With a few rows XLA's CPU product spends half its time on copying the other
-    matrix into its own layout; multiplying and summing reads it where it lies."""
+    """As `_product`. For few rows, XLA's CPU product spends half its time on copying the other
+    matrix into its own layout; multiplying and summing reads the matrix where it lies."""
 
     def sums(a_bkrx, b_bkxy):
         a_bkrx1 = a_bkrx[..., None].astype(jnp.float32)
         return jnp.sum(a_bkrx1 * b_bkxy[:, :, None].astype(jnp.float32), axis=3)
 
     return jax.lax.platform_dependent(a_bkrx, b_bkxy, cpu=sums, default=_product)
-
-
-def matmul_precision(dtype):
-    """fp32 means fp32: accelerators would otherwise round its products' inputs to bf16 or tf32."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

@@ -5,9 +5,10 @@
     tokenizer files       whatever the tokenizer came with, and its chat template
     manifest.json         identity of the parameters, and where they came from
 
-A folder appears whole, by a rename, or not at all. Object stores (gs://…) do not rename: there
-manifest.json is written last, and a folder without one is no checkpoint. Nothing is guessed from a
-folder's name.
+A folder appears whole, by a rename, or not at all. While it is written, it is called
+FOLDER.unfinished and holds the file MARK; a folder without this file is never replaced. Object
+stores (gs://…) do not rename: there the folder is written in its place, and MARK goes last. Nothing
+is guessed from a folder's name.
 """
 
 import contextlib
@@ -45,6 +46,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 MANIFEST = "manifest.json"
+MARK = ".unfinished"  # in a folder that we are writing, or that a killed process left behind
 
 
 def save(
@@ -55,8 +57,8 @@ def save(
     origin: dict,
     **known,
 ) -> str:
-    """Write a checkpoint and return its identity. Of several processes each writes its shards, to
-    a file system that all of them see.
+    """Write a checkpoint and return its identity. Several processes write their shards each, to a
+    file system that all of them see.
 
     params: fp32 arrays (jax or numpy), stacked layers. tokenizer_from: the folder whose tokenizer
     files and generation_config.json are copied. origin: what made it (stage, arguments, inputs,
@@ -64,30 +66,79 @@ def save(
     (a checkpoint's manifest) and `data` (its pairs' provenance) of a training. Replaces an
     unfinished folder, never a finished one.
     """
-    temporary = _unfinished(folder)
     if is_taken(folder):
         raise UserError(f"{folder} exists: choose another folder, or remove it")
     processes.wait()  # all have looked
-    if processes.is_first():
-        if temporary.exists():
-            temporary.rmtree()
-        temporary.mkdir(parents=True)
+    unfinished = begin_folder(folder) if processes.is_first() else _unfinished_folder(folder)
     processes.wait()
     with _orbax(params):
-        ocp.save(temporary / "params", params)
+        ocp.save(unfinished / "params", params)
     identity = fingerprint(params)
     if processes.is_first():
-        _complete(temporary, config, params, identity, tokenizer_from, origin, known)
-        if temporary != epath.Path(folder):
-            temporary.rename(folder)
+        copy_tokenizer(tokenizer_from, unfinished)
+        (unfinished / "config.json").write_text(
+            json.dumps(model_config.to_hf(config, config.torch_dtype), indent=2) + "\n"
+        )
+        count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+        manifest = {"identity": identity, "parameters": count, "origin": origin, **known}
+        (unfinished / MANIFEST).write_text(
+            json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        )
+        finish_folder(unfinished, folder)
     processes.wait()
     return identity
 
 
+def copy_tokenizer(source: str, folder: epath.Path) -> None:
+    """Copy a tokenizer's files, and generation_config.json, from one folder into another."""
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (epath.Path(source) / name).exists():
+            (epath.Path(source) / name).copy(folder / name)
+
+
+# ---------------------------------------------------------------- folders that appear whole
+
+
 def is_taken(folder: str) -> bool:
-    """Whether there is something that `save` does not replace."""
+    """Whether something exists at `folder` that must not be replaced. Raises UserError if something
+    that we did not make stands where the folder would be written."""
+    path, unfinished = epath.Path(folder), _unfinished_folder(folder)
+    if unfinished != path:
+        if unfinished.exists() and not _is_leftover(unfinished):
+            raise UserError(
+                f"{unfinished} is in the way: move it, or choose another name than {folder}"
+            )
+        return path.exists()
+    # A killed process may have written all but not yet removed its mark.
+    return path.exists() and ((path / MANIFEST).exists() or not _is_leftover(path))
+
+
+def begin_folder(folder: str) -> epath.Path:
+    """An empty folder with our mark, to write what `finish_folder` then puts in its place.
+    `is_taken` must be false; a leftover of ours is removed."""
+    path = _unfinished_folder(folder)
+    if path.exists():
+        path.rmtree()
+    path.mkdir(parents=True)
+    (path / MARK).write_text("This folder is being written, or the process was ended meanwhile.\n")
+    return path
+
+
+def finish_folder(unfinished: epath.Path, folder: str) -> None:
     path = epath.Path(folder)
-    return (path / MANIFEST).exists() if _in_object_store(path) else path.exists()
+    if unfinished != path:
+        unfinished.rename(path)
+    (path / MARK).unlink()
+
+
+def _is_leftover(path: epath.Path) -> bool:
+    """Whether a killed process of ours left this folder, which may still be empty."""
+    return path.is_dir() and ((path / MARK).exists() or not any(path.iterdir()))
+
+
+def _unfinished_folder(folder: str) -> epath.Path:
+    path = epath.Path(folder)
+    return path if _in_object_store(path) else path.parent / f"{path.name}.unfinished"
 
 
 def _unfinished(folder: str) -> epath.Path:
@@ -100,26 +151,7 @@ def _in_object_store(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
-def _complete(
-    temporary,
-    config: DecoderConfig,
-    params,
-    identity: str,
-    tokenizer_from: str,
-    origin: dict,
-    known: dict,
-) -> None:
-    """Write all of a checkpoint but its parameters."""
-    source = epath.Path(tokenizer_from)
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (source / name).exists():
-            (source / name).copy(temporary / name)
-    (temporary / "config.json").write_text(
-        json.dumps(model_config.to_hf(config, config.torch_dtype), indent=2) + "\n"
-    )
-    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
-    manifest = {"identity": identity, "parameters": count, "origin": origin, **known}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+# ------------------------------------------------------------------------------- reading
 
 
 def read_manifest(folder: str) -> dict:
@@ -142,7 +174,7 @@ def read_manifest(folder: str) -> dict:
 
 
 def identity(folder: str) -> str:
-    """The identity of the checkpoint's parameters: equal where every weight is."""
+    """The identity of the checkpoint's parameters: equal if and only if all weights are."""
     return read_manifest(folder)["identity"]
 
 
@@ -179,8 +211,8 @@ def load(folder: str, shardings=None) -> tuple[DecoderConfig, decoder.Params]:
 
 
 def load_leaf(folder: str, config: DecoderConfig, path: tuple[str, ...]) -> np.ndarray:
-    """One parameter, e.g. ("layers", "q"), in host memory: for going through a model that need
-    not be there whole."""
+    """One parameter, e.g. ("layers", "q"), in host memory: for going through a model that is too
+    large to be loaded whole."""
     leaf = decoder.abstract(config)
     for key in path:
         leaf = leaf[key]
@@ -260,18 +292,18 @@ def load_state(folder: str, abstract):
 
 @contextlib.contextmanager
 def _orbax(tree, partial: bool = False):
-    """Orbax set to hold little beside `tree`: its defaults keep a second copy of everything.
+    """Orbax set to hold little beside `tree`; its defaults keep a second copy of everything.
 
-    Host arrays are not copied first (nothing changes them: we wait); chunks of 64 MB go straight
-    to files of their own, where OCDBT gathers all of them in memory until the end; no more than
-    the largest array is read ahead. `partial`: a tree of some of the arrays may be loaded.
+    Host arrays are not copied first: we wait, so nothing changes them. Chunks of 64 MB go straight
+    to files of their own; OCDBT would gather all of them in memory until the end. No more than the
+    largest array is read ahead. `partial`: the tree may be a part of what was saved.
     """
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_ocdbt = False
     context.array.saving.use_compression = False  # trained fp32 weights shrink by 7%, for seconds
     context.array.saving.storage_options.chunk_byte_size = 64 * 2**20
-    # Array by array the sizes are np.prod's: what an abstract array has no nbytes for.
+    # From the shapes, since an abstract array has no nbytes.
     largest = max((4 * int(np.prod(x.shape)) for x in jax.tree.leaves(tree)), default=0)
     context.memory.read_concurrent_bytes = max(2**30, largest + 2**20)
     context.pytree.loading.partial_load = partial
@@ -295,13 +327,14 @@ def _unless_too_late(unraisable) -> None:
 def fingerprint(params) -> str:
     """A 64-hex identity of a tree of arrays: its paths, shapes and every bit of its fp32 values.
 
-    Computed where the arrays lie, in integer sums that no order of devices can change; two trees
-    that differ in one bit differ here. Not cryptographic: it detects mistakes, not forgery.
+    Computed on the devices that hold the arrays, in integer sums, which do not depend on the order
+    of the devices. Two trees that differ in one bit have different identities. Not cryptographic:
+    it detects mistakes, not forgery.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda x: str(x[0])):
         name = "/".join(str(key.key) for key in path)
-        # Stacked leaves layer by layer: the mixed bits of a whole one would take four times its
+        # Stacked leaves go layer by layer: the mixed bits of a whole leaf would take four times its
         # size, and a numpy leaf a copy besides.
         slices = leaf if leaf.ndim > 2 else [leaf]
         size = int(np.prod(leaf.shape)) // len(slices)
@@ -315,8 +348,8 @@ def fingerprint(params) -> str:
 
 @jax.jit
 def _lanes(x: jax.Array, first: jax.Array) -> jax.Array:
-    """Four sums modulo 2³² of a mix of each value's bits with its index, which counts on from
-    `first` (modulo 2³²): uint32 [4]."""
+    """Four sums modulo 2³² over a mix of each value's bits with its index, uint32 [4]. Indices
+    count from `first`, modulo 2³²."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
@@ -325,7 +358,7 @@ def _lanes(x: jax.Array, first: jax.Array) -> jax.Array:
         )
     index += first
     mixed = _mix(index ^ jnp.uint32(0x9E3779B9)) ^ bits
-    # One lane after the other: together they would take four times the memory.
+    # One lane after the other, since all together would take four times the memory.
     lanes = jnp.arange(1, 5, dtype=jnp.uint32)
     sums = jax.lax.map(lambda lane: jnp.sum(_mix(mixed + lane), dtype=jnp.uint32), lanes)
     return constrain(sums, None)  # whole in every process

@@ -1,4 +1,4 @@
-"""Mistral (and Llama-shaped) decoders: parameters declared with nnx, computed by pure functions.
+"""Mistral- and Llama-shaped decoders: parameters declared with nnx, computed by pure functions.
 
 The parameters are one nested dict of fp32 arrays, layers stacked along the first axis:
 
@@ -6,10 +6,10 @@ The parameters are one nested dict of fp32 arrays, layers stacked along the firs
     layers/attn_norm [l, d]   layers/{q: [l, d, n, h], k, v: [l, d, k, h], o: [l, n, h, d]}
     layers/mlp_norm [l, d]    layers/{gate, up: [l, d, f], down: [l, f, d]}
 
-Three ways through the model: `forward` (training: scan over the stacked layers), `prefill` (a
-prompt, giving its keys and values) and `decode` (one token a row through the cache). The last two
-take parameters from `unstack_layers`: a loop over separate arrays is unrolled by the compiler,
-where a scan would copy every layer's weights at every token.
+Three ways through the model: `forward` (training: a scan over the stacked layers), `prefill` (a
+prompt; returns its keys and values too) and `decode` (one token per row, through the cache). The
+last two take parameters from `unstack_layers`: the compiler unrolls a loop over separate arrays,
+whereas a scan would copy every layer's weights at every token.
 
 Axis letters: b batch, t position, s cache position, d width, n query head, k key/value head,
 h head width, f MLP width, v vocabulary, l layer. Mirrors transformers' modeling_mistral.py.
@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import attention, fold, matmul_precision, unfold, visible
+from model.attention import attention, fold, unfold, visible
 from model.config import DecoderConfig
+from model.precision import matmul_precision
 from sharding.mesh import constrain
 
 Params = dict
@@ -97,8 +98,8 @@ def logical_axes(config: DecoderConfig) -> Params:
 
 
 def unstack_layers(params: Params) -> Params:
-    """The same parameters with `layers` a list of per-layer dicts. Empties `params["layers"]` on
-    the way, so that no more than one stacked array exists twice."""
+    """The same parameters with `layers` a list with one dict per layer. Empties `params["layers"]`,
+    so that only one stacked array at a time exists twice."""
     stacked = params["layers"]
     names = list(stacked)
     count = stacked[names[0]].shape[0]
@@ -130,9 +131,9 @@ def _matmul(equation, x, w):
 
 
 def _matmul_bwd(equation, saved, ct):
-    """JAX's own gradients, but for the order of the product that gives ∂w: the narrower side comes
-    first. XLA's CPU compiler transposes the first one, fused with all that is elementwise before
-    it: for the wide ones that took a tenth of a training step."""
+    """JAX's own gradients, except that in the product for ∂w the narrower operand comes first.
+    XLA's CPU compiler transposes the first operand, fused with the elementwise work before it: for
+    the wide ones that took a tenth of a training step."""
     x, w = saved
     operands, out = equation.split("->")
     axes_x, axes_w = operands.split(",")
@@ -171,7 +172,7 @@ def apply_rope(x_btnh: jax.Array, cos, sin) -> jax.Array:
 
 
 def block(w: Params, config: DecoderConfig, x_btd: jax.Array, rope, attend):
-    """One layer. `attend(q_btnh, k_btkh, v_btkh) -> (out_btnh, kept)`; returns (x_btd, kept)."""
+    """One layer: (x_btd, kept), where `attend(q_btnh, k_btkh, v_btkh)` gives (out_btnh, kept)."""
     with jax.named_scope("attention"):
         y_btd = rms_norm(x_btd, w["attn_norm"], config.rms_norm_eps)
         q_btnh = apply_rope(matmul("btd,dnh->btnh", y_btd, w["q"]), *rope)
@@ -179,7 +180,7 @@ def block(w: Params, config: DecoderConfig, x_btd: jax.Array, rope, attend):
         v_btkh = matmul("btd,dkh->btkh", y_btd, w["v"])
         q_btnh = constrain(q_btnh, "batch", "length", "heads", "head_dim")
         out_btnh, kept = attend(q_btnh, k_btkh, v_btkh)
-        # Two plain axes: over (n, h) XLA's CPU compiler transposes the weights at every call.
+        # As one axis e: over two axes (n, h), XLA's CPU compiler transposes the weights each call.
         out_bte = out_btnh.reshape(*out_btnh.shape[:2], -1)
         x_btd = x_btd + matmul("bte,ed->btd", out_bte, w["o"].reshape(-1, w["o"].shape[-1]))
         x_btd = constrain(x_btd, "batch", "length", "act_embed")
@@ -235,14 +236,14 @@ def forward(
 ) -> jax.Array:
     """Final hidden states [b, t, d] (after the last norm) of whole sequences.
 
-    tokens_bt: int ids; positions_bt: each token's position in its own sequence (None: 0, 1, …);
-    allowed_bts: bool, the keys that a query may see if they are at or before its position (None:
-    all of its row) – what is padding, or of another sequence in the row, is not allowed.
-    layout: `unfold`, `segments` and `copies` of model/packing.py: attention is computed in the
-    unfolded rows, and they say what sees what instead of allowed_bts.
-    remat: what the backward pass computes again instead of keeping it. "none": only what is
-    elementwise, which costs less to compute than to write and read; products and attention's
-    output are kept. "full": all but each layer's input, for a third more operations.
+    tokens_bt: int ids. positions_bt: each token's position in its own sequence (None: 0, 1, …).
+    allowed_bts: bool, which keys a query may see, at or before its position (None: all of its row);
+    padding, and other sequences in the row, are not allowed.
+    layout: `unfold`, `segments` and `copies` of model/packing.py. Attention is then computed in the
+    unfolded rows, and `segments` takes the place of allowed_bts.
+    remat: what the backward pass computes again instead of keeping it. "none": only elementwise
+    results, which are quicker to compute than to write and read; products and attention's output
+    are kept. "full": everything but each layer's input, for a third more operations.
     """
     rope, seen_bts = _rope_and_mask(config, tokens_bt, positions_bt, allowed_bts)
     if layout is not None:
@@ -251,7 +252,8 @@ def forward(
     def attend(q_btnh, k_btkh, v_btkh):
         if layout is None:
             return attention(q_btnh, *_cache_layout(k_btkh, v_btkh), seen_bts), None
-        q, k, v = (_rows(unfold(x, *places)) for x in (q_btnh, k_btkh, v_btkh))
+        unfolded = (unfold(x, *places) for x in (q_btnh, k_btkh, v_btkh))
+        q, k, v = (constrain(x, "batch", "length", "heads", "head_dim") for x in unfolded)
         return fold(attention(q, *_cache_layout(k, v), seen_bts), *places), None
 
     def body(x_btd, w):
@@ -264,13 +266,9 @@ def forward(
     return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps)
 
 
-def _rows(x_btnh: jax.Array) -> jax.Array:
-    return constrain(x_btnh, "batch", "length", "heads", "head_dim")
-
-
 def _same_segment(config: DecoderConfig, layout: dict[str, jax.Array]) -> jax.Array:
-    """What sees what in the unfolded rows, bool [b·u, s, s]: positions count through a row, since
-    all that matters is how far apart two tokens of one text are."""
+    """Which tokens see which in the unfolded rows, bool [b·u, s, s]. Positions count through a row,
+    since only the distance between two tokens of one text matters."""
     segments_us = layout["segments"].reshape(-1, layout["segments"].shape[-1])
     places_us = jnp.broadcast_to(jnp.arange(segments_us.shape[-1]), segments_us.shape)
     same_uss = segments_us[:, :, None] == segments_us[:, None, :]
@@ -288,7 +286,7 @@ def prefill(
     """As `forward`, with the keys and values: (hidden, [(k_bkht, v_bkth) of each layer]).
 
     params: unstacked. Padding behind a sequence needs no mask: nothing before it sees it. Outside
-    jit, one layer is compiled and called for each, which is the quicker where lengths vary.
+    jit, one compiled layer is called for all layers, which is quicker when lengths vary.
     """
     rope, seen_bts = _rope_and_mask(config, tokens_bt, positions_bt, allowed_bts)
     x_btd, cache = embed(params, tokens_bt, dtype), []
@@ -308,9 +306,9 @@ def _prefill_layer(w: Params, config: DecoderConfig, x_btd, rope, seen_bts):
 
 
 def empty_cache(config: DecoderConfig, rows: int, length: int, dtype=jnp.float32) -> list:
-    """A KV cache for `rows` sequences of up to `length` positions: [(k_bkhs, v_bksh)] a layer."""
+    """A KV cache for `rows` sequences of up to `length` positions: (k_bkhs, v_bksh) per layer."""
 
-    @jax.jit  # so that on a mesh each device makes its own share
+    @jax.jit  # on a mesh, each device makes its own share
     def one_layer():
         b, k, h = rows, config.num_key_value_heads, config.head_dim
         return constrain_cache(
@@ -326,7 +324,7 @@ def cache_bytes(config: DecoderConfig, length: int, dtype=jnp.float32) -> int:
     return numbers * length * jnp.dtype(dtype).itemsize
 
 
-# Of a layer's keys and values: rows over the axes that cut a batch, key heads over tensor.
+# Logical axes of a layer's keys and values.
 CACHE_AXES = (
     ("batch", "kv_heads", "head_dim", "length"),
     ("batch", "kv_heads", "length", "head_dim"),
@@ -345,18 +343,18 @@ def decode(
     positions_b: jax.Array,
     dtype=jnp.float32,
 ):
-    """One token a row: writes it at its row's position of the cache, returns what follows it.
+    """One token per row, written into the cache at its row's position: (hidden_bd after the last
+    norm, cache).
 
-    params: unstacked. tokens_b, positions_b: int [b]; a row's cache is filled below its position.
-    Returns (hidden_bd after the last norm, cache). A position beyond the cache overwrites its last
-    one: no answer of that row can go on.
+    params: unstacked. tokens_b, positions_b: int [b]; a row's cache is filled below its position. A
+    position beyond the cache overwrites the cache's last one: that row's answer cannot go on.
     """
     length = cache[0][0].shape[-1]
     rope = rope_angles(positions_b[:, None], config.head_dim, config.rope_theta)
     keys_bs = jnp.broadcast_to(jnp.arange(length), (tokens_b.shape[0], length))
     seen_bts = visible(positions_b[:, None], keys_bs, None, config.sliding_window)
 
-    @jax.jit  # so that all layers are traced and lowered once
+    @jax.jit  # traced and lowered once for all layers
     def layer(w, x_btd, k_bkhs, v_bksh):
         def attend(q_btnh, k_btkh, v_btkh):
             k, v = constrain_cache(
@@ -376,9 +374,9 @@ def decode(
 
 
 def _write(cache, new, positions_b, axis: int):
-    """The cache with one position of each row replaced, in place where the caller donates it.
-    `axis`: the positions' within a row. (As an indexed scatter, TPU compilers would choose another
-    layout for the cache, and hold it twice.)"""
+    """The cache with one position of each row replaced, in place if the caller donates it. `axis`
+    is that of the positions within a row. (For an indexed scatter, TPU compilers would choose
+    another layout of the cache and hold it twice.)"""
 
     def one_row(row, new, position):
         new = jnp.expand_dims(new, axis)

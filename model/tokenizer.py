@@ -6,13 +6,13 @@
 
 Three traps that this file exists for:
 
-- The text of a user or of an answer never makes special tokens: who writes "</s>" gets the ordinary
-  pieces of "</s>". Only the chat template's own text makes them.
-- Answers are tokenised apart from what surrounds them: "…[/INST]Fine" in one go cuts "Fine"
-  otherwise than a sampler that starts after [/INST] ever could.
-- A folder with a sentencepiece `tokenizer.model` is encoded by sentencepiece itself. transformers 5
-  orders the merges it derives by piece id, not by score, and so cuts "a  b" (two spaces) otherwise;
-  beside a config.json of model_type mistral it loses the space in front of a text as well.
+- The text of a user or of an answer never makes special tokens: "</s>" in it becomes the ordinary
+  pieces of "</s>". Only the chat template's own text makes special tokens.
+- Answers are tokenised apart from the text around them: tokenising "…[/INST]Fine" at once cuts
+  "Fine" in a way that a sampler, which starts after [/INST], never could.
+- If a folder has a sentencepiece `tokenizer.model`, sentencepiece itself encodes. transformers 5
+  orders the merges that it derives by piece id, not by score, and so cuts "a  b" (two spaces)
+  differently; beside a config.json of model_type mistral it also loses a text's first space.
 """
 
 import copy
@@ -24,6 +24,9 @@ import re
 import tempfile
 from collections.abc import Iterable
 
+# Only transformers' tokenizers are used: it need not say that PyTorch is missing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 import jinja2
 import sentencepiece
 from etils import epath
@@ -31,7 +34,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sharding.errors import UserError
 
-# Cut by every tokenizer when its identity is taken: shows how it splits, not only what it knows.
+# Part of every tokenizer's identity: how it cuts this text, not only its vocabulary.
 PROBE = "Hello, world!  [INST] déjà  vu\n\n\tx = 3.14159;  ﬁn① 你好 😀 </s> it's   2024"
 
 
@@ -39,8 +42,8 @@ class ChatTokenizer:
     """A tokenizer with its chat template.
 
     eos_ids: the ids at which an answer ends, as the checkpoint's config names them.
-    identity, template_identity: sha256 of how it cuts text and of the template, whatever the files
-    they came in are called.
+    identity, template_identity: sha256 of how it cuts text, and of the template; the names and the
+    kind of its files do not matter.
     """
 
     def __init__(self, tokenizer, eos_ids: Iterable[int], tokenizer_model: str | None = None):
@@ -68,7 +71,7 @@ class ChatTokenizer:
         self._special_ids = set(self._special.values())
         self._special_pattern = _special_pattern(self._special, added.values())
 
-        # Does a text get a space in front ("dummy prefix"), and does one of its own get lost in it?
+        # Does a text get a space in front ("dummy prefix"), and is a space of its own lost then?
         self._prefixes = self._first_piece("x")[:1] in ("▁", "Ġ")
         self._loses_space = self._sentencepiece is None and self._raw(" x") == self._raw("x")
         self._bos = self._bos_to_add()
@@ -85,7 +88,7 @@ class ChatTokenizer:
     @classmethod
     def from_folder(cls, folder: str, eos_ids: Iterable[int]) -> "ChatTokenizer":
         """The tokenizer of a checkpoint folder. Raises UserError; asks no hub."""
-        if "://" in folder:  # what reads the files wants them on a disk
+        if "://" in folder:  # the libraries read only local files
             with tempfile.TemporaryDirectory() as local:
                 for file in epath.Path(folder).iterdir():
                     if file.is_file():
@@ -102,10 +105,10 @@ class ChatTokenizer:
             )
         try:
             if has_model:
-                from transformers import AutoTokenizer
+                from transformers import AutoTokenizer  # here: 5 seconds, where torch is installed
 
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            else:  # a tokenizer.json says it all; AutoTokenizer would import torch for 5 seconds
+            else:
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises whatever its parsers raise
             raise UserError(
@@ -126,8 +129,8 @@ class ChatTokenizer:
         """The conversation, ready to be answered: rendered by the chat template, then tokenised.
 
         messages: [{"role", "content"}, …]. Earlier assistant turns are tokenised apart, as they
-        were when they were sampled. Starts with exactly one BOS where the model has one.
-        Raises UserError with the template's own words where it refuses the conversation.
+        were when they were sampled. Starts with exactly one BOS if the model has a BOS. Raises
+        UserError with the template's own words if the template refuses the conversation.
         """
         ids: list[int] = []
         for kind, text in self._segments(messages):
@@ -139,21 +142,21 @@ class ChatTokenizer:
         return ids
 
     def response_ids(self, text: str) -> list[int]:
-        """An answer as the sampler would have produced it: no BOS, no EOS."""
+        """The ids of an answer as the sampler would have drawn them: no BOS, no EOS."""
         return self._encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of an answer's ids: special tokens and ids without a piece are left out.
+        """The text of an answer's ids, without special tokens and ids that have no piece.
 
-        Bytes that are no UTF-8, as an answer cut off inside a character ends with, give U+FFFD.
+        Bytes that are not UTF-8 become U+FFFD: an answer may be cut off inside a character.
         """
         ids = [int(i) for i in ids if int(i) not in self._special_ids]
         if self._sentencepiece is None:
             return self._fast.decode(ids, skip_special_tokens=True)
         size = self._sentencepiece.vocab_size()
         texts = []
-        for known, run in itertools.groupby(ids, key=lambda i: i < size):
-            if known:
+        for is_piece, run in itertools.groupby(ids, key=lambda i: i < size):
+            if is_piece:
                 texts.append(self._sentencepiece.decode(list(run)))
             else:  # tokens added to the model after the sentencepiece file was made
                 texts += [self._added_texts.get(i, "") for i in run]
@@ -162,13 +165,13 @@ class ChatTokenizer:
     # ------------------------------------------------------------------ the pieces of a prompt
 
     def _segments(self, messages: list[dict]) -> list[tuple[str, str]]:
-        """[("special" | "text", …)]: each text is tokenised on its own."""
+        """The prompt in pieces: ("special", token) or ("text", a text tokenised on its own)."""
         contents = [m["content"] for m in messages]
         skeleton = self._skeleton(messages, contents)
         contents = _contents_as_rendered(skeleton, contents, self._render(messages))
 
         segments: list[tuple[str, str]] = []
-        run: list[tuple[str, bool]] = []  # (text, whether it is the template's) to encode in one go
+        run: list[tuple[str, bool]] = []  # (text, is it the template's?), to be encoded together
 
         def close(before_answer: bool = False):
             if text := self._join(run, before_answer):
@@ -177,7 +180,7 @@ class ChatTokenizer:
 
         for piece in skeleton:
             if not isinstance(piece, int):
-                # The pattern is one group, so every second part is a special token.
+                # The pattern is a single group, so every second part is a special token.
                 for i, part in enumerate(self._special_pattern.split(piece)):
                     if i % 2:
                         close()
@@ -194,7 +197,7 @@ class ChatTokenizer:
         return segments
 
     def _join(self, run: list[tuple[str, bool]], before_answer: bool) -> str:
-        """The run's text, less the template's own space where the tokenizer puts one anyway."""
+        """The run's text, without the template's own space where the tokenizer adds one itself."""
         text = "".join(part for part, _ in run)
         if self._prefixes and run:
             if run[0][1]:
@@ -204,7 +207,7 @@ class ChatTokenizer:
         return text
 
     def _skeleton(self, messages: list[dict], contents: list[str]) -> list[str | int]:
-        """The template's own text, with a message's number where its content goes."""
+        """The template's own text, with a message's number in the place of its content."""
         taken = set("".join(contents))
         mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in taken)  # private use
         numbered = [m | {"content": f"{mark}{i}{mark}"} for i, m in enumerate(messages)]
@@ -249,7 +252,7 @@ class ChatTokenizer:
         return self._fast.id_to_token(first)
 
     def _bos_to_add(self) -> int | None:
-        """The BOS id where the tokenizer puts it before every text, else None."""
+        """The BOS id if the tokenizer puts it before every text, else None."""
         bos = self._hf.bos_token_id
         with_bos = self._fast.encode("x", add_special_tokens=True).ids
         return bos if bos is not None and with_bos[:1] == [bos] else None
@@ -273,8 +276,8 @@ def _template_of(tokenizer) -> str:
 
 
 def _special_pattern(special: dict[str, int], added) -> re.Pattern:
-    """Matches a special token in the template's text, in one group; swallows the white space that
-    the token is declared to swallow (lstrip, rstrip)."""
+    """A pattern of one group that matches a special token in the template's text, with the white
+    space that the token is declared to strip (lstrip, rstrip)."""
     strips = {t.content: (t.lstrip, t.rstrip) for t in added}
     alternatives = []
     for text in sorted(special, key=len, reverse=True):
@@ -284,9 +287,9 @@ def _special_pattern(special: dict[str, int], added) -> re.Pattern:
 
 
 def _contents_as_rendered(skeleton: list[str | int], contents: list[str], text: str) -> list[str]:
-    """The contents as the template shows them: as they are, or stripped of white space.
+    """The contents as the template shows them: unchanged, or stripped of white space.
 
-    Raises UserError where it changes them in any other way: the ids would not be the text's.
+    Raises UserError if the template changes them in any other way: the ids would not be the text's.
     """
     shown, at = list(contents), 0
     following = [*skeleton[1:], ""]

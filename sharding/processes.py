@@ -24,14 +24,15 @@ from sharding.watch import Flags
 
 
 def start(flags: Flags) -> None:
-    """Join the other processes, before anything asks for devices; nothing where this one is alone.
+    """Join the other processes, before anything asks for devices; nothing where this one is alone,
+    or where a stage that calls this one has joined them.
 
     From here on process 0 alone prints to stdout, and sharding/watch.py names one that dies. Raises
     UserError where the flags do not fit together, the processes do not find each other, or were
     given different flags: also one that changes no result may change what programs they run.
     """
     place = flags.place()
-    if place is None:
+    if place is None or distributed.global_state.client is not None:  # alone, or joined before
         return
     explicit = place != "auto"
     # On CPU two programs in flight may meet in their collectives, in another order in each process,

@@ -34,6 +34,10 @@ from typing import Literal
 from etils import epy
 from tqdm import tqdm
 
+from model.rankers.comparisons import Report
+from model.rankers.opening import open_ranker
+from model.rankers.pairwise import as_comparison
+from model.rankers.ranking import Ranking, Request
 from sharding import watch
 from sharding.errors import UserError
 from stages.files.output import Manifest, Output, an_input, read_lineage, read_manifest
@@ -41,7 +45,6 @@ from stages.files.rows import RowFile, Sample, read
 from stages.files.run import run_main, stop_signal
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
-    from model.rankers import comparisons, opening
     from stages.files import shares as sharing
 
 
@@ -86,7 +89,7 @@ def main(args: Args) -> None:
     options = ranker_options(args, pairwise)
     share, shares = sharing.join(args, on_host=options.get("device") == "host")
     samples = read(args.samples, Sample)
-    ranker = opening.open_ranker(args.ranker, **options)
+    ranker = open_ranker(args.ranker, **options)
 
     # ------------------------------------------------------------------ output
     lineage = read_lineage(args.samples, samples.sha256)
@@ -141,7 +144,7 @@ def ranker_options(args: Args, pairwise: bool) -> dict:
 
 def requests_of(
     samples: RowFile[Sample], mine: list[str], output: Output, pairwise: bool
-) -> "Iterator[opening.Request]":
+) -> Iterator[Request]:
     """The rows of `mine` that are still to be ranked; what cannot be is set aside."""
     for row in map(samples.__getitem__, mine):
         if output.has(row.prompt_id):
@@ -153,16 +156,16 @@ def requests_of(
             continue
         try:
             if pairwise:
-                opening.as_comparison(row.messages, [])
+                as_comparison(row.messages, [])
         except ValueError as error:
             output.set_aside(row.fields, str(error))
             continue
         yield request_of(row)
 
 
-def request_of(row: Sample) -> "opening.Request":
+def request_of(row: Sample) -> Request:
     """What a ranker is asked about a row."""
-    return opening.Request(
+    return Request(
         where=row.where,
         prompt_id=row.prompt_id,
         prompt=row.prompt,
@@ -175,11 +178,11 @@ def request_of(row: Sample) -> "opening.Request":
 
 def rank_all(
     ranker,
-    requests: "Iterable[opening.Request]",
+    requests: Iterable[Request],
     output: Output,
     total: int,
     title: str,
-    fields: "Callable[[comparisons.Ranking], dict]",
+    fields: Callable[[Ranking], dict],
     unit: str | None = None,
 ) -> None:
     """Write request.row | fields(ranking) of every request as it is ranked; a signal stops between
@@ -206,7 +209,7 @@ def rank_all(
         print(f"{made} {unit} in {seconds:.1f} s: {made / seconds:.3g} per second")
 
 
-def ranked_fields(ranking: "comparisons.Ranking") -> dict:
+def ranked_fields(ranking: Ranking) -> dict:
     """The fields of a row that a ranking makes."""
     fields = {
         "scores": ranking.scores,
@@ -219,12 +222,12 @@ def ranked_fields(ranking: "comparisons.Ranking") -> dict:
 
 def results_of(args: Args, output: Output) -> dict:
     """What the ranking shows of itself, for the manifest."""
-    report = comparisons.Report()
+    report = Report()
     for row, reason in output.rows():
         if reason is None:
             texts = [response["text"] for response in row["responses"]]
             matrix, truncated = row.get("comparisons"), row.get("truncated")
-            report.add(texts, comparisons.Ranking(row["scores"], matrix, truncated=truncated))
+            report.add(texts, Ranking(row["scores"], matrix, truncated=truncated))
     # The ranker's name for people; its identity decides the scores.
     is_local = Path(args.ranker.partition(":")[0]).exists()
     return report.results() | {"ranker": Path(args.ranker).name if is_local else args.ranker}

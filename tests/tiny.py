@@ -19,7 +19,7 @@ VOCABULARY = 320
 
 
 def write_tokenizer(folder: Path, template: str = TEMPLATE) -> None:
-    """A byte-level BPE tokenizer of 320 tokens, in SmolLM2's manner."""
+    """A byte-level BPE tokenizer of 320 tokens, like SmolLM2's."""
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -92,7 +92,7 @@ PROMPTS = [
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port on which nobody listens."""
     with socket.socket() as listening:
         listening.bind(("localhost", 0))
         return listening.getsockname()[1]

@@ -1,44 +1,52 @@
-"""PairRM by llm-blender's own PyTorch code, on the host: what pairrm.py is measured against.
+"""PairRM by llm-blender's own PyTorch code, on the host: the reference for pairrm.py.
 
-llm-blender 0.0.2 does not import on transformers 5, which dropped two names that it uses, and there
-its tokenizer has lost the model's normaliser; all three are put back here. It runs as it is
-otherwise: it pads the answers of a batch to one length, cuts them
-by the longest prompt of the batch, and fails on a text that holds one of its own markers.
+llm-blender 0.0.2 does not import with transformers 5, which dropped two names that it uses, and its
+tokenizer loses the model's normaliser there; all three are put back here. The rest runs as it is:
+llm-blender pads the answers of a batch to one length, cuts them by the longest prompt of the batch,
+and fails on a text that holds one of its own markers.
 """
 
 import contextlib
 import functools
+import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import transformers
+import transformers.utils.hub
+from huggingface_hub.constants import HF_HUB_CACHE
+
 from model.rankers.pairrm import open_folder, open_tokenizer
-from sharding.errors import UserError
+from sharding.errors import UserError, first_line
+
+TEXT_FAILS = "llm-blender fails on this text; --backend jax does not"
 
 
 def import_blender():
-    """The package llm_blender, importable."""
-    import transformers
-    import transformers.utils.hub
-
+    """The package llm_blender, made to import with transformers 5."""
     if not hasattr(transformers.utils.hub, "TRANSFORMERS_CACHE"):
-        from huggingface_hub.constants import HF_HUB_CACHE
-
         transformers.utils.hub.TRANSFORMERS_CACHE = HF_HUB_CACHE
     base = transformers.PreTrainedTokenizerBase
     if not hasattr(base, "batch_encode_plus"):
         base.batch_encode_plus = lambda self, texts, **options: self(texts, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import llm_blender
+        import llm_blender  # here: only after the names above are put back
     return llm_blender
 
 
 class BlenderRanker:
-    """The backend llm-blender: the same questions as PairRM's, in the same interface."""
+    """The backend llm-blender, with the interface of pairrm.PairRM."""
 
     def __init__(self, folder: str):
         """folder: as the hub holds PairRM (its config.json names the encoder), or its hub id."""
+        for package in ("torch", "llm_blender"):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(
+                    f"--backend llm-blender needs the package {package}, which is not installed: "
+                    "run bash scripts/setup.sh --torch, or use --backend jax"
+                )
         self._files = open_folder(folder)
         self.identity = self._files.identity
 
@@ -54,28 +62,26 @@ class BlenderRanker:
 
     def encode(self, source: str, candidates: list[str]) -> dict:
         """The prompt and its answers as a batch of one, tokenised and padded by llm-blender."""
-        with _one_line("llm-blender fails on this text; --backend jax does not"):
+        with _one_line(TEXT_FAILS):
             return self.blender.ranker_collator(
                 [{"source": source, "candidates": list(candidates)}]
             )
 
     def enough(self, comparisons: list) -> bool:
-        """Whether there is anything to do: nothing is gained by waiting for more."""
+        """Whether there is anything to compute: waiting for more gains nothing."""
         return bool(comparisons)
 
     def logits(
         self, comparisons: list, done: Callable[[int], None] = lambda n: None
     ) -> list[float]:
-        """As PairRM.logits, of (what `encode` gave, i, j). Singly, so that none is padded."""
-        import torch
+        """As PairRM.logits; a comparison is (what `encode` gave, i, j). One at a time, so that
+        no text is padded."""
+        import torch  # here: seconds to load, and for this backend alone
 
-        found = []
+        all_logits = []
         for encoded, i, j in comparisons:
             ids, masks = encoded["candidate_ids"][0], encoded["candidate_attention_mask"][0]
-            with (
-                torch.no_grad(),
-                _one_line("llm-blender fails on this text; --backend jax does not"),
-            ):
+            with torch.no_grad(), _one_line(TEXT_FAILS):
                 logits = self.blender.ranker._forward(
                     encoded["source_ids"],
                     encoded["source_attention_mask"],
@@ -84,16 +90,15 @@ class BlenderRanker:
                     ids[j : j + 1],
                     masks[j : j + 1],
                 )["logits"]
-            found.append(logits.item())
+            all_logits.append(logits.item())
             done(1)
-        return found
+        return all_logits
 
 
 @contextlib.contextmanager
 def _one_line(what: str):
-    """Turn whatever it raises into a UserError of one line."""
+    """Turn any error into a UserError of one line."""
     try:
         yield
     except Exception as error:
-        line = next((s.strip() for s in str(error).splitlines() if s.strip()), repr(error))
-        raise UserError(f"{what} ({line})") from None
+        raise UserError(f"{what} ({first_line(error)})") from None

@@ -2,12 +2,12 @@
 
 A comparison (i, j) puts answer i first and j second; its logit says how far i beats j. A strategy
 is a generator: it yields the comparisons it wants next, is sent their logits, and returns a
-Ranking. So many prompts can be asked at once, and whoever computes the logits forms the batches.
+Ranking. This lets the caller (pairwise.py) run the strategies of many prompts at once and form
+batches of their comparisons.
 
-Answers that read the same are one answer here: their comparisons are made once.
+Answers with the same text count as one answer: their comparisons are made once.
 """
 
-import dataclasses
 import hashlib
 import random
 from collections.abc import Generator
@@ -15,18 +15,12 @@ from typing import Literal
 
 import numpy as np
 
+from model.rankers.ranking import Ranking
+
 Pair = tuple[int, int]
-Strategy = Generator[list[Pair], dict[Pair, float], "Ranking"]
+Strategy = Generator[list[Pair], dict[Pair, float], Ranking]
 Comparisons = Literal["full", "bubble", "best"]
 Aggregation = Literal["max_logits", "max_wins"]
-
-
-@dataclasses.dataclass
-class Ranking:
-    scores: list[float]  # one per response, higher is better
-    comparisons: list[list[float | None]] | None = None  # n×n logits, pairwise rankers only
-    terms: list[dict[str, float]] | None = None  # what the scores consist of, where the ranker says
-    truncated: dict | None = None  # {"prompt": bool, "responses": [bool]}: what had to be cut
 
 
 def strategy(
@@ -63,10 +57,10 @@ def aggregate(matrix: np.ndarray, aggregation: Aggregation) -> list[float]:
 
 
 def bubble(texts: list[str], prompt_id: str) -> Strategy:
-    """The best and the worst answer alone: score 1, −1, and 0 for all between.
+    """Only the best and the worst answer: scores 1 and −1, and 0 for all others.
 
-    The best as `best` finds it; then those who never won meet until the worst is left. Blank
-    answers stay out where two others have text.
+    The best is found as in `best`; then the answers that never won meet until the worst is left.
+    Blank answers take no part if two others have text.
     """
     same, order = _first_with_the_same(texts), _meeting_order(texts, prompt_id)
     logits: dict[Pair, float] = {}
@@ -77,37 +71,36 @@ def bubble(texts: list[str], prompt_id: str) -> Strategy:
         logits |= yield [(worst, other), (other, worst)]
         worst = other if logits[worst, other] > logits[other, worst] else worst
     scores = [0.0 if best == worst else float((i == best) - (i == worst)) for i in same]
-    return Ranking(scores, _known_matrix(same, logits))
+    return Ranking(scores, _matrix(same, logits))
 
 
 def best(texts: list[str], prompt_id: str) -> Strategy:
-    """The best answer alone, in 2(n−1) comparisons: score 1, and 0 for all others.
+    """Only the best answer, in 2(n−1) comparisons: score 1, and 0 for all others.
 
-    Answers meet in an order drawn from the prompt_id; who is ahead meets the next (as in
-    llm-blender's get_best_of_n; the second of a tie goes on). A duel is both orders, and i wins if
-    logit(i, j) > logit(j, i).
+    Answers meet in an order drawn from the prompt_id; the winner meets the next one (as in
+    llm-blender's get_best_of_n; of a tie the second wins). Two answers meet in both orders, and i
+    wins if logit(i, j) > logit(j, i).
     """
     same, logits = _first_with_the_same(texts), {}
     winner, _ = yield from _knockout(_meeting_order(texts, prompt_id), logits)
-    return Ranking([float(i == winner) for i in same], _known_matrix(same, logits))
+    return Ranking([float(i == winner) for i in same], _matrix(same, logits))
 
 
 def _meeting_order(texts: list[str], prompt_id: str) -> list[int]:
-    """Different answers, drawn from the prompt_id; not the blank ones where two others have text
-    (they make no pair)."""
+    """The different answers in an order drawn from the prompt_id, without the blank ones if two
+    others have text (a blank answer makes no pair)."""
     order = sorted(set(_first_with_the_same(texts)))
     if sum(bool(texts[i].strip()) for i in order) > 1:
         order = [i for i in order if texts[i].strip()]
-    random.Random(hashlib.sha256(prompt_id.encode("utf-8", "surrogatepass")).digest()).shuffle(
-        order
-    )
+    seed = hashlib.sha256(prompt_id.encode("utf-8", "surrogatepass")).digest()
+    random.Random(seed).shuffle(order)
     return order
 
 
 def _knockout(
     order: list[int], logits: dict[Pair, float]
 ) -> Generator[list[Pair], dict[Pair, float], tuple[int, set[int]]]:
-    """(who is left, all who ever won); what is compared is added to `logits`."""
+    """(the answer that is left, all answers that ever won); adds each comparison to `logits`."""
     ahead, winners = order[0], set()
     for other in order[1:]:
         logits |= yield [(ahead, other), (other, ahead)]
@@ -116,7 +109,7 @@ def _knockout(
     return ahead, winners
 
 
-def _known_matrix(same: list[int], logits: dict[Pair, float]) -> list[list[float | None]]:
+def _matrix(same: list[int], logits: dict[Pair, float]) -> list[list[float | None]]:
     return [
         [0.0 if i == j else logits.get((a, b)) for j, b in enumerate(same)]
         for i, a in enumerate(same)
@@ -132,10 +125,10 @@ def _first_with_the_same(texts: list[str]) -> list[int]:
 
 
 class Report:
-    """What a run's rankings have in common; `add` each ranked row, then read `results`."""
+    """Figures over all rankings of a run: `add` each ranked row, then read `results`."""
 
     def __init__(self):
-        self._pairs = self._consistent = self._tied = self._made = self._cut = 0
+        self._pairs = self._consistent = self._tied = self._cut = 0
         self._sums = np.zeros(3)  # of squared scores, squared lengths, and their products
         self._cut_known = False
 
@@ -154,9 +147,9 @@ class Report:
             if ranking.comparisons[i][j] is not None and texts[i] != texts[j]
         ]
         for i, j in compared:
-            there, back = ranking.comparisons[i][j], ranking.comparisons[j][i]
-            self._consistent += there * back < 0
-            self._tied += there == back
+            first, swapped = ranking.comparisons[i][j], ranking.comparisons[j][i]
+            self._consistent += first * swapped < 0
+            self._tied += first == swapped
         self._pairs += len(compared)
         if ranking.truncated is not None:
             self._cut_known = True
@@ -164,16 +157,16 @@ class Report:
             self._cut += sum(prompt or cut[i] or cut[j] for i, j in compared)
 
     def results(self) -> dict[str, float]:
-        """Rates of the pairs of different answers that were compared, and over all prompts the
-        correlation of score and length in characters, each less its prompt's mean."""
-        found = {}
+        """Rates over the pairs of different answers that were compared, and the correlation of
+        score and length in characters over all answers, both less their prompt's mean."""
+        results = {}
         if self._pairs:
-            found["pairs"] = self._pairs
-            found["swap_consistency"] = self._consistent / self._pairs
-            found["tie_rate"] = self._tied / self._pairs
+            results["pairs"] = self._pairs
+            results["swap_consistency"] = self._consistent / self._pairs
+            results["tie_rate"] = self._tied / self._pairs
             if self._cut_known:
-                found["truncation_rate"] = self._cut / self._pairs
+                results["truncation_rate"] = self._cut / self._pairs
         scores, lengths, products = self._sums
         if scores > 0 and lengths > 0:
-            found["score_length_correlation"] = float(products / np.sqrt(scores * lengths))
-        return found
+            results["score_length_correlation"] = float(products / np.sqrt(scores * lengths))
+        return results

@@ -6,10 +6,10 @@ content, content to position and position to content,
     score[q, k] = (Q_q·K_k + Q_q·PK[B(q − k)] + K_k·PQ[B(q − k)]) / √(3h)
 
 where PK and PQ are the layer's own key and query projections of one table of relative positions,
-and B gives near distances a row each and far ones a shared row. PK and PQ hang on weights alone, so
-`prepare` computes them once, not at every forward. Mirrors transformers' modeling_deberta_v2.py.
+and B gives near distances a row each and far ones a shared row. PK and PQ depend on weights alone,
+so `prepare` computes them once, not at every forward. Mirrors transformers' modeling_deberta_v2.py.
 
-The parameters are a nested dict of fp32 arrays, `layers` a list of one dict a layer:
+The parameters are a nested dict of fp32 arrays, `layers` a list with one dict per layer:
 
     embed [v, d]   embed_norm, embed_shift [d]   relative [p, d]   relative_norm, relative_shift [d]
     layers/i/{q, k, v: [d, n, h], q_bias, k_bias, v_bias: [n, h], o: [n, h, d], o_bias [d],
@@ -20,19 +20,20 @@ Axis letters: b sequence, t query token, s key token, d width, n head, h head wi
 p row of the table of relative positions, v vocabulary, r token that is read out.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention import matmul_precision
-from model.config import DebertaConfig
+from model.precision import matmul_precision
 from model.rankers import deberta_tpu
+from sharding.errors import UserError
 
 Params = dict
 
-# HF name → our path, HF's axes, ours; as in model/hf.py, whose functions read them.
+# HF name → our path, HF's axes, our axes (model/weights.py).
 TABLE = {
     "embeddings.word_embeddings.weight": ("embed", "v d", "v d"),
     "embeddings.LayerNorm.weight": ("embed_norm", "d", "d"),
@@ -59,15 +60,109 @@ TABLE = {
 }
 
 
+# ------------------------------------------------------------------------- the config
+
+# The only values that are built.
+BUILT = {
+    "model_type": "deberta-v2",
+    "hidden_act": "gelu",
+    "relative_attention": True,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "pos_att_type": "p2c|c2p",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "conv_kernel_size": 0,
+}
+# transformers' defaults (DebertaV2Config) that differ from what is built.
+DEFAULTS = {
+    "relative_attention": False,
+    "share_att_key": False,
+    "norm_rel_ebd": "none",
+    "pos_att_type": "",
+    "position_biased_input": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DebertaConfig:
+    """Shape and constants of one DeBERTa-v2/v3 encoder (disentangled attention, c2p and p2c)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    layer_norm_eps: float
+    position_buckets: int  # of each sign; the first half of them one token wide, then logarithmic
+    max_relative_positions: int  # the distance at which the last bucket begins
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "layer_norm_eps" and (type(value) is not int or value < 1):
+                raise UserError(f"{field.name} is {value!r}: it must be a positive whole number")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size {self.hidden_size} does not divide into "
+                f"{self.num_attention_heads} heads"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Axis letter → size, as this file uses the letters."""
+        return {
+            "v": self.vocab_size,
+            "d": self.hidden_size,
+            "n": self.num_attention_heads,
+            "h": self.head_dim,
+            "f": self.intermediate_size,
+            "p": 2 * self.position_buckets,
+        }
+
+
+def from_hf(hf: dict) -> DebertaConfig:
+    """Read the `config.json` of a DeBERTa-v2 or v3 encoder. UserError names what is not built: a
+    convolution (v2-xlarge), absolute positions, separate keys for positions."""
+    for key, built in BUILT.items():
+        value = hf.get(key, DEFAULTS.get(key, built))
+        if key == "pos_att_type":
+            kinds = value.split("|") if isinstance(value, str) else (value or [])
+            same = {kind.strip() for kind in kinds} == {"c2p", "p2c"}
+        else:
+            same = value == built
+        if not same:
+            raise UserError(f"{key} {value!r} is not built: {built!r} is")
+    keys = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+    for key in keys:
+        if key not in hf:
+            raise UserError(f"{key} is missing")
+    head_dim = hf["hidden_size"] // hf["num_attention_heads"]
+    for key, built in (("embedding_size", hf["hidden_size"]), ("attention_head_size", head_dim)):
+        if hf.get(key) not in (None, built):
+            raise UserError(f"{key} {hf[key]!r} is not built: {built!r} is")
+    furthest = hf.get("max_relative_positions", -1)
+    return DebertaConfig(
+        **{key: hf[key] for key in keys},
+        layer_norm_eps=float(hf.get("layer_norm_eps", 1e-7)),
+        position_buckets=hf.get("position_buckets", -1),
+        max_relative_positions=hf.get("max_position_embeddings", 512) if furthest < 1 else furthest,
+    )
+
+
 # ------------------------------------------------------------------------- positions
 
 
 def relative_rows(config: DebertaConfig, length: int) -> np.ndarray:
     """B(δ) for δ = −(length−1) … length−1: rows of the table of relative positions, int32.
 
-    Distances up to half the buckets have a row each, further ones share logarithmically more, and
-    all beyond the last share that. fp32, as make_log_bucket_position computes it in torch: where
-    the logarithm falls on a bucket's border, rounding decides.
+    Distances up to half the buckets have a row each; farther distances share rows, the more the
+    farther (logarithmically); all beyond the last row share it. Computed in fp32, as torch's
+    make_log_bucket_position does: rounding decides where the logarithm falls on a bucket's border.
     """
     half = config.position_buckets // 2
     distance = np.arange(-(length - 1), length)
@@ -80,9 +175,9 @@ def relative_rows(config: DebertaConfig, length: int) -> np.ndarray:
 
 
 def prepare(params: Params, config: DebertaConfig, dtype=jnp.float32) -> Params:
-    """The parameters in `dtype`, ready for `encode`: each layer has its projections of the table of
-    relative positions, `position_k` [n, h, p] and `position_q` [n, p, h], in place of the table.
-    Empties `params["layers"]` on the way."""
+    """The parameters in `dtype`, ready for `encode`: each layer holds its projections of the table
+    of relative positions, `position_k` [n, h, p] and `position_q` [n, p, h], instead of the table.
+    Empties `params["layers"]`."""
     relative_pd = layer_norm(
         params["relative"], params["relative_norm"], params["relative_shift"], config
     )
@@ -93,7 +188,7 @@ def prepare(params: Params, config: DebertaConfig, dtype=jnp.float32) -> Params:
 
     ready = {name: params[name].astype(dtype) for name in ("embed", "embed_norm", "embed_shift")}
     ready["layers"] = []
-    while params["layers"]:  # taken out one by one, so that only one layer exists twice
+    while params["layers"]:  # one by one, so that only one layer exists twice
         w = params["layers"].pop(0)
         w["position_k"] = jnp.swapaxes(project(w["k"], w["k_bias"]), 1, 2)
         w["position_q"] = project(w["q"], w["q_bias"])
@@ -123,8 +218,8 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def take(matrix: jax.Array, places: jax.Array) -> jax.Array:
-    """Elements by their places in the flattened matrix, all within it: on CPU several times as fast
-    as take_along_axis, which checks each index in both dimensions."""
+    """Elements by their places in the flattened matrix, which must lie within it. On CPU several
+    times as fast as take_along_axis, which checks each index in both dimensions."""
     return matrix.reshape(-1).at[places].get(mode="promise_in_bounds")
 
 
@@ -132,8 +227,8 @@ def attention(q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows_bts, 
     """Disentangled attention, [n, b, t, h]. rows_bts: the row of the position tables for each query
     and key (b may be 1); real_bs: which keys are text and not padding.
 
-    On CPU one head of one sequence after the other, so that what is as large as all queries times
-    all keys stays small enough for the cache; elsewhere all at once. (TPUs: deberta_tpu.py.)
+    On CPU one head of one sequence after the other: the arrays of all queries times all keys then
+    fit into the cache. Elsewhere all at once. (TPUs: deberta_tpu.py.)
     """
     dot = partial(
         jnp.dot, precision=matmul_precision(q_nbth.dtype), preferred_element_type=jnp.float32
@@ -180,9 +275,9 @@ def embed(params: Params, config: DebertaConfig, tokens_bt: jax.Array) -> jax.Ar
 def layer(
     w: Params, config: DebertaConfig, x_btd, real_bt, read_br=None, kernel: bool = False
 ) -> jax.Array:
-    """One layer over all tokens; with `read_br` its output at those tokens alone, [b, r, d].
-    kernel: attention of all tokens by that of deberta_tpu.py, if it takes so many: that is quicker
-    on a TPU than to look up positions even for the few that are read."""
+    """One layer over all tokens [b, t, d]; with `read_br`, its output at those tokens alone,
+    [b, r, d]. kernel: compute attention for all tokens by the kernel of deberta_tpu.py, if it takes
+    this many. On a TPU that is quicker than looking up positions, even for a few tokens."""
     t = x_btd.shape[1]
     kernel = kernel and deberta_tpu.takes(t)
     by_distance = relative_rows(config, t)
@@ -230,9 +325,9 @@ def encode(
     """The last layer's hidden states at the tokens `read_br`: [b, r, d] in the parameters' dtype.
 
     params: from `prepare`. tokens_bt: int ids, text first, padding behind; lengths_b: how many are
-    text; kernel: see `layer`. The last layer computes what is read and no more (with the kernel,
-    but for attention). Runs inside jit, or op by op: then each layer is one call of one compiled
-    program, which neither copies its weights nor compiles the layers one by one.
+    text; kernel: see `layer`. The last layer computes only the tokens that are read (with the
+    kernel, attention for all). Runs inside jit or outside. Outside, each layer is one call of the
+    same compiled program, which copies no weights and is compiled once for all layers.
     """
     real_bt = jnp.arange(tokens_bt.shape[1]) < lengths_b[:, None]
     x_btd = embed({k: v for k, v in params.items() if k != "layers"}, config, tokens_bt)

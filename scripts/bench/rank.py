@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from model.rankers.comparisons import strategy
 from scripts.bench.machine import Side, peak_memory, timed
-from sharding.chips import gemm_rate
+from scripts.plan.slices import gemm_rate
 from sharding.errors import UserError
-from stages.files.rows import prompt_text, read_rows
+from stages.files.rows import Sample, read
 
 
 @dataclasses.dataclass
@@ -82,6 +83,7 @@ def bench(args: Rank) -> None:
 
 
 def _write_random(folder: Path, rows) -> str:
+    # here: it needs torch and transformers, and only a run without --ranker needs it
     from scripts.random_pairrm import LARGE, LARGE_VOCABULARY, sentencepiece_model, write_pairrm
 
     print("no --ranker: writing a PairRM of random weights (1.7 GB, twice)", flush=True)
@@ -96,10 +98,7 @@ def _write_random(folder: Path, rows) -> str:
 def _rows(args: Rank) -> list[tuple[str, list[str]]]:
     """(prompt, answers), the same number of answers each."""
     if args.samples is not None:
-        rows = [
-            (prompt_text(row, where), [r["text"] for r in row["responses"]])
-            for where, row in read_rows(args.samples)
-        ]
+        rows = [(row.prompt, row.texts) for row in read(args.samples, Sample)]
     else:
         data = Path(os.environ.get("ALIGN_TEST_DATA", "../shared/data")) / "alpaca_eval"
         names = ("Mistral-7B-Instruct-v0.2", "Snorkel-Mistral-PairRM-DPO", "gpt4_1106_preview")
@@ -115,8 +114,6 @@ def _rows(args: Rank) -> list[tuple[str, list[str]]]:
 
 def _report_bubble(prompts, matrices) -> None:
     """What bubble would have asked for, and found, of the logits that were computed."""
-    from model.rankers.comparisons import strategy
-
     asked = best = worst = every = 0
     for (source, answers), matrix in zip(prompts, matrices):
         plan, n = strategy("bubble", answers, "max_logits", source), len(answers)
@@ -154,10 +151,11 @@ class Tally:
 
 
 def our_worker(pipe, folder: str):
-    import jax.numpy as jnp
+    import jax.numpy as jnp  # here: --help must not wait for JAX
 
     from model.rankers import deberta, pairrm
-    from model.rankers.opening import PairwiseRanker, Request
+    from model.rankers.pairwise import PairwiseRanker
+    from model.rankers.ranking import Request
 
     model = pairrm.PairRM(folder)
     config, params = model.config.encoder, model.copies[0]["encoder"]
@@ -218,7 +216,7 @@ def our_worker(pipe, folder: str):
 
 
 def _blender_worker(pipe, folder: str):
-    from model.rankers.blender import BlenderRanker
+    from model.rankers.blender import BlenderRanker  # here: needs torch and llm-blender
 
     with contextlib.redirect_stdout(sys.stderr):
         blender = BlenderRanker(folder).blender

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from scripts.bench.machine import Side, peak_memory, timed, two_formats
-from sharding.chips import gemm_rate, read_rate
+from scripts.plan.slices import gemm_rate, read_rate
 from sharding.errors import UserError
-from stages.files.rows import prompt_text, read_rows
+from stages.files.rows import Prompt, read
 
 
 @dataclasses.dataclass
@@ -88,7 +88,7 @@ def _best(batches: dict[int, tuple[float, int]]) -> int:
 
 def _prompts(args: Sample) -> list[str]:
     if args.prompts is not None:
-        texts = [prompt_text(row, where) for where, row in read_rows(args.prompts)]
+        texts = [row.prompt for row in read(args.prompts, Prompt)]
     else:
         data = Path(os.environ.get("ALIGN_TEST_DATA", "../shared/data")) / "alpaca_eval"
         if not data.is_dir():
@@ -135,7 +135,7 @@ def _account(pieces: dict) -> None:
 
 
 def our_worker(pipe, folder: str, args: Sample):
-    import jax
+    import jax  # here: --help must not wait for JAX
 
     from model import checkpoint, generate
     from model.tokenizer import ChatTokenizer
@@ -186,12 +186,12 @@ def our_worker(pipe, folder: str, args: Sample):
 
 def _step(config, params, sampling, slots: int, length: int) -> dict:
     """A decode step and its pieces: {name: (seconds, operations of products, bytes read)}."""
-    import jax
+    import jax  # here: --help must not wait for JAX
     import jax.numpy as jnp
 
     from model import decoder, generate
 
-    steps = generate.STEPS_A_CALL
+    steps = generate.STEPS_PER_CALL
     state = generate._empty(config, slots, length, sampling, jnp.float32)
     state |= {
         "active": jnp.ones(slots, bool),
@@ -265,7 +265,7 @@ def _step(config, params, sampling, slots: int, length: int) -> dict:
 
 
 def _their_worker(pipe, folder: str, args: Sample):
-    import torch
+    import torch  # here: heavy, and for this side alone
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with contextlib.redirect_stdout(sys.stderr):

@@ -11,9 +11,10 @@ from scripts.bench.machine import Side, two_formats
 from scripts.plan.arithmetic import DecoderCost, Lengths, seconds
 from scripts.plan.recipe import RECIPES, read
 from scripts.plan.schedule import Plan
-from sharding.chips import gemm_rate, parse, read_rate
+from scripts.plan.slices import gemm_rate, parse, read_rate
 from sharding.errors import UserError
-from stages.files.rows import prompt_text, read_rows
+from stages.files.rows import Prompt
+from stages.files.rows import read as read_rows
 
 
 @dataclasses.dataclass
@@ -35,13 +36,13 @@ def bench(args: Shares) -> None:
         raise UserError(f"--rounds is {args.rounds}: it must be at least 1")
     if not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out {args.out}: its folder does not exist: make it first")
-    from model import checkpoint
+    from model import checkpoint  # here: --help must not wait for JAX
     from model.tokenizer import ChatTokenizer
 
     recipe = read("demo")
     drawn, pairs = recipe.sample, recipe.dpo.micro_batch_size
-    rows = read_rows(str(RECIPES / "demo" / "train_1.jsonl"))
-    texts = [prompt_text(row, where) for where, row in rows][: len(recipe.prompts)]
+    rows = read_rows(str(RECIPES / "demo" / "train_1.jsonl"), Prompt)
+    texts = [row.prompt for row in rows][: len(recipe.prompts)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = two_formats(None, temporary)[0]
         config = checkpoint.load_config(folder)

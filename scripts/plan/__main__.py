@@ -21,7 +21,8 @@ from scripts.plan import compare, fit, programs, published
 from scripts.plan.arithmetic import DecoderCost, Lengths, seconds, total
 from scripts.plan.recipe import LoopRecipe, model_config, read
 from scripts.plan.schedule import Plan, efficiencies
-from sharding.chips import GIB, TORUS, Slice, parse
+from scripts.plan.slices import TORUS, Slice, parse
+from sharding.chips import GIB
 from sharding.errors import UserError
 from stages.files.run import run_main
 

@@ -14,10 +14,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from model.config import DebertaConfig, DecoderConfig
+from model.config import DecoderConfig
 from model.packing import Sequence, bucket, coarse_bucket, pack
 from model.rankers import deberta_tpu
-from sharding.chips import Slice
+from model.rankers.deberta import DebertaConfig
+from scripts.plan.slices import Slice
 from stages import dpo, rank, sample
 
 # PairRM's encoder, microsoft/deberta-v3-large, with PairRM's markers in the vocabulary.

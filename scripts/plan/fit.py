@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from scripts.plan.arithmetic import PAIRRM, PAIRRM_TOKENS
 from scripts.plan.programs import Memory
 from scripts.plan.schedule import Plan
-from sharding.chips import GIB, Slice
+from scripts.plan.slices import Slice
+from sharding.chips import GIB
 
 PARTS = ("parameters", "moments", "gradients", "cache", "activations")
 

@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 
-from sharding.chips import Slice
+from scripts.plan.slices import Slice
 from sharding.errors import UserError
 
 INSTALL = (
@@ -198,8 +198,8 @@ def pairrm_layer(config, device, dtype: str, rows: int, length: int):
     import jax
     import jax.numpy as jnp
 
-    from model import hf
     from model.rankers import deberta, deberta_tpu
+    from model.weights import table_slots
     from sharding.mesh import make_mesh, replicated
     from sharding.table import bytes_a_device
 
@@ -209,7 +209,7 @@ def pairrm_layer(config, device, dtype: str, rows: int, length: int):
         return jax.ShapeDtypeStruct(shape, kind, sharding=whole)
 
     params: dict = {"layers": [{} for _ in range(config.num_hidden_layers)]}
-    for slot in hf.table_slots(deberta.TABLE, config.num_hidden_layers).values():
+    for slot in table_slots(deberta.TABLE, config.num_hidden_layers).values():
         parent = params
         for step in slot.path[:-1]:
             parent = parent[step]
@@ -227,7 +227,8 @@ def pairrm_layer(config, device, dtype: str, rows: int, length: int):
 
 
 def _stage(stage: str, given: dict, there) -> Iterator[tuple]:
-    from model.config import DebertaConfig, DecoderConfig
+    from model.config import DecoderConfig
+    from model.rankers.deberta import DebertaConfig
     from sharding.mesh import make_mesh
 
     config = given.pop("config")

@@ -8,7 +8,8 @@ from scripts.plan.arithmetic import DecoderCost, Mesh, TrainingCost, seconds
 from scripts.plan.fit import fits
 from scripts.plan.programs import Memory
 from scripts.plan.schedule import Plan
-from sharding.chips import CHIPS, TORUS, Slice
+from scripts.plan.slices import TORUS, Slice
+from sharding.chips import CHIPS
 
 # hf.co/snorkelai/Snorkel-Mistral-PairRM-DPO, all_results.json: three epochs over 19,958 pairs. The
 # number of GPUs is not published: the Zephyr recipe's 8 are inferred. That recipe trains in bf16

@@ -15,7 +15,8 @@ import tyro
 from sharding.errors import UserError
 from stages import dpo, pairs, rank, sample
 from stages.evaluate.kl import Kl
-from stages.files.rows import prompt_text, read_rows
+from stages.files.rows import Prompt
+from stages.files.rows import read as read_rows
 
 RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
 # Run in the project's folder; gives the variables, and what `start_model` would call. Prompts that
@@ -113,8 +114,7 @@ def _characters(path: Path) -> list[int] | None:
     if not limit.isdigit():
         raise UserError(f"LIMIT={limit} is no whole number")
     limit = int(limit)
-    rows = read_rows(str(path))
-    lengths = [len(prompt_text(row, where)) for where, row in rows]
+    lengths = [len(row.prompt) for row in read_rows(str(path), Prompt)]
     return lengths[:limit] if limit else lengths
 
 
@@ -141,7 +141,7 @@ MISTRAL_7B = {
 
 def model_config(source: list[str]):
     """The DecoderConfig of what a recipe's start model is made of (`LoopRecipe.start`)."""
-    from model import config, gguf, hf
+    from model import config, gguf, hf, weights
 
     name = source[4] if source[:3] == ["python", "-m", "scripts.convert"] else source[-2]
     try:
@@ -149,6 +149,8 @@ def model_config(source: list[str]):
             return gguf.read_config(gguf.find(name))
         if name == "mistralai/Mistral-7B-Instruct-v0.2":
             return config.from_hf(MISTRAL_7B)
-        return hf.read_config(hf.local_folder(name, ["config.json", "generation_config.json"])[0])
+        return hf.read_config(
+            weights.local_folder(name, ["config.json", "generation_config.json"])[0]
+        )
     except ValueError as error:
         raise UserError(f"{error}; or name a folder with a config.json by --model") from None

@@ -17,7 +17,7 @@ from scripts.plan.arithmetic import (
     seconds,
 )
 from scripts.plan.recipe import LoopRecipe
-from sharding.chips import Slice
+from scripts.plan.slices import Slice
 from sharding.errors import UserError
 from sharding.mesh import decoding_sizes, training_sizes
 

@@ -16,4 +16,4 @@ HELDOUT_SAMPLE="--n 1 --temperature 0.7 --top-p 0.9 --max-new-tokens 96 --slots 
 DPO="--beta 0.1 --learning-rate 5e-5 --schedule linear --warmup-ratio 0 --batch-size 4
      --micro-batch-size 4 --max-length 512 --max-prompt-length 256"
 KL="--prompts 32" # of the held-out ones: an estimate within a few seconds
-EXPORT_DTYPE=fp32
+EXPORT_DTYPE=float32

@@ -9,7 +9,7 @@
 #             The alternative is UltraFeedback itself in three slices of 20,000: set
 #             DATASET=HuggingFaceH4/ultrafeedback_binarized
 #   RANKER    PairRM's hub id or folder
-#   PAIRRM_DTYPE  what PairRM ranks the samples in: fp32, or bf16, which is quicker
+#   PAIRRM_DTYPE  what PairRM ranks the samples in: float32, or bfloat16, which is quicker
 #   ZEPHYR    2023: β 0.1, linear, RMSprop, 3 epochs, batch 64 (fits Snorkel's published metrics)
 #             2024: β 0.01, cosine, AdamW, 1 epoch, batch 128
 # mistral-v5e-16, -v5p-8, -v6e-8, -gpu-141gb and -gpu-8x80gb set, for such a machine,
@@ -49,8 +49,8 @@ fast="--slots ${SLOTS:-64} --dtype bfloat16${SAMPLE_MESH:+ --mesh $SAMPLE_MESH}"
 SAMPLE="--n 5 $drawn $fast"
 HELDOUT_SAMPLE="--n 1 $drawn $fast"
 case $PAIRRM_DTYPE in
-  "" | fp32 | bf16) RANK="${PAIRRM_DTYPE:+--dtype $PAIRRM_DTYPE}" ;;
-  *) echo "error: PAIRRM_DTYPE=$PAIRRM_DTYPE: it must be fp32 or bf16" >&2; exit 2 ;;
+  "" | float32 | bfloat16) RANK="${PAIRRM_DTYPE:+--dtype $PAIRRM_DTYPE}" ;;
+  *) echo "error: PAIRRM_DTYPE=$PAIRRM_DTYPE: it must be float32 or bfloat16" >&2; exit 2 ;;
 esac
 case $RANKER in *.py:*) RANK= ;; esac # a function has no dtype
 PAIRS="--test-fraction 0.05" # the published splits hold 1,000 test rows to 20,000
@@ -63,4 +63,4 @@ case $ZEPHYR in
   *) echo "error: ZEPHYR=$ZEPHYR: it must be 2023 or 2024" >&2; exit 2 ;;
 esac
 KL="--prompts 256 --dtype bfloat16" # of the held-out ones, for the distance to the other models
-EXPORT_DTYPE=bf16
+EXPORT_DTYPE=bfloat16

@@ -21,7 +21,7 @@ from etils import epath
 from scripts.report import gather, plots, tables
 from sharding.errors import UserError
 from stages.files.paths import write_atomically
-from stages.files.rows import Row, messages_of
+from stages.files.rows import Fields, messages_of
 from stages.files.run import run_main
 
 
@@ -172,7 +172,7 @@ def side_by_side(models: list[gather.Model]) -> list[dict]:
     return list(prompts.values())
 
 
-def conversation(row: Row) -> str:
+def conversation(row: Fields) -> str:
     messages = messages_of(row, "held-out prompts")
     if len(messages) == 1:
         return messages[0]["content"]

@@ -14,9 +14,9 @@ from etils import epath
 
 from scripts.report import graph
 from sharding.errors import UserError
-from stages.evaluate.answers import conversation_key
 from stages.evaluate.winrates import standard_error
-from stages.files.rows import Row, messages_of, read_rows
+from stages.files.benchmarks import conversation_key
+from stages.files.rows import Fields, json_rows, messages_of
 
 Z = 1.959964  # 97.5% quantile of the normal distribution
 
@@ -26,12 +26,12 @@ class Model:
     """The start model or an iteration's, and its answers to the held-out prompts."""
 
     name: str  # its folder: start, iteration_1, …
-    rows: list[Row]  # heldout.ranked.jsonl, or heldout.samples.jsonl before they are ranked
-    against_start: Row | None  # what `evaluate compare` wrote
-    against_previous: Row | None
-    kl_to_start: Row | None  # what `evaluate kl` wrote
-    kl_to_previous: Row | None
-    metrics: list[Row]  # one row per step of the training that made it
+    rows: list[Fields]  # heldout.ranked.jsonl, or heldout.samples.jsonl before they are ranked
+    against_start: Fields | None  # what `evaluate compare` wrote
+    against_previous: Fields | None
+    kl_to_start: Fields | None  # what `evaluate kl` wrote
+    kl_to_previous: Fields | None
+    metrics: list[Fields]  # one row per step of the training that made it
 
     @cached_property
     def texts(self) -> list[str]:
@@ -163,13 +163,13 @@ def models(run: str) -> list[Model]:
     return read_so_far
 
 
-def preferences(compared: Row | None) -> dict[str, float]:
+def preferences(compared: Fields | None) -> dict[str, float]:
     """Instruction → 1 where the model won, 0.5 at a tie, 0 where it lost."""
     rows = compared["per_instruction"] if compared else []
     return {row["instruction"]: row["preference"] for row in rows}
 
 
-def instruction(row: Row) -> str:
+def instruction(row: Fields) -> str:
     """The name of a row's prompt in the files of `evaluate compare`."""
     return conversation_key(messages_of(row, "held-out prompts"))
 
@@ -177,18 +177,18 @@ def instruction(row: Row) -> str:
 # ---------------------------------------------------------------------------------- reading
 
 
-def _rows(path) -> Iterator[Row]:
+def _rows(path) -> Iterator[Fields]:
     if path.exists():
-        yield from (row for _, row in read_rows(str(path)))
+        yield from (row for _, row in json_rows(str(path)))
 
 
-def _metrics(path) -> list[Row]:
+def _metrics(path) -> list[Fields]:
     """The rows of a training's metrics; a line that a kill cut off is not one yet."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _json(path) -> Row | None:
+def _json(path) -> Fields | None:
     if not path.exists():
         return None
     try:

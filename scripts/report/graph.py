@@ -15,7 +15,7 @@ from etils import epath
 from sharding.errors import UserError
 from stages.files.output import Manifest, manifest_path, read_manifest
 from stages.files.paths import file_sha256
-from stages.files.provenance import input_files
+from stages.files.provenance import with_roles
 
 # The weights or code that a stage reads itself; its other identities come with its input files.
 READS = {
@@ -27,7 +27,7 @@ READS = {
 }
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Node:
     """A file or a checkpoint, or something from outside the run."""
 
@@ -48,10 +48,12 @@ def read(run: str) -> list[Node]:
             by_content.setdefault(content, node)
     for node in nodes[:]:
         made = node.manifest
-        for path, sha256 in input_files(made.inputs):
+        for entry in with_roles(made.inputs).values():
+            sha256 = entry["sha256"]
             if sha256 not in by_content:
-                by_content[sha256] = _input(folder, path, sha256, nodes)
-            node.parents.append(by_content[sha256])
+                by_content[sha256] = _input(folder, entry["path"], sha256, nodes)
+            if by_content[sha256] not in node.parents:
+                node.parents.append(by_content[sha256])
         for name in READS.get(made.stage, ()):
             identity = made.identities.get(name)
             if identity is None:
@@ -122,11 +124,11 @@ def _within(folder, path) -> str:
 
 def _parents_first(nodes: list[Node]) -> list[Node]:
     order: list[Node] = []
-    begun: set[int] = set()
+    begun: set[Node] = set()
 
     def visit(node: Node):
-        if id(node) not in begun:
-            begun.add(id(node))
+        if node not in begun:
+            begun.add(node)
             for parent in node.parents:
                 visit(parent)
             order.append(node)

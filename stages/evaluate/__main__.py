@@ -1,4 +1,4 @@
-"""Did the model get better? Each command reads files and writes one, with a manifest beside it.
+"""Did the model get better? Each command writes one file, with a manifest beside it.
 
     python -m stages.evaluate outputs   answers to a benchmark's instructions, or best-of-16 of them
     python -m stages.evaluate compare   two files of answers, judged by a ranker: the win rate
@@ -12,6 +12,7 @@ Each explains itself: python -m stages.evaluate compare --help
 
 import sys
 
+from sharding import watch
 from stages.evaluate import compare, judge, kl, outputs, overlap, score
 from stages.files.run import run_main
 
@@ -32,4 +33,4 @@ def main(args: Command) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, Command))
+    sys.exit(run_main(main, Command, several=watch))

@@ -1,36 +1,41 @@
-"""Two files of answers to the same instructions, judged in pairs by a ranker."""
+"""Compare two files of answers by a ranker. Two model_outputs.json or samples.jsonl → compare.json
+
+    python -m stages.evaluate compare --outputs best.json --baseline model_outputs.json \\
+        --ranker llm-blender/PairRM --out compare.json
+"""
 
 import dataclasses
 from collections import Counter
 
 import numpy as np
-from tqdm import tqdm
+from etils import epy
 
-from model.rankers.comparisons import Ranking, Report
-from model.rankers.opening import Request, open_ranker
-from sharding.errors import UserError
-from sharding.watch import Flags
-from stages.evaluate import difficulty, winrates
-from stages.evaluate.answers import Answer, align, generator_of, read_answers
-from stages.files.output import Manifest, Output
-from stages.files.paths import file_sha256
-from stages.files.rows import Row
-from stages.files.run import stop_signal
-from stages.files.shares import check_same, join, merge_as
+from model.rankers.ranking import Ranking, Request
+from sharding import watch
+from stages import rank
+from stages.evaluate import winrates
+from stages.evaluate.answers import align, generator_of
+from stages.files.benchmarks import ModelOutput, read_difficulties, read_outputs
+from stages.files.output import Manifest, Output, an_input
 
-# What of --out the manifest's results leave out.
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    from model.rankers import comparisons, opening
+    from sharding import processes
+    from stages.files import shares as sharing
+
+# The entries of --out that the manifest's results leave out.
 LONG = ("outputs", "baseline", "ranker", "generators", "per_instruction")
 
 
 @dataclasses.dataclass
-class Compare(Flags):
-    """How often a model's answers beat a baseline's, as a ranker sees it.
+class Compare(watch.Flags):
+    """How often a ranker prefers a model's answers to a baseline's.
 
-    PairRM compares each pair in both orders; a reward function scores both. The JSON has wins,
-    ties, losses, the win rate (ties half) with its standard error and 95% bootstrap interval, mean
-    lengths in characters, the length-controlled win rate, and each instruction's preference (1: the
-    model won, 0.5: a tie), margin and lengths. Of several processes each judges a part, and process
-    0 puts them together.
+    PairRM compares each pair in both orders; a reward function scores both answers. The JSON has
+    wins, ties, losses, the win rate (a tie counts half) with its standard error and 95% bootstrap
+    interval, mean lengths in characters, the length-controlled win rate, and each instruction's
+    preference (1: the model won, 0.5: a tie), margin and lengths. Several processes judge a part
+    each, and process 0 puts the parts together.
     """
 
     outputs: str
@@ -42,74 +47,101 @@ class Compare(Flags):
     out: str
     """The JSON file to write."""
     response: int = 0
-    """Which response of a samples.jsonl's rows is taken, counted from 0."""
+    """The response taken from each row of a samples.jsonl, counted from 0."""
     common_only: bool = False
-    """Compare the instructions that both answer, where others are answered in one file alone."""
+    """Compare only the instructions that both files answer, instead of refusing other files."""
     difficulty: str | None = None
     """AlpacaEval's difficulty of each instruction (instruction_difficulty.csv, or a JSON of it),
-    for the length-controlled win rate of AlpacaEval 2.0; without it, length alone is controlled."""
+    for the length-controlled win rate of AlpacaEval 2.0. Without it length alone is controlled."""
     seed: int = 0
-    """Of the bootstrap."""
+    """The seed of the bootstrap."""
     overwrite: bool = False
-    """Replace an --out that is there."""
+    """Replace --out if it exists."""
 
 
 def main(args: Compare) -> None:
-    share, shares = join(args)
+    # ------------------------------------------------------------------------------ inputs
+    share, shares = sharing.join(args)
     files = (args.outputs, args.baseline)
-    ours, baseline = (read_answers(path, args.response) for path in files)
+    ours, baseline = (read_outputs(path, args.response) for path in files)
     counts: Counter = Counter()
     pairs = align(ours, baseline, files, args.common_only, counts)
-    difficulties = difficulty.read(args.difficulty, len(pairs)) if args.difficulty else None
-    try:
-        ranker = open_ranker(args.ranker)
-    except UserError as error:
-        raise UserError(str(error)) from error
-    inputs = [*files, *([args.difficulty] if args.difficulty else [])]
+    difficulties = read_difficulties(args.difficulty, len(pairs)) if args.difficulty else None
+    ranker = opening.open_ranker(args.ranker)
+
+    # ------------------------------------------------------------------------------ output
+    inputs = {name: getattr(args, name) for name in ("outputs", "baseline", "difficulty")}
+    inputs = {role: an_input(path) for role, path in inputs.items() if path}
     manifest = Manifest(
         stage="evaluate compare",
         arguments={"response": args.response, "common_only": args.common_only, "seed": args.seed},
-        inputs={path: file_sha256(path) for path in inputs},
+        inputs=inputs,
         identities={
-            "outputs": file_sha256(args.outputs),
-            "baseline": file_sha256(args.baseline),
+            "outputs": inputs["outputs"]["sha256"],
+            "baseline": inputs["baseline"]["sha256"],
             "ranker": ranker.identity,
         },
     )
     if shares > 1:
-        check_same(manifest)
+        sharing.check_same(manifest)
+    output = Output.open(args.out, manifest, args.overwrite, (share, shares))
 
-    def finish(output: Output) -> None:
-        rows = {row["prompt_id"]: row for row, _ in output.rows()}
+    # ------------------------------------------------------------------------------ rank
+    mine = pairs[share::shares]
+    if not output.finished:
+        requests = (_request(a, b) for a, b in mine if not output.has(a.key))
+        rank.rank_all(ranker, requests, output, len(mine), "compare", _judged)
+
+    # ------------------------------------------------------------------------------ finish
+    def finish(whole: Output) -> None:
+        rows = {row["prompt_id"]: row for row, _ in whole.rows()}
         generators = [generator_of(ours, files[0]), generator_of(baseline, files[1])]
         content = _summary(args, [rows[a.key] for a, _ in pairs], generators, difficulties)
-        output.finish_as(content, counts, {k: x for k, x in content.items() if k not in LONG})
-        show(content)
+        whole.finish_as(content, counts, {k: x for k, x in content.items() if k not in LONG})
+        _show(content)
 
-    output = Output.open(args.out, manifest, args.overwrite, (share, shares))
-    if not output.finished:
-        mine = pairs[share::shares]
-        rank(ranker, mine, output)
-        if shares == 1:
-            finish(output)
-        else:
-            output.finish([a.key for a, _ in mine], Counter({"in": len(mine)}))
     if shares > 1:
-        from sharding import processes
-
+        if not output.finished:
+            output.finish([a.key for a, _ in mine], Counter({"in": len(mine)}))
         processes.wait()
         if share == 0:
-            merge_as(args.out, manifest, shares, finish)
+            sharing.merge(args.out, manifest, shares, finish)
         processes.wait()
+    elif not output.finished:
+        finish(output)
 
 
-def _summary(args: Compare, rows: list[Row], generators: list[str], difficulties) -> dict:
-    """What --out holds, of the judged rows."""
+def _request(ours: ModelOutput, baseline: ModelOutput) -> Request:
+    texts = [ours.text, baseline.text]
+    return Request(
+        where=ours.where,
+        prompt_id=ours.key,
+        prompt=ours.prompt,
+        messages=ours.messages,
+        responses=texts,
+        finish_reasons=[ours.finish_reason, baseline.finish_reason],
+        row={"prompt_id": ours.key, "texts": texts, "lengths": [len(text) for text in texts]},
+    )
+
+
+def _judged(ranking: Ranking) -> dict:
+    """What a row gains: {scores, comparisons, preference: 1 ours, 0.5 a tie, 0 the baseline's}."""
+    a, b = ranking.scores
+    judged = {"scores": ranking.scores, "preference": 0.5 if a == b else float(a > b)}
+    return judged | ({"comparisons": ranking.comparisons} if ranking.comparisons else {})
+
+
+def _summary(
+    args: Compare,
+    rows: list[dict],
+    generators: list[str],
+    difficulties: np.ndarray | None,
+) -> dict:
+    """The content of --out, made of the judged rows."""
     preferences = np.array([row["preference"] for row in rows])
     lengths = np.array([row["lengths"] for row in rows])
-    found = winrates.summary(preferences, args.seed)
     controlled = winrates.length_controlled(preferences, *lengths.T, difficulties)
-    report = Report()
+    report = comparisons.Report()
     for row in rows:
         report.add(row["texts"], Ranking(row["scores"], row.get("comparisons")))
     measured = {name: value for name, value in report.results().items() if name != "pairs"}
@@ -118,7 +150,7 @@ def _summary(args: Compare, rows: list[Row], generators: list[str], difficulties
         "baseline": args.baseline,
         "ranker": args.ranker,
         "generators": generators,
-        **dataclasses.asdict(found),
+        **dataclasses.asdict(winrates.summary(preferences, args.seed)),
         "length_controlled_win_rate": controlled.win_rate,
         "why": controlled.why,
         "length_control": "minimal" if difficulties is None else "with difficulty",
@@ -136,39 +168,7 @@ def _summary(args: Compare, rows: list[Row], generators: list[str], difficulties
     }
 
 
-def rank(ranker, pairs: list[tuple[Answer, Answer]], output: Output) -> None:
-    """Write a row for each pair: {prompt_id, texts, lengths, scores, comparisons, preference}."""
-    requests = (_request(a, b) for a, b in pairs if not output.has(a.key))
-    bar = tqdm(total=len(pairs), initial=len(output), unit=" pairs", desc="compare")
-    with bar, stop_signal() as check_stop:
-        try:
-            for request, ranking in ranker.rank_all(requests, lambda _: check_stop()):
-                output.write(request.row | _judged(ranking))
-                bar.update(len(output) - bar.n)
-        except UserError as error:
-            raise UserError(str(error)) from error
-
-
-def _request(ours: Answer, baseline: Answer) -> Request:
-    texts = [ours.text, baseline.text]
-    return Request(
-        where=ours.where,
-        prompt_id=ours.key,
-        prompt=ours.prompt,
-        messages=ours.messages,
-        responses=texts,
-        finish_reasons=[ours.finish_reason, baseline.finish_reason],
-        row={"prompt_id": ours.key, "texts": texts, "lengths": [len(text) for text in texts]},
-    )
-
-
-def _judged(ranking: Ranking) -> dict:
-    a, b = ranking.scores
-    judged = {"scores": ranking.scores, "preference": 0.5 if a == b else float(a > b)}
-    return judged | ({"comparisons": ranking.comparisons} if ranking.comparisons else {})
-
-
-def show(content: dict) -> None:
+def _show(content: dict) -> None:
     low, high = content["interval"]
     error, length = content["standard_error"], content["mean_length"]
     error = "" if error is None else f" ± {error:.2%}"

@@ -1,6 +1,13 @@
-"""Two files of answers, judged in pairs by a model behind an OpenAI-compatible endpoint."""
+"""Judge two files of answers with a model behind an OpenAI-compatible endpoint, as AlpacaEval 2.0.
+
+model_outputs.json (or samples.jsonl) + the reference's → annotations.json
+
+    python -m stages.evaluate judge --outputs best.json --reference gpt4_1106_preview.json \\
+        --out annotations.json
+"""
 
 import dataclasses
+import email.utils
 import importlib.metadata
 import json
 import math
@@ -13,102 +20,131 @@ from collections import Counter
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 
 import httpx2
+import tenacity
 from tqdm import tqdm
 
 from sharding.errors import UserError
-from stages.evaluate.answers import Answer, align, generator_of, read_answers
-from stages.files.output import Manifest, Output
-from stages.files.paths import file_sha256, text_sha256
-from stages.files.run import Stopped, stop_signal
+from stages.evaluate.answers import align, generator_of
+from stages.files.benchmarks import ModelOutput, read_outputs
+from stages.files.output import Manifest, Output, an_input
+from stages.files.paths import text_sha256
+from stages.files.run import stop_signal
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 PROMPT = "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
 INSTALL = "pip install alpaca_eval==0.6.6 'setuptools<81'"  # it imports pkg_resources
-FIRST_PAUSE = 1.0  # seconds before a request is tried again; each further pause is twice as long
-RETRIED = (408, 409, 429, 500, 502, 503, 504)  # what goes away by itself, by HTTP status
+FIRST_PAUSE = 1.0  # seconds before the first retry; each further pause is twice as long
+LONGEST_PAUSE = 60.0  # seconds
+LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more ends the run
+RETRIED = (408, 409, 429, 500, 502, 503, 504)  # HTTP statuses that may go away by themselves
 
 
 @dataclasses.dataclass
 class Judge:
-    """AlpacaEval 2.0's judgement: its own prompt, and the judge's log-probs as the preference.
+    """The preferences of AlpacaEval 2.0: its own prompt, and the judge's log-probs of two tokens.
 
-    The prompt is read from the installed package alpaca_eval. Which answer the judge sees first is
-    drawn from the instruction, as there. A preference is 2 − P(m) / (P(m) + P(M)), with 2 for the
-    model's answer; equal answers are 1.5 unasked. The key is read from OPENAI_API_KEY, if it is
-    set. Every reply is kept in OUT.partial, so that a run that is stopped asks nothing twice.
+    The prompt is read from the installed package alpaca_eval. As there, a coin drawn from the
+    instruction says which answer the judge sees first. A preference is 2 − P(m) / (P(m) + P(M)): 2
+    where the model's answer is better, 1 where the reference's is. Equal answers count as 1.5 and
+    are not sent. The key is read from OPENAI_API_KEY. Every reply is kept in OUT.partial, so that a
+    stopped run pays for no request twice.
     """
 
     outputs: str
     """The model's answers: a model_outputs.json or samples.jsonl."""
     reference: str
-    """The reference's answers; on the leaderboard gpt4_1106_preview's."""
+    """The reference's answers; the leaderboard uses those of gpt4_1106_preview."""
     out: str
     """The annotations.json to write, in AlpacaEval's form."""
     model: str = "gpt-4-1106-preview"
-    """The judge."""
+    """The name of the judge."""
     endpoint: str = "https://api.openai.com/v1"
-    """Where /chat/completions is."""
+    """The address of the server, without /chat/completions."""
     response: int = 0
-    """Which response of a samples.jsonl's rows is taken, counted from 0."""
+    """The response taken from each row of a samples.jsonl, counted from 0."""
     common_only: bool = False
-    """Judge the instructions that both answer, where others are answered in one file alone."""
+    """Judge only the instructions that both files answer, instead of refusing other files."""
     price_per_million: float = 10.0
-    """Dollars for a million tokens of prompt and reply, as AlpacaEval counts."""
+    """Dollars per million tokens of prompt and reply, as AlpacaEval counts them."""
     parallel: int = 4
-    """Requests at a time."""
+    """Requests at the same time."""
     retries: int = 8
-    """So often a request is tried again, after 1, 2, 4, … seconds, at most a minute."""
+    """How often a failed request is sent again, after 1, 2, 4, … seconds (at most 60), or after the
+    time that the server asks for (Retry-After)."""
     timeout: float = 60.0
-    """Seconds that a reply may take."""
+    """Seconds to wait for a reply."""
     overwrite: bool = False
-    """Replace an --out that is there."""
+    """Replace --out if it exists."""
 
 
 def main(args: Judge) -> None:
-    if args.parallel < 1 or args.retries < 0:
-        raise UserError("--parallel must be at least 1, and --retries at least 0")
+    # ------------------------------------------------------------------------------ inputs
+    _check(args)
     template = prompt_template()
     files = (args.outputs, args.reference)
-    ours, theirs = (read_answers(path, args.response) for path in files)
+    ours, theirs = (read_outputs(path, args.response) for path in files)
     counts: Counter = Counter()
     pairs = align(ours, theirs, files, args.common_only, counts)
     names = generator_of(ours, files[0]), generator_of(theirs, files[1])
+
+    # ------------------------------------------------------------------------------ output
+    inputs = {"outputs": an_input(args.outputs), "reference": an_input(args.reference)}
     manifest = Manifest(
         stage="evaluate judge",
         arguments={"model": args.model, "response": args.response},
-        inputs={path: file_sha256(path) for path in files},
-        identities={
-            "prompt": text_sha256(template),
-            "outputs": file_sha256(args.outputs),
-        },
+        inputs=inputs,
+        identities={"prompt": text_sha256(template), "outputs": inputs["outputs"]["sha256"]},
     )
     output = Output.open(args.out, manifest, args.overwrite)
     if output.finished:
         return
+
+    # ------------------------------------------------------------------------------ judge
     ask_all(args, template, pairs, output)
-    kept = {row["prompt_id"]: row for row, _ in output.rows()}
-    rows = [_annotation(args, *pair, *names, kept.get(pair[0].key)) for pair in pairs]
-    unclear = sum(row["preference"] is None for row in rows)
-    if unclear:
-        counts["without a preference (the reply began with neither m nor M)"] = unclear
-    tokens = sum(row["tokens"] for row in kept.values())
+
+    # ------------------------------------------------------------------------------ finish
+    replies = {row["prompt_id"]: row for row, _ in output.rows()}
+    rows = [_annotation(args, *pair, *names, replies.get(pair[0].key)) for pair in pairs]
+    preferences = [row["preference"] - 1 for row in rows if row["preference"] is not None]
+    if len(preferences) < len(rows):
+        name = "without a preference (the reply began with neither m nor M)"
+        counts[name] = len(rows) - len(preferences)
+    tokens = sum(row["tokens"] for row in replies.values())
     price = sum(row["price_per_example"] for row in rows)
-    known = [row["preference"] - 1 for row in rows if row["preference"] is not None]
     results = {
-        "requests": len(kept),
+        "requests": len(replies),
         "tokens": tokens,
         "price": price,
-        "win_rate": 100 * sum(known) / len(known) if known else None,
+        "win_rate": 100 * sum(preferences) / len(preferences) if preferences else None,
     }
     output.finish_as(rows, counts, results)
     print(
-        f"{len(kept)} judgements, {tokens} tokens, ${price:.2f}; now: python -m stages.evaluate "
+        f"{len(replies)} judgements, {tokens} tokens, ${price:.2f}; now: python -m stages.evaluate "
         f"score --annotations {shlex.quote(args.out)} --out …"
     )
 
 
+def _check(args: Judge) -> None:
+    for name, least in (("parallel", 1), ("retries", 0), ("response", 0)):
+        if getattr(args, name) < least:
+            value = getattr(args, name)
+            raise UserError(f"--{name} is {value}: it must be at least {least}")
+    if not (args.timeout > 0 and math.isfinite(args.timeout)):
+        raise UserError(f"--timeout is {args.timeout}: give a number of seconds above 0")
+    if not (args.price_per_million >= 0 and math.isfinite(args.price_per_million)):
+        raise UserError(f"--price-per-million is {args.price_per_million}: give dollars, from 0 on")
+    try:
+        scheme = httpx2.URL(args.endpoint).scheme
+    except httpx2.InvalidURL as error:
+        raise UserError(f"--endpoint {args.endpoint}: {error}") from None
+    if scheme not in ("http", "https"):
+        raise UserError(f"--endpoint {args.endpoint}: it must begin with http:// or https://")
+    if not os.environ.get("OPENAI_API_KEY", "").isascii():
+        raise UserError("OPENAI_API_KEY holds other characters than ASCII: copy the key again")
+
+
 def official_command(outputs: str, reference: str | None = None) -> str:
-    """What to run for AlpacaEval's own judgement of a file of ours."""
+    """The command of AlpacaEval's own judgement of a file of ours."""
     command = f"alpaca_eval --model_outputs {shlex.quote(outputs)}"
     command += f" --reference_outputs {shlex.quote(reference)}" if reference else ""
     return f"{command} --annotators_config {ANNOTATOR}    # {INSTALL}"
@@ -118,7 +154,7 @@ def official_command(outputs: str, reference: str | None = None) -> str:
 
 
 def prompt_template() -> str:
-    """AlpacaEval 2.0's prompt, of the installed package; importing it is not needed."""
+    """AlpacaEval 2.0's prompt, read from the installed package without importing it."""
     try:
         package = importlib.metadata.distribution("alpaca_eval")
     except importlib.metadata.PackageNotFoundError:
@@ -133,8 +169,8 @@ def prompt_template() -> str:
 
 
 def chat(template: str, instruction: str, first: str, second: str) -> list[dict]:
-    """The messages of one judgement, as alpaca_eval makes them: each placeholder is replaced once,
-    in turn, and the ChatML text is then cut into messages."""
+    """The messages of one judgement, built as alpaca_eval builds them: each placeholder is replaced
+    once, in this order, and the ChatML text is then cut into messages."""
     text = template
     for name, value in (("instruction", instruction), ("output_1", first), ("output_2", second)):
         text = text.replace(f"{{{name}}}", value, 1)
@@ -151,55 +187,76 @@ def is_switched(instruction: str) -> bool:
 
 
 def preference(reply: dict) -> float | None:
-    """2 − P(m) / (P(m) + P(M)) of the reply's first token, so 2 where the second answer is better;
+    """2 − P(m) / (P(m) + P(M)) for the reply's first token, so 2 where the second answer is better;
     None where neither is among the likeliest tokens (completion_parsers.logprob_parser)."""
     top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     weights = {t["token"]: math.exp(t["logprob"]) for t in top if t["token"] in ("m", "M")}
     total = sum(weights.values())
+    if not math.isfinite(total):
+        raise ValueError("a log-prob is not finite")
     return 2 - weights.get("m", 0.0) / total if total > 0 else None
 
 
 # ------------------------------------------------------------------------------ the endpoint
 
 
-def ask_all(args: Judge, template: str, pairs: list[tuple[Answer, Answer]], output: Output) -> None:
-    """A row {prompt_id, reply, preference, tokens, seconds} for each pair that is not there yet."""
+def ask_all(
+    args: Judge, template: str, pairs: list[tuple[ModelOutput, ModelOutput]], output: Output
+) -> None:
+    """Write a row {prompt_id, reply, preference, tokens, seconds} for each pair that has none."""
     todo = [(a, b) for a, b in pairs if a.text != b.text and not output.has(a.key)]
-    key = os.environ.get("OPENAI_API_KEY")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    stopping = threading.Event()
+    stopping = threading.Event()  # once it is set, no request is sent
     spent = sum(row["tokens"] for row, _ in output.rows())
-    bar = tqdm(total=len(pairs), initial=len(pairs) - len(todo), unit=" pairs", desc="judge")
+    progress = tqdm(total=len(pairs), initial=len(pairs) - len(todo), unit=" pairs", desc="judge")
     with (
-        bar,
+        progress,
         stop_signal() as check_stop,
         httpx2.Client(headers=headers, timeout=args.timeout) as client,
-        ThreadPoolExecutor(args.parallel) as pool,
     ):
-        futures = {
-            pool.submit(ask, args, client, template, *pair, stopping): pair[0].key for pair in todo
-        }
-        end = None
-        for future in as_completed(futures):
+
+        def ask_or_stop(ours: ModelOutput, theirs: ModelOutput) -> dict:
             try:
-                row = future.result()
-                output.write({"prompt_id": futures[future]} | row)
+                return ask(args, client, template, ours, theirs, stopping)
+            except BaseException:
+                stopping.set()  # here, before this thread takes the next pair from the queue
+                raise
+
+        pool = ThreadPoolExecutor(args.parallel)
+        waiting = {pool.submit(ask_or_stop, *pair): pair[0].key for pair in todo}
+        try:
+            for future in as_completed(list(waiting)):
+                prompt_id = waiting.pop(future)
+                try:
+                    row = {"prompt_id": prompt_id} | future.result()
+                except CancelledError:  # not sent, since another one failed, which comes up too
+                    continue
+                output.write(row)
                 spent += row["tokens"]
-                bar.set_postfix_str(f"${spent * args.price_per_million / 1e6:.2f}", refresh=False)
-                bar.update()
+                dollars = spent * args.price_per_million / 1e6
+                progress.set_postfix_str(f"${dollars:.2f}", refresh=False)
+                progress.update()
                 check_stop()
-            except CancelledError:
-                continue
-            except (UserError, Stopped) as error:  # what is asked already is still kept
-                end = end or error
-                stopping.set()
-                for other in futures:
-                    other.cancel()
-        if end is not None:
-            raise end
+        finally:
+            # After any exception the queued requests are not sent. Those under way are paid for,
+            # so they are awaited and kept.
+            stopping.set()
+            pool.shutdown(cancel_futures=True)
+            for future, prompt_id in waiting.items():
+                if not future.cancelled() and future.exception() is None:
+                    output.write({"prompt_id": prompt_id} | future.result())
 
 
-def ask(args: Judge, client, template: str, ours: Answer, theirs: Answer, stopping) -> dict:
+def ask(
+    args: Judge,
+    client: httpx2.Client,
+    template: str,
+    ours: ModelOutput,
+    theirs: ModelOutput,
+    stopping: threading.Event,
+) -> dict:
+    """One judgement: {reply, preference: 2 where our answer is better, tokens, seconds}."""
     switched = is_switched(ours.key)
     first, second = (ours.text, theirs.text) if switched else (theirs.text, ours.text)
     body = {
@@ -214,47 +271,97 @@ def ask(args: Judge, client, template: str, ours: Answer, theirs: Answer, stoppi
     start = time.monotonic()
     reply = _post(args, client, body, stopping)
     try:
-        found = preference(reply)
-        tokens = reply.get("usage", {}).get("total_tokens", 0)
-    except (KeyError, IndexError, TypeError, AttributeError):
+        of_second = preference(reply)
+        tokens = int((reply.get("usage") or {}).get("total_tokens") or 0)
+        choice = reply["choices"][0]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"{args.endpoint}: the reply has no choices[0].logprobs.content[0].top_logprobs "
-            f"({json.dumps(reply)[:200]}): the judge must be a server that gives log-probs"
+            f"{args.endpoint}: the reply has no choices[0].logprobs.content[0].top_logprobs that "
+            f"can be read ({error!r} in {json.dumps(reply)[:200]}): the judge must be a server "
+            "that gives log-probs"
         ) from None
     return {
-        "reply": reply["choices"][0],
-        "preference": None if found is None else 3 - found if switched else found,
+        "reply": choice,
+        "preference": 3 - of_second if switched and of_second is not None else of_second,
         "tokens": tokens,
         "seconds": time.monotonic() - start,
     }
 
 
-def _post(args: Judge, client, body: dict, stopping: threading.Event) -> dict:
-    """The reply, after some retries where that may help."""
+class RequestFailed(Exception):
+    """A request failed; `again`: it may be sent again, after `retry_after` seconds where the server
+    asks for that."""
+
+    def __init__(self, problem: str, again: bool, retry_after: float | None = None):
+        super().__init__(problem)
+        self.again, self.retry_after = again, retry_after
+
+
+def _post(args: Judge, client: httpx2.Client, body: dict, stopping: threading.Event) -> dict:
+    """The server's reply as JSON. UserError once retrying is of no use; CancelledError where
+    `stopping` is set before the request is sent."""
     url = f"{args.endpoint.rstrip('/')}/chat/completions"
-    for attempt in range(args.retries + 1):
-        try:
-            response = client.post(url, json=body)
-            if response.status_code == 200:
-                return response.json()
-            text = " ".join(response.text.split())[:200]
-            problem = f"HTTP {response.status_code}: {text}"
-            if response.status_code not in RETRIED:
-                break
-        except (httpx2.HTTPError, ValueError) as error:  # no network, no time, no JSON
-            problem = repr(error)
-        if attempt < args.retries and stopping.wait(min(FIRST_PAUSE * 2**attempt, 60)):
-            break
-    raise UserError(
-        f"{url}: {problem}: what was judged is kept, and the same command goes on once the "
-        "endpoint, --model and OPENAI_API_KEY are right"
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, RequestFailed) and e.again),
+        stop=tenacity.stop_after_attempt(args.retries + 1),
+        wait=_pause,
+        sleep=tenacity.sleep_using_event(stopping),
+        reraise=True,
     )
+    try:
+        return retrying(_post_once, client, url, body, stopping)
+    except RequestFailed as error:
+        raise UserError(
+            f"{url}: {error}: what was judged is kept, and the same command goes on once the "
+            "endpoint, --model and OPENAI_API_KEY are right"
+        ) from None
+
+
+def _post_once(client: httpx2.Client, url: str, body: dict, stopping: threading.Event) -> dict:
+    if stopping.is_set():
+        raise CancelledError
+    try:
+        response = client.post(url, json=body)
+        if response.status_code == 200:
+            return response.json()
+    except (httpx2.HTTPError, ValueError, RecursionError) as error:  # no network, no time, no JSON
+        raise RequestFailed(repr(error), again=True) from error
+    text = " ".join(response.text.split())[:200]
+    problem, asked = f"HTTP {response.status_code}: {text}", retry_after(response.headers)
+    if asked is not None and asked > LONGEST_RETRY_AFTER:
+        raise RequestFailed(f"{problem} (Retry-After: {asked:.0f} seconds)", again=False)
+    raise RequestFailed(problem, response.status_code in RETRIED, asked)
+
+
+def retry_after(headers) -> float | None:
+    """The seconds that a server asks to wait (RFC 9110, 10.2.3); None where it does not say."""
+    value = headers.get("Retry-After", "").strip()
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(seconds, 0.0) if math.isfinite(seconds) else None
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    asked = state.outcome.exception().retry_after
+    growing = tenacity.wait_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
+    return growing(state) if asked is None else asked
 
 
 def _annotation(
-    args: Judge, ours: Answer, theirs: Answer, our_name: str, their_name: str, row: dict | None
+    args: Judge,
+    ours: ModelOutput,
+    theirs: ModelOutput,
+    our_name: str,
+    their_name: str,
+    row: dict | None,
 ) -> dict:
-    """As alpaca_eval writes them; row None: the answers are equal, and nobody was asked."""
+    """A row of annotations.json as alpaca_eval writes it. row: the kept reply; None for equal
+    answers, which are not sent."""
     return {
         "instruction": ours.key,
         "output_1": theirs.text,

@@ -1,46 +1,56 @@
-"""AlpacaEval's annotations (a judge's preferences) to its win rates."""
+"""The leaderboard's figures of a judge's annotations. annotations.json → score.json
+
+    python -m stages.evaluate score --annotations annotations.json --out score.json \\
+        --difficulty instruction_difficulty.csv --gamed df_gamed.csv
+"""
 
 import dataclasses
 
 import numpy as np
 
 from sharding.errors import UserError
-from stages.evaluate import difficulty, winrates
-from stages.evaluate.answers import generator_of_rows, read_json_list
-from stages.files.output import Manifest, Output
-from stages.files.paths import file_sha256
-from stages.files.rows import Row, field
+from stages.evaluate import winrates
+from stages.files.benchmarks import read_annotations, read_difficulties, read_gamed
+from stages.files.output import Manifest, Output, an_input
 
 
 @dataclasses.dataclass
 class Score:
-    """The leaderboard's figures of a file of annotations, in percent as there.
+    """AlpacaEval's figures of a file of annotations, in percent as on its leaderboard.
 
     Win rate, its standard error, discrete win rate, average length (characters, truncated) and
     length-controlled win rate. A preference lies between 1 (the reference won) and 2 (the model
-    did); rows without one are left out, and counted.
+    won); rows without one are left out and counted.
     """
 
     annotations: str
-    """annotations.json, as alpaca_eval or `judge` writes it."""
+    """The annotations.json, as alpaca_eval or `judge` writes it."""
     out: str
     """The JSON file to write."""
     difficulty: str | None = None
-    """instruction_difficulty.csv of the hub's tatsu-lab/alpaca_eval (or a JSON of it), which the
-    leaderboard's length-controlled win rate takes; without it, length alone is controlled."""
+    """instruction_difficulty.csv (or a JSON of it) from the hub's tatsu-lab/alpaca_eval, which the
+    leaderboard's length-controlled win rate needs. Without it length alone is controlled."""
     gamed: str | None = None
-    """df_gamed.csv of the same: the leaderboard's own fit; without it, within about a point."""
+    """df_gamed.csv from the same place: the leaderboard's own fit. Without it the rate is within
+    about a point."""
     seed: int = 0
-    """Of the bootstrap."""
+    """The seed of the bootstrap."""
     overwrite: bool = False
-    """Replace an --out that is there."""
+    """Replace --out if it exists."""
 
 
 def main(args: Score) -> None:
+    # ------------------------------------------------------------------------------ inputs
     if args.gamed and not args.difficulty:
         raise UserError("--gamed holds difficulties too: give --difficulty with it")
-    rows = read_json_list(args.annotations)
-    inputs = [path for path in (args.annotations, args.difficulty, args.gamed) if path]
+    annotations = read_annotations(args.annotations)
+    total = len(annotations.preferences)
+    difficulties = read_difficulties(args.difficulty, total) if args.difficulty else None
+    gamed = winrates.Gamed(*read_gamed(args.gamed)) if args.gamed else None
+    judged = ~np.isnan(annotations.preferences)
+    if not judged.any():
+        raise UserError(f"{args.annotations}: no row has a preference: judge the answers first")
+    inputs = {name: getattr(args, name) for name in ("annotations", "difficulty", "gamed")}
     manifest = Manifest(
         stage="evaluate score",
         arguments={
@@ -48,65 +58,48 @@ def main(args: Score) -> None:
             "gamed": bool(args.gamed),
             "seed": args.seed,
         },
-        inputs={path: file_sha256(path) for path in inputs},
+        inputs={role: an_input(path) for role, path in inputs.items() if path},
         identities={},
     )
     output = Output.open(args.out, manifest, args.overwrite)
     if output.finished:
         return
-    preferences = np.array([_preference(row, where) for where, row in rows])
-    lengths = np.array(
-        [
-            [len(field(row, name, str, where)) for name in ("output_2", "output_1")]
-            for where, row in rows
-        ]
-    )
-    difficulties = difficulty.read(args.difficulty, len(rows)) if args.difficulty else None
-    gamed = difficulty.read_gamed(args.gamed) if args.gamed else None
-    known = ~np.isnan(preferences)
-    if not known.any():
-        raise UserError(f"{args.annotations}: no row has a preference: judge the answers first")
-    found = winrates.summary(preferences[known], args.seed)
+
+    # ------------------------------------------------------------------------------ figures
+    preferences = annotations.preferences[judged]
+    summary = winrates.summary(preferences, args.seed)
     controlled = winrates.length_controlled(
-        preferences[known],
-        *lengths[known].T,
-        None if difficulties is None else difficulties[known],
+        preferences,
+        *annotations.lengths[judged].T,
+        None if difficulties is None else difficulties[judged],
         gamed,
     )
     content = {
-        "model": generator_of_rows(rows, "generator_2"),
-        "reference": generator_of_rows(rows, "generator_1"),
-        "win_rate": 100 * found.win_rate,
-        "standard_error": None if found.standard_error is None else 100 * found.standard_error,
-        "interval": [100 * end for end in found.interval],
-        "n_wins": found.wins,
-        "n_wins_base": found.losses,
-        "n_draws": found.ties,
-        "n_total": found.n,
-        "discrete_win_rate": 100 * found.discrete_win_rate,
-        "avg_length": int(lengths[:, 0].mean()),  # truncated, as in alpaca_eval
-        "length_controlled_winrate": (
-            None if controlled.win_rate is None else 100 * controlled.win_rate
-        ),
+        "model": annotations.model,
+        "reference": annotations.reference,
+        "win_rate": 100 * summary.win_rate,
+        "standard_error": _percent(summary.standard_error),
+        "interval": [100 * end for end in summary.interval],
+        "n_wins": summary.wins,
+        "n_wins_base": summary.losses,
+        "n_draws": summary.ties,
+        "n_total": summary.n,
+        "discrete_win_rate": 100 * summary.discrete_win_rate,
+        "avg_length": int(annotations.lengths[:, 0].mean()),  # truncated, as in alpaca_eval
+        "length_controlled_winrate": _percent(controlled.win_rate),
         "why": controlled.why,
         "length_control": "minimal" if difficulties is None else "v1" if gamed else "noreg",
     }
-    counts = {"in": len(rows), "out": found.n}
-    if found.n < len(rows):
-        counts["set aside: no preference"] = len(rows) - found.n
+
+    # ------------------------------------------------------------------------------ finish
+    counts = {"in": total, "out": summary.n}
+    if summary.n < total:
+        counts["set aside: no preference"] = total - summary.n
     output.finish_as(content, counts, content)
     for name, value in content.items():
         if value is not None:
             print(f"  {name:<26} {f'{value:.4f}' if isinstance(value, float) else value}")
 
 
-def _preference(row: Row, where: str) -> float:
-    """Between 0 and 1; NaN where the judge gave none."""
-    value = row.get("preference")
-    if value is None or value != value:
-        return np.nan
-    value = field(row, "preference", (int, float), where)
-    value = 1.5 if value == 0 else value  # as early files wrote a draw
-    if not 1 <= value <= 2:
-        raise UserError(f"{where}: preference is {value}, not between 1 and 2: correct the file")
-    return value - 1
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share

@@ -1,17 +1,23 @@
-"""Win rates and how sure they are, of preferences in [0, 1]: 1 the model wins, 0 the baseline.
+"""Win rates and their errors from preferences in [0, 1]: 1 the model wins, 0 the baseline wins.
 
-Pure functions of arrays, one value an instruction. They follow AlpacaEval 2.0 (Dubois et al. 2024,
-"Length-Controlled AlpacaEval", arXiv 2404.04475), whose files hold 1 + preference.
+Pure functions of arrays with one value per instruction. They follow AlpacaEval 2.0 (Dubois et al.
+2024, "Length-Controlled AlpacaEval", arXiv 2404.04475), whose files hold 1 + preference.
 """
 
 import dataclasses
-import math
 
 import numpy as np
+from etils import epy
 
-RESAMPLES = 10_000  # of the bootstrap
-FOLDS = 5  # of the cross-validation that chooses the logistic model's regularisation
-FEWEST = 4 * FOLDS  # instructions that a logistic model is fitted to
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    import sklearn
+    from scipy import stats
+    from sklearn import linear_model, metrics, model_selection
+
+RESAMPLES = 10_000  # bootstrap samples
+FOLDS = 5  # folds of the cross-validation that chooses the logistic model's regularisation
+FEWEST = 4 * FOLDS  # the logistic model needs at least so many instructions
+REGULARISATION = 0.2  # glm_winrate.py: regularize_to_baseline_lambda
 
 
 @dataclasses.dataclass
@@ -20,9 +26,9 @@ class Summary:
     wins: int
     ties: int
     losses: int
-    win_rate: float  # the mean preference: ties count half, and so does half a preference
-    standard_error: float | None  # of the win rate, over instructions; None for a single one
-    discrete_win_rate: float  # of wins, ties half, whatever the margin
+    win_rate: float  # the mean preference, so that a tie counts half
+    standard_error: float | None  # of the win rate, over instructions; None for one instruction
+    discrete_win_rate: float  # wins and half the ties per instruction, whatever the margins
     interval: tuple[float, float]  # 95%, bootstrap over instructions
 
 
@@ -42,26 +48,30 @@ def summary(preferences: np.ndarray, seed: int = 0) -> Summary:
 
 
 def standard_error(values: np.ndarray) -> float | None:
-    """Of their mean, as pandas' `sem` gives it."""
-    if len(values) < 2:
-        return None
-    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+    """The standard error of the mean of `values`; None for fewer than two."""
+    return float(stats.sem(values)) if len(values) > 1 else None
 
 
 def bootstrap_interval(values: np.ndarray, seed: int, level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of the mean, drawn anew from the values RESAMPLES times."""
-    rng = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):  # one by one: all at once is 64 MB at AlpacaEval's size
-        means[i] = values[rng.integers(len(values), size=len(values))].mean()
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    """The percentile interval of the mean over RESAMPLES bootstrap samples."""
+    if len(values) < 2:
+        return float(values[0]), float(values[0])
+    result = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=500,  # all samples at once are 64 MB at AlpacaEval's size
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 @dataclasses.dataclass
 class LengthControlled:
-    """What the win rate would be with answers as long as the baseline's; None where that cannot be
-    estimated, and `why`."""
+    """The win rate that answers as long as the baseline's would have; None, with the reason `why`,
+    where it cannot be estimated."""
 
     win_rate: float | None
     why: str | None = None
@@ -69,15 +79,13 @@ class LengthControlled:
 
 @dataclasses.dataclass
 class Gamed:
-    """AlpacaEval's df_gamed.csv: answers of the baseline told to be verbose or concise, which pull
-    the fit towards what length alone does (each of the two counts REGULARISATION / 2)."""
+    """AlpacaEval's df_gamed.csv: preferences for the baseline's own answers after it was told to be
+    verbose or concise. They pull the fit towards the effect of length alone; each row has the
+    weight REGULARISATION / 2."""
 
     preferences: np.ndarray
     length_differences: np.ndarray  # in standard deviations
     difficulties: np.ndarray
-
-
-REGULARISATION = 0.2  # glm_winrate.py: regularize_to_baseline_lambda
 
 
 def length_controlled(
@@ -91,9 +99,9 @@ def length_controlled(
 
         preference ~ tanh(length difference / its standard deviation) [+ difficulty] + 1
 
-    fitted to this model's answers (and the `gamed` ones, which need difficulties), then asked with
-    the difference at 0. Lengths are in characters. Without difficulties it is AlpacaEval's
-    "length_controlled_minimal", which is no figure of its leaderboard.
+    It is fitted to this model's answers (and to the `gamed` ones, which need difficulties), and
+    then evaluated with every length difference set to 0. Lengths are in characters. Without
+    difficulties it is AlpacaEval's "length_controlled_minimal", which is not on its leaderboard.
     """
     differences = (baseline_lengths - lengths).astype(float)
     if len(preferences) < FEWEST:
@@ -116,32 +124,29 @@ def length_controlled(
 
 
 def _features(differences: np.ndarray, difficulties: np.ndarray | None, model: float) -> np.ndarray:
-    """[n, features]. model: 1 for the answers in question, 0 for the gamed baseline's."""
+    """[n, features]. model: 1 for the model's answers, 0 for the gamed baseline's."""
     columns = [np.tanh(differences)]
     columns += [] if difficulties is None else [difficulties]
     return np.stack([*columns, np.full(len(differences), model)], axis=1)
 
 
 def _fit(features: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Coefficients of an l1 logistic regression on targets in [0, 1], its strength chosen by
-    grouped cross-validation, as alpaca_eval's fit_LogisticRegressionCV.
+    """Coefficients of an l1 logistic regression on targets in [0, 1]. Grouped cross-validation
+    chooses the strength of the penalty, as in alpaca_eval's fit_LogisticRegressionCV.
 
-    scikit-learn wants classes: each row stands twice, as a 1 that weighs its target and as a 0 that
-    weighs the rest; both are in the same fold.
+    scikit-learn needs classes, so each row is entered twice: as class 1 with its target as the
+    weight, and as class 0 with 1 − target. Both copies are in the same fold.
     """
-    import sklearn
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.metrics import make_scorer
-    from sklearn.model_selection import GroupKFold
-
     n = len(targets)
     shares = np.concatenate([targets, 1 - targets])
     weights = np.concatenate([weights, weights])
     with sklearn.config_context(enable_metadata_routing=True):
-        scorer = make_scorer(_log_loss, response_method="predict_proba", greater_is_better=False)
+        scorer = metrics.make_scorer(
+            _log_loss, response_method="predict_proba", greater_is_better=False
+        )
         scorer = scorer.set_score_request(shares=True, weights=True)
-        model = LogisticRegressionCV(
-            cv=GroupKFold(FOLDS),
+        model = linear_model.LogisticRegressionCV(
+            cv=model_selection.GroupKFold(FOLDS),
             scoring=scorer,
             random_state=123,
             l1_ratios=(1.0,),
@@ -161,7 +166,7 @@ def _fit(features: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.n
 
 
 def _log_loss(classes, predicted, shares, weights) -> float:
-    """Of the targets, not of the classes."""
+    """The mean cross-entropy with the targets, not with the classes."""
     targets = np.where(classes == 1, shares, 1 - shares)
     predicted = np.clip(predicted, 1e-15, 1 - 1e-15)
     losses = targets * np.log(predicted) + (1 - targets) * np.log(1 - predicted)

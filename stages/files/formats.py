@@ -1,28 +1,33 @@
 """Pairs as Parquet, in the columns of snorkelai/Snorkel-Mistral-PairRM-DPO-Dataset: both ways.
 
-`write_split` puts a pairs.jsonl into DIR/data/SPLIT-00000-of-00001.parquet; several iterations
-gather in one DIR, and datasets.load_dataset(DIR, split="train_iteration_1") reads the split's name
-from the file's. `read_dataset` and `read_prompts_dataset` make pairs.jsonl and prompts.jsonl from
-such a folder or from a dataset on the hub, row by row.
+`write_split` puts a pairs.jsonl into DIR/data/SPLIT-00000-of-00001.parquet. The splits of several
+iterations share one DIR, and datasets.load_dataset(DIR, split="train_iteration_1") takes a split's
+name from its file's. `read_dataset` and `read_prompts_dataset` make pairs.jsonl and prompts.jsonl
+of such a folder, or of any dataset that `datasets` reads, row by row. Runs without JAX.
 """
 
+import datetime
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from etils import epath
+from etils import epath, epy
 
-from scripts import cards
 from sharding.errors import UserError
-from stages.files.output import Manifest, Output
-from stages.files.paths import file_sha256, local_path, publish, text_sha256, write_atomically
+from stages.files.output import Manifest, Output, an_input
+from stages.files.paths import MARK, file_sha256, local_path, lock, publish, text_sha256
 from stages.files.provenance import provenance
-from stages.files.rows import field, read_rows
+from stages.files.rows import Fields, Pair, field, json_rows
 from stages.files.run import stop_signal
+
+with epy.lazy_imports():  # takes a second, and only reading needs it
+    import datasets
 
 MESSAGES = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))
 SCHEMA = pa.schema(
@@ -35,101 +40,63 @@ SCHEMA = pa.schema(
         ("all_rm_scores", pa.list_(pa.float64())),
     ]
 )
+KINDS = dict(zip(SCHEMA.names, (str, str, list, list, list, list)))
 ROWS_AT_ONCE = 1000
-# In the file's metadata: the pairs.jsonl it was made from, and the provenance of that (JSON).
+# In the file's metadata: the sha256 of the pairs.jsonl, and its provenance as JSON.
 SOURCE, PROVENANCE = b"pairs_sha256", b"provenance"
+FILE_END = "-00000-of-00001.parquet"
 
 
 # ---------------------------------------------------------------------- writing
 
 
 def write_split(pairs: str, directory: str, split: str, overwrite: bool = False) -> str:
-    """Write the rows of the pairs.jsonl `pairs` as the split `split` of the dataset in `directory`.
+    """Write the rows of the pairs.jsonl `pairs` as the split `split` of the dataset in `directory`,
+    and return the path of the file.
 
-    Gives the path of the file. Columns beyond the published ones stay in the pairs.jsonl. Halves of
-    surrogate pairs, which Parquet's UTF-8 cannot hold, become U+FFFD.
+    Columns beyond the published ones stay in the pairs.jsonl. Halves of surrogate pairs, which
+    Parquet's UTF-8 cannot hold, become U+FFFD. Raises UserError.
     """
-    path = os.path.join(directory, "data", f"{split}-00000-of-00001.parquet")
-    source = file_sha256(pairs).encode()
-    if epath.Path(path).exists() and not overwrite:
-        with epath.Path(path).open("rb") as file:
-            if (pq.read_schema(file).metadata or {}).get(SOURCE) == source:
-                print(f"{path} is finished already")
-                return path
-        raise UserError(f"{path} exists from other pairs: choose another folder or --overwrite")
+    path = os.path.join(directory, "data", f"{split}{FILE_END}")
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{local_path(path)}.tmp"
-    rows = 0
-    known = {SOURCE: source, PROVENANCE: json.dumps(provenance(pairs)).encode()}
-    with pq.ParquetWriter(temporary, SCHEMA.with_metadata(known)) as writer:
-        for batch in _batches(pairs):
-            writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
-            rows += len(batch)
-    publish(temporary, path)
+    with lock(path):
+        source = file_sha256(pairs).encode()
+        if epath.Path(path).exists() and not overwrite:
+            with epath.Path(path).open("rb") as file:
+                if (pq.read_schema(file).metadata or {}).get(SOURCE) == source:
+                    print(f"{path} is finished already")
+                    return path
+            raise UserError(f"{path} exists from other pairs: choose another folder or --overwrite")
+        metadata = {SOURCE: source, PROVENANCE: json.dumps(provenance(pairs)).encode()}
+        temporary = f"{local_path(path)}{MARK}"
+        rows = 0
+        with pq.ParquetWriter(temporary, SCHEMA.with_metadata(metadata)) as writer:
+            for table in _tables(pairs):
+                writer.write_table(table)
+                rows += table.num_rows
+        publish(temporary, path)
     print(f"{path}: {rows} rows")
     return path
 
 
-def write_card(directory: str) -> None:
-    """Write DIR/README.md, the dataset's card, of all splits there. Of a card that a user changed
-    only what `datasets` reads is renewed, the list of splits in its front matter."""
-    from datasets import Features
-    from huggingface_hub import DatasetCard
-
-    files = sorted(
-        (epath.Path(directory) / "data").glob("*-00000-of-00001.parquet"), key=_split_order
-    )
-    machine_read, card = cards.dataset_card(
-        [_split_facts(file) for file in files], Features.from_arrow_schema(SCHEMA)
-    )
-    path = os.path.join(directory, "README.md")
-    if cards.write(path, card):
-        return
-    try:
-        changed = DatasetCard(epath.Path(path).read_text(), ignore_metadata_errors=True)
-    except Exception as error:  # YAML errors of many kinds
-        raise UserError(f"{path}: its front matter cannot be read ({error}): mend it") from None
-    if {name: changed.data.get(name) for name in machine_read} != machine_read:
-        for name, value in machine_read.items():
-            changed.data[name] = value
-        write_atomically(path, str(changed))
-    print(f"{path} was changed by hand: only the splits in its front matter are kept up to date")
-
-
-def _split_facts(file) -> dict:
-    with file.open("rb") as opened:
-        parquet = pq.ParquetFile(opened)
-        known = (parquet.schema_arrow.metadata or {}).get(PROVENANCE)
-        return {
-            "name": _split_name(file),
-            "path": f"data/{file.name}",
-            "rows": parquet.metadata.num_rows,
-            "bytes": file.stat().length,
-            "num_bytes": sum(batch.nbytes for batch in parquet.iter_batches()),
-            "data": None if known is None else json.loads(known),
-        }
-
-
-def _split_name(file) -> str:
-    return file.name.removesuffix("-00000-of-00001.parquet")
-
-
-def _split_order(file) -> tuple:
-    """Iteration by iteration, train before test."""
-    kind, _, number = _split_name(file).partition("_iteration_")
-    return (int(number) if number.isdigit() else 0, kind != "train", kind, number)
-
-
-def _batches(pairs: str) -> Iterator[list[dict]]:
-    batch = []
-    for where, row in read_rows(pairs):
-        columns = {name: field(row, name, object, where) for name in SCHEMA.names}
-        batch.append(_valid_unicode(columns))
-        if len(batch) == ROWS_AT_ONCE:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _tables(pairs: str) -> Iterator[pa.Table]:
+    """The published columns of all rows, ROWS_AT_ONCE at a time."""
+    lines = json_rows(pairs)
+    while batch := list(islice(lines, ROWS_AT_ONCE)):
+        rows = []
+        for where, row in batch:
+            columns = {name: field(row, name, kind, where) for name, kind in KINDS.items()}
+            scores = columns["all_rm_scores"]
+            if not all(type(x) in (int, float) and abs(x) < math.inf for x in scores):
+                raise UserError(f"{where}: all_rm_scores must hold finite numbers only")
+            rows.append(_valid_unicode(columns))
+        try:
+            yield pa.Table.from_pylist(rows, schema=SCHEMA)
+        except (pa.ArrowException, TypeError, OverflowError) as error:
+            raise UserError(
+                f"{batch[0][0]}, or one of the {len(batch) - 1} rows below: not the published "
+                f"columns ({error}): correct it"
+            ) from None
 
 
 def _valid_unicode(value):
@@ -142,30 +109,59 @@ def _valid_unicode(value):
     return value
 
 
+def split_facts(directory: str) -> list[dict]:
+    """What a dataset card tells of each split in a folder, iteration by iteration, train before
+    test: {"name", "path" within the folder, "rows", "bytes" of the file, "num_bytes" of its values
+    in Arrow, "data": the provenance that the file carries, or None}."""
+    facts = []
+    for file in (epath.Path(directory) / "data").glob(f"*{FILE_END}"):
+        with file.open("rb") as opened:
+            parquet = pq.ParquetFile(opened)
+            data = (parquet.schema_arrow.metadata or {}).get(PROVENANCE)
+            facts.append(
+                {
+                    "name": file.name.removesuffix(FILE_END),
+                    "path": f"data/{file.name}",
+                    "rows": parquet.metadata.num_rows,
+                    "bytes": file.stat().length,
+                    "num_bytes": sum(batch.nbytes for batch in parquet.iter_batches()),
+                    "data": None if data is None else json.loads(data),
+                }
+            )
+
+    def place(split: dict) -> tuple:
+        kind, _, number = split["name"].partition("_iteration_")
+        return (int(number) if number.isdigit() else 0, kind != "train", kind, number)
+
+    return sorted(facts, key=place)
+
+
 # ---------------------------------------------------------------------- reading
 
 
 def read_dataset(source: str, out: str, split: str | None = None, overwrite: bool = False) -> None:
     """Write the preference pairs of a dataset to the pairs.jsonl `out`.
 
-    source: a folder in the hub's layout, or the name of a dataset on the hub. split: needed where
-    there are several. Needs the columns prompt, chosen and rejected (lists of {role, content}, the
-    answer last); other columns are carried. There are no token ids: DPO tokenises such pairs.
-    A prompt of several turns gets `messages`; a column of that name is carried as
-    `source_messages`. A further pair under one prompt_id gets the id "ID#2"; a row that repeats
-    another is merged. Raises UserError.
+    source: a folder in the hub's layout, or the name of a dataset on the hub. split: SPLIT or
+    CONFIG/SPLIT, needed where there are several. The columns prompt, chosen and rejected (lists of
+    {role, content}, the answer last) are needed; others are carried. There are no token ids, so DPO
+    tokenises such pairs. A prompt of several turns gets `messages`; a column of that name is
+    carried as `source_messages`. A second pair under one prompt_id gets the id "ID#2"; a row that
+    repeats another is merged. Raises UserError.
     """
-    split, inputs = _find_split(source, split)
-    manifest = Manifest("from-parquet", {"split": split}, inputs, identities={})
+    shards = Shards(source, split)
+    manifest = Manifest("from-parquet", {"split": shards.split}, shards.inputs(), identities={})
     output = Output.open(out, manifest, overwrite)
     if output.finished:
         return
-    counts, order, seen = Counter(), [], {}
+    counts: Counter = Counter()
+    order: list[str] = []
+    seen: dict[str, str] = {}
     with stop_signal() as check_stop:
-        for where, source_row in _rows(source, split, ("prompt", "chosen", "rejected")):
+        for where, source_row in shards.rows(("prompt", "chosen", "rejected")):
             check_stop()
             counts["in"] += 1
-            row, reason = _pair(source_row, where)
+            row, reason = _pair(_json_values(source_row, where, counts), where)
             digest = text_sha256(repr(sorted(row.items())))
             base, n = row["prompt_id"], 1
             while seen.get(row["prompt_id"], digest) != digest:
@@ -195,30 +191,36 @@ def read_prompts_dataset(
 ) -> None:
     """Write the prompts (prompt_id, prompt) of a dataset's rows [first, last) to `out`.
 
-    Needs the column prompt; prompt_id is made where it is missing. For the published recipe: any
-    split of the published dataset, or of HuggingFaceH4/ultrafeedback_binarized. Empty prompts are
-    set aside, the same prompt again is merged. Raises UserError.
+    The column prompt is needed; prompt_id is made where it is missing. The published recipe takes
+    them from any split of the published dataset, or from HuggingFaceH4/ultrafeedback_binarized.
+    Empty prompts are set aside, a repeated prompt is merged. Raises UserError.
     """
-    split, inputs = _find_split(source, split)
-    arguments = {"split": split, "first": first, "last": last}
-    manifest = Manifest("prompts-from-parquet", arguments, inputs, identities={})
+    if first < 0:
+        raise UserError(f"--first is {first}: rows are counted from 0")
+    if last is not None and last <= first:
+        raise UserError(f"--last is {last}: it must be above --first, which is {first}")
+    shards = Shards(source, split)
+    arguments = {"split": shards.split, "first": first, "last": last}
+    manifest = Manifest("prompts-from-parquet", arguments, shards.inputs(), identities={})
     output = Output.open(out, manifest, overwrite)
     if output.finished:
         return
-    counts, order, seen = Counter(), [], {}
+    counts: Counter = Counter()
+    prompts: dict[str, str] = {}  # prompt_id → sha256 of the prompt
     with stop_signal() as check_stop:
-        for where, source_row in islice(_rows(source, split, ("prompt",)), first, last):
+        for where, source_row in islice(shards.rows(("prompt",)), first, last):
             check_stop()
             counts["in"] += 1
             prompt = field(source_row, "prompt", str, where)
-            prompt_id = source_row.get("prompt_id") or text_sha256(prompt)
-            digest = text_sha256(prompt)
-            if seen.setdefault(prompt_id, digest) != digest:
-                raise UserError(f"{where}: prompt_id {prompt_id!r} stood above with another prompt")
-            if len(seen) == len(order):
+            prompt_id, digest = _prompt_id(source_row, where), text_sha256(prompt)
+            if prompt_id in prompts:
+                if prompts[prompt_id] != digest:
+                    raise UserError(
+                        f"{where}: prompt_id {prompt_id!r} stood above with another prompt"
+                    )
                 counts["merged: the same prompt again"] += 1
                 continue
-            order.append(prompt_id)
+            prompts[prompt_id] = digest
             row = {"prompt_id": prompt_id, "prompt": prompt}
             if output.has(prompt_id):
                 continue
@@ -226,56 +228,152 @@ def read_prompts_dataset(
                 output.write(row)
             else:
                 output.set_aside(row, "the prompt is empty")
-    output.finish(order, counts)
+    if not prompts and first:
+        raise UserError(f"{source}, split {shards.split} has no row {first} (--first)")
+    output.finish(list(prompts), counts)
 
 
-def _find_split(source: str, split: str | None) -> tuple[str, dict[str, str]]:
-    """(split, {file: sha256, or the file's address and revision on the hub})."""
-    import datasets  # here, since it takes a second and writing does without it
+class Shards:
+    """One split of a dataset, read file by file.
 
-    if not os.path.isdir(source) and (os.path.exists(source) or source.count("/") != 1):
-        raise UserError(f"{source} is no folder: give one that holds data/SPLIT-….parquet files")
+    Each file's types are taken from the file itself, so that a column that is missing or of another
+    type in another file is no obstacle.
+    """
+
+    def __init__(self, source: str, split: str | None):
+        """split: SPLIT or CONFIG/SPLIT; None where there is only one. Raises UserError."""
+        is_folder = os.path.isdir(source)
+        if not is_folder and (os.path.exists(source) or source.count("/") != 1):
+            raise UserError(
+                f"{source} is no folder: give one that holds data/SPLIT-….parquet files"
+            )
+        if is_folder and set(os.path.abspath(source)) & set("[]*?"):
+            raise UserError(
+                f"{source}: the library datasets takes [ ] * ? in a path for a pattern: rename the "
+                "folder, or give a symbolic link to it"
+            )
+        config, _, name = (split or "").rpartition("/")
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # each error is told here, once
+        try:
+            self.builder = datasets.load_dataset_builder(source, config or None)
+        except Exception as error:  # no network, no such name, no such config, a script, …
+            raise UserError(_why_not_opened(source, config, error)) from None
+        files = {str(key): list(x) for key, x in (self.builder.config.data_files or {}).items()}
+        if not name and len(files) == 1:
+            name = next(iter(files))
+        prefix = f"{config}/" if config else ""
+        if name not in files:
+            problem = f"has no split {split!r}" if name else "has several splits"
+            splits = ", ".join(prefix + key for key in sorted(files))
+            raise UserError(f"{source} {problem}: give one of {splits}")
+        self.source, self.name, self.split, self.files = source, name, prefix + name, files[name]
+
+    def inputs(self) -> dict[str, dict]:
+        """The files for a manifest; those on the hub by their address, which has the revision."""
+        return {
+            f"{self.split} {i}": an_input(file, None if os.path.isfile(file) else file)
+            for i, file in enumerate(self.files, 1)
+        }
+
+    def rows(self, needed: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
+        """(where, row) of the split, streamed: the dataset is never in memory. Raises UserError
+        where a file cannot be read, or a row lacks a column of `needed`."""
+        place, number = f"{self.source}, split {self.split}", 0
+        for file in self.files:
+            rows = self._read(file)
+            while True:
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    break
+                except Exception as error:  # Parquet, CSV and JSON readers raise many kinds
+                    raise UserError(
+                        f"{place}: {os.path.basename(file)} cannot be read ({_line(error)}): "
+                        "correct it, or copy it again"
+                    ) from None
+                number += 1
+                missing = [name for name in needed if name not in row]
+                if missing:
+                    raise UserError(
+                        f"{place}, row {number} ({os.path.basename(file)}): no column "
+                        f"{', '.join(missing)}, but {', '.join(row)}"
+                    )
+                yield f"{place}, row {number}", row
+
+    def _read(self, file: str) -> Iterator[dict]:
+        self.builder.config.data_files = {self.name: [file]}
+        self.builder.info.features = None
+        stream = self.builder.as_streaming_dataset(self.name)
+        # Images and sounds stay as they are stored: their libraries are not installed.
+        yield from stream.decode(False) if stream.features else stream
+
+
+def _why_not_opened(source: str, config: str, error: Exception) -> str:
     try:
-        files = datasets.load_dataset_builder(source).config.data_files or {}
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{source} is neither a folder with a dataset nor one on the hub ({reason})"
-        ) from None
-    if split is None and len(files) == 1:
-        split = next(iter(files))
-    if split not in files:
-        problem = "has several splits" if split is None else f"has no split {split!r}"
-        raise UserError(f"{source} {problem}: give one of {', '.join(sorted(files))}")
-    return split, {f: file_sha256(f) if os.path.isfile(f) else f for f in files[split]}
+        configs = datasets.get_dataset_config_names(source)
+    except Exception:  # of many kinds: `error` says it better
+        configs = []
+    if (config and configs) or len(configs) > 1:
+        problem = f"has no config {config!r}" if config else "has several configs"
+        names = ", ".join(configs)
+        return f"{source} {problem}: give --split CONFIG/SPLIT with one of the configs {names}"
+    return f"{source} is neither a folder with a dataset nor one on the hub ({_line(error)})"
 
 
-def _rows(source: str, split: str, needed: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
-    """(where, row) of a split, streamed: the dataset is never in memory."""
-    import datasets
-
-    try:
-        stream = datasets.load_dataset(source, split=split, streaming=True)
-        for number, row in enumerate(stream, 1):
-            missing = [name for name in needed if name not in row]
-            if missing:
-                raise UserError(
-                    f"{source}, split {split}: no column {', '.join(missing)} "
-                    f"(there are {', '.join(row)})"
-                )
-            yield f"{source}, split {split}, row {number}", row
-    except pa.ArrowException as error:
-        raise UserError(f"{source}, split {split}: {error}: copy the file again") from None
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or repr(error)
 
 
-def _pair(source_row: dict, where: str) -> tuple[dict, str | None]:
-    """The pairs.jsonl row, and why it cannot be used (None where it can)."""
+# ---------------------------------------------------------------------- values and rows
+
+
+def _json_values(row: dict, where: str, counts: Counter) -> Fields:
+    """The row with values that JSON can hold: dates as ISO text; null for NaN, infinities and
+    bytes, which `counts` tells. The published columns must not need that. Raises UserError."""
+
+    def convert(value, column: str):
+        if value is None or isinstance(value, str | bool | int):
+            return value
+        if isinstance(value, float) and math.isfinite(value):
+            return value
+        if isinstance(value, list | tuple):
+            return [convert(v, column) for v in value]
+        if isinstance(value, dict):
+            return {str(name): convert(v, column) for name, v in value.items()}
+        if isinstance(value, np.ndarray | np.generic):
+            return convert(value.tolist(), column)
+        if isinstance(value, datetime.date | datetime.time):  # datetime.datetime is a date
+            return value.isoformat()
+        if not isinstance(value, float | bytes):
+            return str(value)
+        what = "bytes" if isinstance(value, bytes) else "NaN or infinity"
+        if column in KINDS and column != "prompt_id":
+            raise UserError(f"{where}: column {column} holds {what}: correct or remove the row")
+        counts[f"null for {what} in column {column}"] += 1
+        return None
+
+    return {name: convert(value, name) for name, value in row.items()}
+
+
+def _prompt_id(row: dict, where: str) -> str:
+    """The row's prompt_id as a text; where it has none, the sha256 of its prompt."""
+    value = row.get("prompt_id")
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        value = int(value)  # integers of a column with gaps come as floats
+    if value is None or value == "" or value != value:
+        return text_sha256(field(row, "prompt", str, where))
+    if isinstance(value, bool | list | dict | bytes):
+        raise UserError(f"{where}: prompt_id is a {type(value).__name__}, not a text or a number")
+    return str(value)
+
+
+def _pair(source_row: Fields, where: str) -> tuple[Fields, str | None]:
+    """The row of pairs.jsonl, and why it cannot be used (None where it can)."""
     prompt = field(source_row, "prompt", str, where)
     chosen, rejected = (_turns(source_row, name, where) for name in ("chosen", "rejected"))
     single_turn = [{"role": "user", "content": prompt}]
     conversation = chosen[:-1] or single_turn
-    row = {"prompt_id": source_row.get("prompt_id") or text_sha256(prompt)}
-    row["prompt"] = prompt
+    row = {"prompt_id": _prompt_id(source_row, where), "prompt": prompt}
     if conversation != single_turn:
         row["messages"] = conversation
     row["chosen"] = [*conversation, chosen[-1]]
@@ -299,10 +397,10 @@ def _pair(source_row: dict, where: str) -> tuple[dict, str | None]:
         return row, "an answer is empty"
     if answers[0] == answers[1]:
         return row, "chosen and rejected are the same text"
-    return row, None
+    return row, Pair.parse(row, where).unusable  # refuses here what the next stage would refuse
 
 
-def _turns(row: dict, name: str, where: str) -> list[dict]:
+def _turns(row: Fields, name: str, where: str) -> list[dict]:
     """row[name] as [{"role", "content"}, …] that ends with the assistant's answer."""
     turns = field(row, name, list, where)
     for turn in turns:

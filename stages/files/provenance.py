@@ -35,22 +35,27 @@ def _entries(path: str, sha256: str) -> Iterator[Entry]:
         "edited": manifest.results.get("sha256", sha256) != sha256,
         "stage": manifest.stage,
         "arguments": manifest.arguments,
-        "inputs": {short_name(file): content for file, content in input_files(manifest.inputs)},
+        "inputs": {
+            short_name(role): entry | {"path": short_name(entry["path"])}
+            for role, entry in with_roles(manifest.inputs).items()
+        },
         "identities": manifest.identities,
         "counts": manifest.counts,
         "results": manifest.results,
     }
-    for file, content in input_files(manifest.inputs):
+    for entry in with_roles(manifest.inputs).values():
+        file, content = entry["path"], entry["sha256"]
         if not on_hub(file) and epath.Path(file).exists() and file_sha256(file) == content:
             yield from _entries(file, content)
 
 
-def input_files(inputs: dict) -> list[tuple[str, str]]:
-    """(path, sha256) of each input of a manifest; also of one from before inputs had roles."""
-    return [
-        (one["path"], one["sha256"]) if isinstance(one, dict) else (role, one)
-        for role, one in inputs.items()
-    ]
+def with_roles(inputs: dict) -> dict[str, dict]:
+    """A manifest's inputs, role → {"path", "sha256"}. Earlier versions wrote path → sha256: there
+    the path stands for the role."""
+    return {
+        role: entry if isinstance(entry, dict) else {"path": role, "sha256": entry}
+        for role, entry in inputs.items()
+    }
 
 
 def short_name(path: str) -> str:

@@ -13,13 +13,14 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import ClassVar, Generic, Self, TypeVar
 
 from sharding.errors import UserError
-from stages.files.paths import open_input, text_sha256
+from stages.files.paths import is_remote, open_input, text_sha256
 
 Fields = dict  # a row as JSON has it
 MERGED = "merged: the same prompt again"
@@ -78,20 +79,14 @@ class Response:
 
     @classmethod
     def parse(cls, fields: Fields, where: str, prefix: str = "") -> Self:
-        """Of a row's `responses`; or, with a prefix, of the fields of a pair (chosen_token_ids)."""
-        optional = {
-            "token_ids": list,
-            "end_token_id": int,
-            "logprob": (int, float),
-            "finish_reason": str,
-        }
+        """From a row's `responses`, or with a prefix from a pair's fields (chosen_token_ids)."""
+        kinds = {"token_ids": list, "end_token_id": int, "logprob": (int, float)}
         values = {
             name: field(fields, prefix + name, kind, where)
-            for name, kind in optional.items()
+            for name, kind in (kinds | {"finish_reason": str}).items()
             if fields.get(prefix + name) is not None
         }
-        ids = values.get("token_ids", [])
-        if not all(type(i) is int and i >= 0 for i in ids):
+        if not all(type(i) is int and i >= 0 for i in values.get("token_ids", [])):
             raise UserError(f"{where}: field '{prefix}token_ids' must hold token ids only")
         return cls(field(fields, "text", str, where), **values)
 
@@ -203,7 +198,8 @@ class RowFile(Generic[Kind]):
     """
 
     def __init__(self, path: str, kind: type[Kind], each: Callable[[Kind], None] | None = None):
-        """each: called with every distinct row of the first pass; may raise UserError."""
+        """each: called with every distinct row of the first pass. Raises UserError with file, line
+        and field."""
         self.path, self._kind = path, kind
         self.counts: Counter[str] = Counter()
         self._file = open_input(path)
@@ -216,7 +212,7 @@ class RowFile(Generic[Kind]):
                 if self._is_new(row, offset, number) and each is not None:
                     each(row)
             offset += len(line)
-        self.sha256 = content.hexdigest()
+        self.sha256, self._stamp = content.hexdigest(), self._modified()
 
     @property
     def ids(self) -> list[str]:
@@ -231,10 +227,18 @@ class RowFile(Generic[Kind]):
     def __getitem__(self, prompt_id: str) -> Kind:
         offset, number, _ = self._places[prompt_id]
         self._file.seek(offset)
-        row = self._row(self._file.readline(), number)
-        if row is None or row.prompt_id != prompt_id:
+        line = self._file.readline()
+        if self._stamp != self._modified():
             raise UserError(f"{self.path} has changed while it was read: run the command again")
-        return row
+        return self._row(line, number)
+
+    def _modified(self) -> tuple[int, int] | None:
+        """When the open file was last changed, and its size; None in an object store, where an
+        object does not change."""
+        if is_remote(self.path):
+            return None
+        status = os.fstat(self._file.fileno())
+        return status.st_mtime_ns, status.st_size
 
     def _row(self, line: bytes, number: int) -> Kind | None:
         where = f"{self.path}, line {number}"
@@ -375,23 +379,3 @@ def _identify(fields: Fields, where: str) -> str:
 def canonical(messages: list[dict]) -> str:
     """A conversation as JSON, always spelled the same."""
     return json.dumps(messages, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-
-
-# ---------------------------------------------------------------------- old names, until all moved
-
-Row = Fields
-read_rows = json_rows
-
-
-def prompt_text(row: Fields, where: str) -> str:
-    return (
-        row["prompt"]
-        if isinstance(row.get("prompt"), str)
-        else messages_of(row, where)[-1]["content"]
-    )
-
-
-def read_prompts(path: str, counts: Counter, agree: tuple[str, ...] = ()):
-    rows = read(path, Prompt)
-    counts.update(rows.counts)
-    return ((row.where, row.fields) for row in rows)

@@ -189,6 +189,25 @@ def test_finish_reason_tells_how_an_answer_ended():
         assert (len(answer.token_ids) == 30) == (answer.finish_reason == "length")
 
 
+def test_of_several_eos_ids_the_one_that_was_drawn_is_told():
+    ends = (2, 5, 7, 11)
+    config = tiny.config(eos_token_ids=ends)
+    params = decoder.init(config)
+    sampling = Sampling(n=8, temperature=1.5, top_p=1.0, max_new_tokens=60)
+    drawn = set()
+    for prompt_id, made in answers(sampling, eos_token_ids=ends).items():
+        for answer in made:
+            assert not set(answer.token_ids) & set(ends)
+            assert (answer.end_token_id is not None) == (answer.finish_reason == "stop")
+            if answer.end_token_id is not None:
+                ids = [*answer.token_ids, answer.end_token_id]
+                batch = pack([Sequence(dict(PROMPTS)[prompt_id], [ids])])
+                logprob = response_logprobs(params, config, batch, 1)
+                assert answer.logprob == pytest.approx(float(logprob[0]), abs=1e-3)
+                drawn.add(answer.end_token_id)
+    assert len(drawn) > 1 and drawn <= set(ends)
+
+
 def test_one_new_token_is_allowed():
     found = answers(Sampling(n=2, max_new_tokens=1))
     assert all(len(a.token_ids) <= 1 for v in found.values() for a in v)

@@ -190,7 +190,7 @@ Q1 = "model.layers.1.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (cut_off, r"model\.safetensors: tensor .* ends at byte \d+.*download it again"),
+        (cut_off, r"model\.safetensors \(\d+ bytes\): it is damaged or cut off; download it again"),
         (cut_in_header, r"model\.safetensors \(300 bytes\): it is damaged or cut off"),
         (in_tensors(lambda t: t.pop(Q1)), f"tensor {Q1} is missing: download"),
         (
@@ -238,7 +238,7 @@ def test_weights_too_large_for_fp16_are_refused(tmp_path, source):
     rewrite(source, lambda t: t["model.norm.weight"].fill_(1e6))
     convert.main(convert.FromHf(source, str(tmp_path / "C")))
     with pytest.raises(UserError, match=r"model\.norm\.weight does not fit into float16"):
-        convert.main(convert.ToHf(str(tmp_path / "C"), str(tmp_path / "D"), dtype="fp16"))
+        convert.main(convert.ToHf(str(tmp_path / "C"), str(tmp_path / "D"), dtype="float16"))
     assert not (tmp_path / "D").exists()
 
 
@@ -262,7 +262,7 @@ def test_the_weights_whose_update_the_rounding_takes_away_are_counted(tmp_path, 
     assert hf.rounded_away(trained, model, "float32") == (0, changed)
     assert hf.rounded_away(model, model, "bfloat16") == (0, 0)
     convert.main(convert.ToHf(trained, str(tmp_path / "D"), base=model))
-    line = "bf16 rounds away the whole update of 3 of 5 changed weights (60.0%)"
+    line = "bfloat16 rounds away the whole update of 3 of 5 changed weights (60.0%)"
     assert line in capsys.readouterr().out
 
 
@@ -271,10 +271,10 @@ def test_without_a_base_the_inexact_weights_are_counted(tmp_path, model, capsys)
     count = checkpoint.read_manifest(model)["parameters"]
     assert hf.inexact(trained, "bfloat16") == (3, count)
     convert.main(convert.ToHf(trained, str(tmp_path / "D")))
-    warning = f"warning: bf16 rounds 3 of {count:,} weights"
+    warning = f"warning: bfloat16 rounds 3 of {count:,} weights"
     assert warning in capsys.readouterr().out
     for unwarned in (
-        convert.ToHf(trained, str(tmp_path / "E"), dtype="fp32"),
+        convert.ToHf(trained, str(tmp_path / "E"), dtype="float32"),
         convert.ToHf(model, str(tmp_path / "F")),
     ):
         convert.main(unwarned)
@@ -305,19 +305,48 @@ def test_the_same_conversion_again_is_finished_and_another_is_refused(tmp_path, 
         assert "parameters" in first and "is finished already" in again
         assert checkpoint.identity(folder) in first and checkpoint.identity(folder) in again
     with pytest.raises(UserError, match="exists and is something else"):
-        convert.main(convert.ToHf(folder, dst, dtype="fp32"))
+        convert.main(convert.ToHf(folder, dst, dtype="float32"))
     rewrite(source, lambda t: t["model.norm.weight"].fill_(2))
     with pytest.raises(UserError, match="exists, made of something else"):
         convert.main(convert.FromHf(source, folder))
 
 
-def test_an_interrupted_conversion_is_made_anew(tmp_path, model):
-    leftover = tmp_path / "D.tmp"
-    leftover.mkdir()
-    (leftover / "model-00001-of-00009.safetensors").write_text("half")
-    convert.main(convert.ToHf(model, str(tmp_path / "D")))
-    assert not leftover.exists()
-    assert [f.name for f in (tmp_path / "D").glob("*.safetensors")] == ["model.safetensors"]
+@pytest.mark.parametrize("which", ["from-hf", "to-hf"])
+def test_an_interrupted_conversion_is_made_anew(tmp_path, source, model, which, monkeypatch):
+    out = tmp_path / "out"
+    args = {"from-hf": convert.FromHf(source, str(out)), "to-hf": convert.ToHf(model, str(out))}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "finish_folder", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert.main(args[which])
+    leftover = tmp_path / "out.unfinished"
+    assert leftover.exists() and not out.exists()
+    convert.main(args[which])
+    assert not leftover.exists() and not (out / checkpoint.MARK).exists()
+    assert (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("which", ["from-hf", "to-hf"])
+def test_no_folder_or_file_of_the_user_s_own_is_replaced(tmp_path, source, model, which):
+    out = tmp_path / "out"
+    args = {"from-hf": convert.FromHf(source, str(out)), "to-hf": convert.ToHf(model, str(out))}
+    for own in ("out.tmp", "out.unfinished"):
+        (tmp_path / own).mkdir()
+        (tmp_path / own / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.unfinished is in the way: move it"):
+        convert.main(args[which])
+    assert (tmp_path / "out.unfinished" / "notes.txt").read_text() == "mine"
+    shutil.rmtree(tmp_path / "out.unfinished")
+    (tmp_path / "out.unfinished").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.unfinished is in the way: move it"):
+        convert.main(args[which])
+    (tmp_path / "out.unfinished").rename(tmp_path / "elsewhere")
+    convert.main(args[which])
+    assert (tmp_path / "out.tmp" / "notes.txt").read_text() == "mine"
 
 
 def test_a_hub_id_is_found_in_the_local_cache(tmp_path, source, monkeypatch, capsys):

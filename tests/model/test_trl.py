@@ -58,7 +58,7 @@ def start(tmp_path_factory, data):
     tokenizer = ChatTokenizer.from_folder(str(folder / "model"), (2,))
     path = str(folder / "pairs.jsonl")
     examples, _ = read_pairs(path, tokenizer, tiny.VOCABULARY, 1024, 512, [])
-    convert.main(convert.ToHf(str(folder / "model"), str(folder / "hf"), dtype="fp32"))
+    convert.main(convert.ToHf(str(folder / "model"), str(folder / "hf"), dtype="float32"))
     return folder, examples
 
 
@@ -181,7 +181,7 @@ def test_twenty_steps_are_trls_steps(start, tmp_path, flags, changes):
         assert a["learning_rate"] == pytest.approx(b["learning_rate"], rel=1e-5, abs=1e-12)
 
     hf = str(tmp_path / "hf")
-    convert.main(convert.ToHf(str(tmp_path / "out"), hf, dtype="fp32"))
+    convert.main(convert.ToHf(str(tmp_path / "out"), hf, dtype="float32"))
     begin, ours_end = (
         flat(transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
         for path in (folder / "hf", hf)

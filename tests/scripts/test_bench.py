@@ -3,9 +3,9 @@
 import pytest
 
 from scripts.bench import dpo, rank, sample
-from scripts.bench.__main__ import main
 from scripts.bench.machine import Side
 from scripts.bench.shares import Shares
+from scripts.bench.side_by_side import main
 from sharding.errors import UserError
 from tests import tiny, tiny_pairrm
 

@@ -12,7 +12,7 @@ from model import checkpoint
 from scripts import cards, convert
 from sharding.errors import UserError
 from stages import pairs
-from stages.files.output import Manifest, manifest_path
+from stages.files.output import Manifest, an_input, manifest_path
 from stages.files.paths import file_sha256
 from stages.files.provenance import provenance
 from stages.files.run import run_main
@@ -33,8 +33,10 @@ def written(
 ) -> str:
     """A file of `stage` with its manifest."""
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    hashes = {file: file_sha256(file) if Path(file).exists() else "?" for file in inputs}
-    manifest = Manifest(stage, known.get("arguments", {}), hashes, identities or {"model": "m1"})
+    by_role = {
+        Path(file).stem: an_input(file, None if Path(file).exists() else "?") for file in inputs
+    }
+    manifest = Manifest(stage, known.get("arguments", {}), by_role, identities or {"model": "m1"})
     manifest.counts = {"in": 4, "out": 3, "set aside: all scores tie": 1}
     manifest.results = known.get("results", {}) | {"sha256": file_sha256(str(path))}
     manifest.write(manifest_path(str(path)))
@@ -120,7 +122,7 @@ def test_the_front_matter_is_the_hubs_and_holds_what_is_known(second):
 
 
 def test_the_text_tells_base_data_recipe_iteration_and_limits(second):
-    rounding = "bf16 rounds away the whole update of 5 of 9 changed weights (55.6%)"
+    rounding = "bfloat16 rounds away the whole update of 5 of 9 changed weights (55.6%)"
     card = cards.model_card(second, "bfloat16", rounding, [])
     assert "# some-org/tiny after 2 iterations of preference alignment" in card
     assert "1,234,567 parameters, stored as bfloat16." in card
@@ -135,7 +137,7 @@ def test_the_text_tells_base_data_recipe_iteration_and_limits(second):
         "mean characters": "chosen 61, rejected 40",
         "loss": "sigmoid, β 0.1",
         "optimizer": "adamw, learning rate 5e-05, linear, warm-up 0.1",
-        "epochs, pairs a step": "1, 4",
+        "epochs, pairs per step": "1, 4",
         "longest, tokens": "512, of these prompt 256",
         "test pairs ordered right": "62.5%",
     }
@@ -144,7 +146,7 @@ def test_the_text_tells_base_data_recipe_iteration_and_limits(second):
     # Of the second iteration's data nothing is known, and nothing is made up.
     for name in ("prompts", "answers to each", "ranker", "length penalty", "mean characters"):
         assert row_of(card, name)[1] == "not known"
-    assert "- Bf16 rounds away" in card and "no results were given" in card
+    assert "- Bfloat16 rounds away" in card and "no results were given" in card
     assert "apache-2.0, as the base model's own metadata state" in card
     assert "/home/me" not in card
 
@@ -188,6 +190,22 @@ def test_data_that_was_edited_or_is_gone_is_said_so(tmp_path):
         )[0]
     )
     assert provenance(__file__) == []
+
+
+def test_inputs_of_before_they_had_roles_are_read_as_well(tmp_path):
+    file, entries = pairs_of(tmp_path), []
+    for inputs_by_path in (False, True):
+        entries.append(provenance(file))
+        for beside in tmp_path.glob("*.manifest.json") if not inputs_by_path else ():
+            manifest = json.loads(beside.read_text())
+            manifest["inputs"] = {e["path"]: e["sha256"] for e in manifest["inputs"].values()}
+            beside.write_text(json.dumps(manifest))
+    assert [e["stage"] for e in entries[0]] == [e["stage"] for e in entries[1]]
+    embedded = [e | {"inputs": {"hf://datasets/a/b@1/x.parquet": "?"}} for e in entries[1]]
+    made = {"identity": "m1", "origin": {}, "parameters": 5}
+    for data, prompts in ((entries[1], "train-00000"), (embedded, "hf://datasets/a/b@1/x.parquet")):
+        card = cards.model_card(trained(made, data, "m2"), "float32", None, [])
+        assert prompts in row_of(card, "prompts")[0]
 
 
 # ---------------------------------------------------------------------- results
@@ -268,9 +286,9 @@ def test_to_hf_writes_the_card_renews_it_and_leaves_a_users_own(tmp_path, capsys
     tiny.write_checkpoint(tmp_path / "C")
     dst, readme = tmp_path / "D", tmp_path / "D" / "README.md"
     made = checkpoint.read_manifest(str(tmp_path / "C"))
-    convert.main(convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bf16"))
+    convert.main(convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bfloat16"))
     first = readme.read_text()
-    assert f"`{made['identity']}`" in first and "- Bf16 rounds " in first
+    assert f"`{made['identity']}`" in first and "- Bfloat16 rounds " in first
     kl = written(
         tmp_path / "k.json",
         "evaluate kl",
@@ -278,12 +296,12 @@ def test_to_hf_writes_the_card_renews_it_and_leaves_a_users_own(tmp_path, capsys
         KL,
         {"model": made["identity"], "sampler": "unknown"},
     )
-    again = convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bf16", results=(kl,))
+    again = convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bfloat16", results=(kl,))
     convert.main(again)
     renewed = readme.read_text()
-    assert "0.0123" in renewed and "- Bf16 rounds " in renewed
+    assert "0.0123" in renewed and "- Bfloat16 rounds " in renewed
     # Without --results what was given before stays.
-    convert.main(convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bf16"))
+    convert.main(convert.ToHf(str(tmp_path / "C"), str(dst), dtype="bfloat16"))
     assert readme.read_text() == renewed
     readme.write_text(renewed.replace("# A language model", "# My model"))
     capsys.readouterr()
@@ -321,20 +339,13 @@ def test_a_models_licence_is_that_of_its_own_card(tmp_path):
 def add(tmp_path: Path, iteration: int, n: int, *more) -> None:
     rows = [([i % 7 + 1.0, 0.5, -1.0], [40, 30, 20 + i]) for i in range(n)]
     source = ranked(tmp_path / f"ranked_{iteration}.jsonl", rows)
-    argv = [
-        "--ranked",
-        str(source),
-        "--out",
-        str(tmp_path / f"pairs_{iteration}.jsonl"),
-        "--test-count",
-        "5",
-        "--parquet",
-        str(tmp_path / "hub"),
-        "--iteration",
-        str(iteration),
-        *more,
-    ]
+    out = tmp_path / f"pairs_{iteration}.jsonl"
+    argv = ["--ranked", str(source), "--out", str(out), "--test-count", "5", *more]
     assert run_main(pairs.main, pairs.Args, argv) == 0
+    for kind, file in (("train", out), ("test", out.with_suffix(".test.jsonl"))):
+        argv = ["to-parquet", str(file), str(tmp_path / "hub")]
+        argv += ["--split", f"{kind}_iteration_{iteration}", *more]
+        assert run_main(convert.main, convert.Command, argv) == 0
 
 
 def splits_of(folder: Path) -> dict[str, int]:
@@ -396,7 +407,7 @@ def test_a_card_that_the_user_changed_keeps_its_words_and_learns_the_splits(tmp_
     assert readme.read_bytes() == before
     readme.write_text("---\nlicense: [\n---\n")
     with pytest.raises(UserError, match="its front matter cannot be read"):
-        pairs.parquet.write_card(str(tmp_path / "hub"))
+        cards.write_dataset_card(str(tmp_path / "hub"))
 
 
 def test_pairs_of_a_known_ranker_and_model_are_told_in_the_datasets_card(tmp_path):

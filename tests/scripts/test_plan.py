@@ -13,7 +13,7 @@ import pytest
 
 from model import decoder
 from scripts.plan import __main__ as command
-from scripts.plan import arithmetic, fit, programs, published, schedule
+from scripts.plan import arithmetic, fit, programs, published, schedule, slices
 from scripts.plan.recipe import MISTRAL_7B, RECIPES, model_config, read
 from sharding import chips
 from sharding.errors import UserError
@@ -37,7 +37,7 @@ def plan_of(recipe="snorkel-mistral-7b", topology="v5p:2x2x1", **flags):
     args = command.Args(recipe, topology, **flags)
     found = read(recipe)
     return command.make(
-        args, found, arithmetic.DecoderCost(model_config(found.start)), chips.parse(topology)
+        args, found, arithmetic.DecoderCost(model_config(found.start)), slices.parse(topology)
     )
 
 
@@ -65,21 +65,21 @@ def plan_command(*words, **environment):
     ],
 )
 def test_a_topology_is_read(topology, size, hosts):
-    on = chips.parse(topology)
+    on = slices.parse(topology)
     assert (on.size, on.hosts, str(on)) == (size, hosts, topology)
 
 
 @pytest.mark.parametrize("topology", ["v5p:4", "v5e:2x2x1", "b200:8", "h100:0", "h100", "v5p"])
 def test_a_topology_that_is_none_is_refused(topology):
     with pytest.raises(ValueError, match=r"in the table|is no slice"):
-        chips.parse(topology)
+        slices.parse(topology)
 
 
 def test_an_axis_of_two_chips_has_one_link_a_longer_one_two():
-    assert chips.parse("v5p:2x2x1").exchange == 600e9 * 2 / 6
-    assert chips.parse("v5p:4x4x4").exchange == 600e9
-    assert chips.parse("h100:8").exchange == 450e9
-    assert chips.parse("h100:16").exchange == 50e9
+    assert slices.parse("v5p:2x2x1").exchange == 600e9 * 2 / 6
+    assert slices.parse("v5p:4x4x4").exchange == 600e9
+    assert slices.parse("h100:8").exchange == 450e9
+    assert slices.parse("h100:16").exchange == 50e9
 
 
 def test_jax_names_of_devices_find_their_chips():
@@ -173,7 +173,7 @@ def test_decoding_draws_every_answer_and_reads_weights_and_cache_once_a_step():
 
 
 def test_pairrm_counts_comparisons_and_the_weights_of_deberta_large():
-    one = arithmetic.RankingCost(rank.Args("R", "S", "K"), LENGTHS, 10, 5, chips.parse("v5e:1x1"))
+    one = arithmetic.RankingCost(rank.Args("R", "S", "K"), LENGTHS, 10, 5, slices.parse("v5e:1x1"))
     assert one.comparisons == 200
     products = one.pieces()[0]
     assert products.flops == 2 * 24 * 12 * 1024**2 * one.length
@@ -184,7 +184,7 @@ def test_pairrm_counts_comparisons_and_the_weights_of_deberta_large():
 
 
 def test_a_piece_is_bound_by_products_or_bytes_and_exchange_is_hidden_or_awaited():
-    on = chips.parse("v5p:2x2x1")
+    on = slices.parse("v5p:2x2x1")
     piece = arithmetic.Piece
     products = piece("", flops=459e12, bytes=2765e9 / 2)
     memory = piece("", flops=1.0, bytes=2765e9)
@@ -288,11 +288,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags, reason, capsys):
 def test_without_libtpu_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install libtpu.*--arithmetic"):
-        programs.compiled(chips.parse("v5p:2x2x1"), {})
+        programs.compiled(slices.parse("v5p:2x2x1"), {})
 
 
 def test_efficiency_is_a_number_or_a_file_over_what_is_assumed(tmp_path):
-    on = chips.parse("h100:8")
+    on = slices.parse("h100:8")
     (tmp_path / "bench.json").write_text(json.dumps({"dpo": 0.6}))
     found = schedule.efficiencies((str(tmp_path / "bench.json"), "rank=0.2"), on)
     assert found == {**schedule.ASSUMED, "dpo": 0.6, "rank": 0.2}

@@ -10,7 +10,8 @@ import pytest
 
 from sharding.errors import UserError
 from stages.evaluate import __main__ as evaluate
-from stages.evaluate import benchmarks, overlap, winrates
+from stages.evaluate import overlap, winrates
+from stages.files import benchmarks
 from stages.files.output import Output, read_manifest
 from stages.files.paths import text_sha256
 from stages.files.run import Stopped, run_main
@@ -360,6 +361,109 @@ def test_the_805_and_mt_bench_are_read_whole(data):
     assert len(rows) == 805 and len({row["prompt_id"] for row in rows}) == 805
     assert len(benchmarks.read_instructions(str(data / "prompts/mt_bench.jsonl"), counts)) == 80
     assert counts["second turns not asked"] == 80
+
+
+def test_an_instruction_with_an_input_is_asked_with_it(tmp_path):
+    joined = "Translate to French.\n\nGood morning"
+    row = {"instruction": "Translate to French.", "input": "Good morning", "output": "Bonjour"}
+    (tmp_path / "a.json").write_text(json.dumps([row, row | {"input": ""}]))
+    rows = benchmarks.read_instructions(str(tmp_path / "a.json"), Counter())
+    assert [row["prompt"] for row in rows] == [joined, "Translate to French."]
+    assert [o.prompt for o in benchmarks.read_outputs(str(tmp_path / "a.json")).values()] == [
+        joined,
+        "Translate to French.",
+    ]
+    assert benchmarks.asked_texts(row, "here") == [joined]
+
+
+@pytest.mark.parametrize("name", ["context", "system", "system_prompt"])
+def test_a_field_of_the_task_that_is_not_asked_is_refused_by_name(tmp_path, name):
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "Sum it up.", name: "A text."}]))
+    with pytest.raises(UserError, match=f"item 0: field '{name}' is part of the task"):
+        benchmarks.read_instructions(str(tmp_path / "a.json"), Counter())
+
+
+def test_mt_benchs_questions_may_come_without_ids(tmp_path):
+    questions = [{"turns": [f"Question {i}?"]} for i in range(3)] + [
+        {"turns": ["Named?"], "question_id": "q7"}
+    ]
+    tiny.write_jsonl(tmp_path / "question.jsonl", questions)
+    rows = benchmarks.read_instructions(str(tmp_path / "question.jsonl"), Counter())
+    wanted = [text_sha256(f"Question {i}?") for i in range(3)] + ["question q7"]
+    assert [row["prompt_id"] for row in rows] == wanted
+    tiny.write_jsonl(tmp_path / "question.jsonl", [{"turns": ["?"], "question_id": [1]}])
+    with pytest.raises(UserError, match="line 1: field 'question_id' is list"):
+        benchmarks.read_instructions(str(tmp_path / "question.jsonl"), Counter())
+
+
+def test_a_row_of_samples_stays_one_whatever_other_fields_it_carries(tmp_path):
+    row = {"prompt_id": "p", "prompt": "Why?", "instruction": "carried", "output": 1}
+    tiny.write_jsonl(tmp_path / "s.jsonl", [row | {"responses": [{"text": "a"}]}])
+    (output,) = benchmarks.read_outputs(str(tmp_path / "s.jsonl")).values()
+    assert (output.key, output.text) == ("Why?", "a")
+
+
+# ------------------------------------------------------------------- files that are not right
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "compare --outputs {file} --baseline {file} --ranker {dir}/reward.py:reward",
+        "score --annotations {file}",
+        "score --annotations {good} --difficulty {file}",
+        "score --annotations {good} --difficulty {good} --gamed {file}",
+        "overlap --train {file} {file}",
+        "outputs --checkpoint {dir} --benchmark {file}",
+    ],
+)
+@pytest.mark.parametrize(
+    "content",
+    [DEEP, '{"prompt": ' + DEEP + "}", "", "\x00", '[{"instruction": 1e999, "output": 1e999}]'],
+    ids=["deep", "deep-row", "empty", "zero", "infinite"],
+)
+def test_a_file_that_cannot_be_read_gets_one_line(tmp_path, capsys, argv, content):
+    (tmp_path / "reward.py").write_text(LENGTH)
+    (tmp_path / "bad.json").write_text(content)
+    good = {"output_1": "a", "output_2": "b", "preference": 2, "instruction_difficulty": [0.0]}
+    (tmp_path / "good.json").write_text(json.dumps([good]))
+    names = {"file": tmp_path / "bad.json", "good": tmp_path / "good.json", "dir": tmp_path}
+    words = argv.format(**names).split()
+    assert run(*words, "--out", tmp_path / "out.json") == 2
+    assert len(error_line(capsys)) < 1000
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "high"])
+def test_difficulties_are_finite_numbers(tmp_path, capsys, value):
+    row = {"output_1": "a", "output_2": "b", "preference": 2}
+    (tmp_path / "a.json").write_text(json.dumps([row, row]))
+    (tmp_path / "d.csv").write_text(f",instruction_difficulty\n0,1.5\n1,{value}\n")
+    command = ("score", "--annotations", tmp_path / "a.json", "--difficulty", tmp_path / "d.csv")
+    assert run(*command, "--out", tmp_path / "s.json") == 2
+    assert "--difficulty" in error_line(capsys)
+
+
+def test_inputs_in_other_roles_are_another_run(tmp_path, capsys):
+    tiny.write_jsonl(tmp_path / "1.jsonl", [{"prompt": "One prompt of the first file"}])
+    tiny.write_jsonl(tmp_path / "2.jsonl", [{"prompt": "Another prompt of the second"}])
+    out = ("--out", tmp_path / "o.json")
+    one, two = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    assert run("overlap", "--train", one, "--benchmarks", two, *out) == 0
+    assert run("overlap", "--train", two, "--benchmarks", one, *out) == 2
+    assert "other arguments" in error_line(capsys)
+    (tmp_path / "reward.py").write_text(LENGTH)
+    a, b = outputs(tmp_path / "a.json", {"q": "x"}), outputs(tmp_path / "b.json", {"q": "yy"})
+    ranker = ("--ranker", f"{tmp_path}/reward.py:reward", "--out", tmp_path / "c.json")
+    assert run("compare", "--outputs", a, "--baseline", b, *ranker) == 0
+    assert run("compare", "--outputs", b, "--baseline", a, *ranker) == 2
+    assert "other arguments" in error_line(capsys)
+    # The result never takes the place of what was compared.
+    assert run("compare", "--outputs", a, "--baseline", b, *ranker[:2], "--out", b) == 2
+    assert "is the input (baseline)" in error_line(capsys)
+    assert json.loads(b.read_text())[0]["output"] == "yy"
 
 
 # ---------------------------------------------------------------------------------- overlap

@@ -1,17 +1,19 @@
 """The judge, against a server on this machine that speaks OpenAI's protocol."""
 
+import email.utils
 import gc
 import importlib.metadata
 import json
 import math
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from stages.evaluate import judge
-from stages.files.output import read_manifest
+from stages.files.output import Output, read_manifest
 from tests.stages.test_evaluate import error_line, outputs, run
 
 # In the form of alpaca_eval's own, which is read from the package where it is installed.
@@ -42,6 +44,7 @@ class Judge(BaseHTTPRequestHandler):
         server = self.server
         server.asked.append((self.path, self.headers.get("Authorization"), body))
         status = server.statuses.pop(0) if server.statuses else 200
+        status, again = status if isinstance(status, tuple) else (status, None)
         user = body["messages"][-1]["content"]
         first, second = (user.split(f'{name}: """')[1].split('"""')[0] for name in ("m", "M"))
         top = [{"token": t, "logprob": p} for t, p in server.logprobs(first, second).items()]
@@ -59,6 +62,8 @@ class Judge(BaseHTTPRequestHandler):
         data = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        if again is not None:
+            self.send_header("Retry-After", again)
         self.end_headers()
         self.wfile.write(data)
 
@@ -145,6 +150,74 @@ def test_failed_requests_are_tried_again(server, tmp_path):
     server.statuses = [429, 500, 503, 429]
     assert ask(server, tmp_path) == 0
     assert len(server.asked) == 12
+
+
+def test_the_server_says_when_to_ask_again(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judge, "FIRST_PAUSE", 60)  # what it would wait by itself
+    soon = email.utils.formatdate(time.time() + 1, usegmt=True)
+    server.statuses = [(429, "0.3"), (503, soon), (429, "0")]
+    start = time.monotonic()
+    assert ask(server, tmp_path, "--parallel", 1) == 0
+    assert len(server.asked) == 11 and 0.3 <= time.monotonic() - start < 30
+    server.statuses = [(429, "86400")]  # longer than a run should sit there
+    (tmp_path / "annotations.json").unlink()
+    assert ask(server, tmp_path, "--parallel", 1) == 2
+    assert "Retry-After: 86400 seconds" in error_line(capsys)
+    assert len(server.asked) == 12
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
+def test_no_request_is_paid_for_after_a_failure(server, tmp_path, monkeypatch, error):
+    """Whatever is raised, the queued requests are not sent, and what was sent already is kept."""
+    written = []
+
+    def failing(self, row, real=Output.write):
+        if len(written) == 1:
+            written.append(None)
+            raise error("of another kind")
+        real(self, row)
+        written.append(row["prompt_id"])
+
+    monkeypatch.setattr(Output, "write", failing)
+    monkeypatch.setattr(judge, "FIRST_PAUSE", 60)
+    server.statuses = [200, 200, 429]  # this one waits for its turn when the failure comes
+    start = time.monotonic()
+    if error is KeyboardInterrupt:
+        assert ask(server, tmp_path, "--parallel", 2) == 75
+    else:
+        with pytest.raises(error):
+            ask(server, tmp_path, "--parallel", 2)
+    assert time.monotonic() - start < 30
+    asked = len(server.asked)
+    assert asked <= 4  # of 8
+    time.sleep(0.2)
+    assert len(server.asked) == asked
+    answered = sum(status == 200 for status in [200, 200, 429, 200][:asked])
+    assert len([key for key in written if key]) >= answered - 1  # all but the one that failed
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--parallel", 0], "--parallel is 0"),
+        (["--timeout", "nan"], "--timeout is nan"),
+        (["--price-per-million", "inf"], "--price-per-million is inf"),
+        (["--endpoint", "api.example.com/v1"], "must begin with http"),
+        (["--response", -1], "--response is -1"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused_before_a_request(
+    server, tmp_path, capsys, flags, words
+):
+    assert ask(server, tmp_path, *flags) == 2
+    assert words in error_line(capsys) and not server.asked
+
+
+@pytest.mark.parametrize("logprob", [None, "high", float("nan"), 1e6])
+def test_a_reply_whose_log_prob_is_no_number_is_told_in_one_line(server, tmp_path, capsys, logprob):
+    server.logprobs = lambda first, second: {"m": logprob}
+    assert ask(server, tmp_path, "--parallel", 1) == 2
+    assert "log-probs" in error_line(capsys)
 
 
 def test_what_was_judged_before_a_failure_is_not_asked_again(server, tmp_path, capsys):

@@ -16,12 +16,9 @@ import transformers
 
 from model import checkpoint, decoder
 from scripts import convert
-from sharding.errors import UserError
-from stages import sample
+from stages import rank, sample
 from stages.evaluate import __main__ as evaluate
-from stages.evaluate import outputs
 from stages.files.output import Output, manifest_path, read_manifest
-from stages.files.run import Stopped, run_main
 from tests import tiny
 from tests.stages.test_evaluate import error_line, run
 
@@ -55,16 +52,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def in_process(monkeypatch):
-    """Sampling in this process, where everything is compiled already."""
-
-    def run_stage(module, argv):
-        code = run_main(sample.main, sample.Args, argv)
-        assert (module, code) == ("stages.sample", 0)
-
-    monkeypatch.setattr(outputs, "run_stage", run_stage)
-
-
 def argv(folder, out, *more):
     return [
         "outputs",
@@ -90,8 +77,7 @@ def argv(folder, out, *more):
     ]
 
 
-def test_outputs_are_the_samplers_answers_in_alpaca_evals_form(folder, tmp_path, monkeypatch):
-    in_process(monkeypatch)
+def test_outputs_are_the_samplers_answers_in_alpaca_evals_form(folder, tmp_path):
     assert run(*argv(folder, tmp_path / "m.json")) == 0
     answers = json.loads((tmp_path / "m.json").read_text())
     sampled = tiny.read_jsonl(folder / "samples.jsonl")
@@ -105,8 +91,7 @@ def test_outputs_are_the_samplers_answers_in_alpaca_evals_form(folder, tmp_path,
     assert manifest.identities["model"] == checkpoint.identity(str(folder / "model"))
 
 
-def test_best_of_n_keeps_the_rankers_best_and_all_answers(folder, tmp_path, monkeypatch):
-    in_process(monkeypatch)
+def test_best_of_n_keeps_the_rankers_best_and_all_answers(folder, tmp_path):
     ranker = ("--best-of", 3, "--ranker", f"{folder}/reward.py:reward")
     assert run(*argv(folder, tmp_path / "m.json", *ranker)) == 0
     answers = json.loads((tmp_path / "m.json").read_text())
@@ -124,8 +109,7 @@ def test_best_of_n_keeps_the_rankers_best_and_all_answers(folder, tmp_path, monk
     assert (tmp_path / "m.json").read_bytes() == text
 
 
-def test_an_instruction_without_an_answer_fails(folder, tmp_path, monkeypatch, capsys):
-    in_process(monkeypatch)
+def test_an_instruction_without_an_answer_fails(folder, tmp_path, capsys):
     prompts = [*tiny.PROMPTS, {"prompt": "words " * 90}]  # beyond the context of 256 tokens
     tiny.write_jsonl(tmp_path / "prompts.jsonl", prompts)
     more = ("--benchmark", tmp_path / "prompts.jsonl")
@@ -150,20 +134,69 @@ def test_wrong_arguments_are_told_in_one_line(folder, tmp_path, capsys, more, wo
     assert words in error_line(capsys)
 
 
-def test_a_signal_reaches_the_stage_and_its_exit_code_comes_back(tmp_path, monkeypatch):
-    (tmp_path / "slow.py").write_text(
-        "import os, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-        "if 'stop' in sys.argv: os.kill(os.getppid(), signal.SIGTERM), time.sleep(60)\n"
-        "sys.exit(int(sys.argv[1]))\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(Stopped):
-        outputs.run_stage("slow", ["0", "stop"])
-    for code, error in ((2, UserError), (75, Stopped), (1, RuntimeError)):
-        with pytest.raises(error):
-            outputs.run_stage("slow", [str(code)])
-    outputs.run_stage("slow", ["0"])
+def test_the_model_is_freed_before_the_ranker_comes(folder, tmp_path, monkeypatch):
+    """sample, then rank, in one process; between them no array of the model is left."""
+    model = decoder.abstract(checkpoint.load_config(str(folder / "model")))
+    shapes = {leaf.shape for leaf in jax.tree.leaves(model) if len(leaf.shape) > 1}
+    calls = []
+
+    def model_arrays() -> list:
+        return [array for array in jax.live_arrays() if array.shape in shapes]
+
+    def sampling(args, real=sample.main):
+        gc.collect()
+        assert not model_arrays()  # of other tests
+        real(args)
+        calls.append("sample")
+
+    def ranking(args, real=rank.main):
+        assert not model_arrays()
+        real(args)
+        calls.append("rank")
+
+    loaded = []
+
+    def loading(*args, real=checkpoint.load):
+        config, params = real(*args)
+        loaded.append(len(model_arrays()))
+        return config, params
+
+    monkeypatch.setattr(checkpoint, "load", loading)
+    monkeypatch.setattr(sample, "main", sampling)
+    monkeypatch.setattr(rank, "main", ranking)
+    monkeypatch.setattr(subprocess, "Popen", None)  # no child processes
+    ranker = ("--best-of", 3, "--ranker", f"{folder}/reward.py:reward")
+    assert run(*argv(folder, tmp_path / "m.json", *ranker)) == 0
+    assert calls == ["sample", "rank"] and len(loaded) == 1
+    assert loaded[0] >= len([leaf for leaf in jax.tree.leaves(model) if len(leaf.shape) > 1])
+
+
+@pytest.mark.parametrize("during", ["sampling", "ranking", "neither"])
+def test_a_signal_stops_with_75_and_the_same_command_goes_on(folder, tmp_path, monkeypatch, during):
+    ranker = ("--best-of", 3, "--ranker", f"{folder}/reward.py:reward")
+    command = argv(folder, tmp_path / "m.json", *ranker)
+    ending = {"sampling": "samples.jsonl", "ranking": "ranked.jsonl"}.get(during)
+
+    def stopping(self, row, real=Output.write):
+        real(self, row)
+        if ending is not None and self.path.endswith(ending):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Output, "write", stopping)
+    if during == "neither":
+        monkeypatch.setattr(gc, "collect", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    handler = signal.getsignal(signal.SIGTERM)
+    assert run(*command) == 75
+    assert signal.getsignal(signal.SIGTERM) == handler
+    monkeypatch.undo()
+    gc.collect()  # the stopped run's hold on its file; a process of its own ends with it
+    left = {path.name for path in tmp_path.iterdir()}
+    assert ("m.samples.jsonl" in left) == (during != "sampling") and "m.json" not in left
+    assert run(*command) == 0
+    answers = json.loads((tmp_path / "m.json").read_text())
+    sampled = tiny.read_jsonl(folder / "samples.jsonl")
+    texts = [[r["text"] for r in row["responses"]] for row in sampled]
+    assert [a["output"] for a in answers] == [max(t, key=lambda x: x.count("e")) for t in texts]
 
 
 @pytest.mark.heavy
@@ -200,6 +233,26 @@ def test_stopped_while_sampling_it_goes_on_to_the_same_answers(folder, tmp_path)
     assert os.listdir(tmp_path).count("m.samples.jsonl.partial") == 0
 
 
+@pytest.mark.heavy
+def test_processes_that_slurm_started_answer_together(folder, tmp_path):
+    """--coordinator auto: who is who stands in SLURM's environment."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+    job |= {"SLURM_NTASKS": "2", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    ranker = ("--best-of", 3, "--ranker", f"{folder}/reward.py:reward", "--mesh", 1, -1, 1)
+    words = map(str, argv(folder, tmp_path / "m.json", *ranker, "--coordinator", "auto"))
+    command = [sys.executable, "-m", "stages.evaluate", *words]
+    running = [
+        subprocess.Popen(command, env=os.environ | job | {"SLURM_PROCID": i, "SLURM_LOCALID": i})
+        for i in ("0", "1")
+    ]
+    assert [process.wait() for process in running] == [0, 0]
+    answers = json.loads((tmp_path / "m.json").read_text())
+    sampled = tiny.read_jsonl(folder / "samples.jsonl")
+    texts = [[r["text"] for r in row["responses"]] for row in sampled]
+    assert [a["output"] for a in answers] == [max(t, key=lambda x: x.count("e")) for t in texts]
+    assert not list(tmp_path.glob("*share*"))
+
+
 # --------------------------------------------------------------------------------------- kl
 
 
@@ -231,7 +284,7 @@ def test_a_model_is_at_no_distance_from_itself(folder, tmp_path):
 
 def test_the_distance_is_that_of_transformers_log_probs(folder, tmp_path):
     found = kl(folder, tmp_path, "other", "--batch-size", 6)
-    convert.to_hf(convert.ToHf(str(folder / "other"), str(tmp_path / "hf"), dtype="fp32"))
+    convert.to_hf(convert.ToHf(str(folder / "other"), str(tmp_path / "hf"), dtype="float32"))
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     eos = checkpoint.load_config(str(folder / "other")).eos_token_ids[0]
     ahead, tokens = [], []

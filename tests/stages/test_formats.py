@@ -1,7 +1,9 @@
 """Parquet in the published dataset's form: written, read by `datasets`, and read back."""
 
 import dataclasses
+import datetime
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -12,7 +14,7 @@ import pytest
 from scripts import convert
 from sharding.errors import UserError
 from stages import pairs
-from stages.files import formats as parquet
+from stages.files import formats, rows
 from stages.files.output import read_manifest
 from stages.files.paths import file_sha256, text_sha256
 from stages.files.run import Stopped, run_main
@@ -55,11 +57,10 @@ def read(path) -> list[dict]:
 def make(tmp_path: Path, iteration: int, n: int = 30) -> Path:
     out = tmp_path / f"pairs_{iteration}.jsonl"
     source = ranked(tmp_path / f"ranked_{iteration}.jsonl", n)
-    pairs.main(
-        pairs.Args(
-            str(source), str(out), test_count=5, parquet=str(tmp_path / "hub"), iteration=iteration
-        )
-    )
+    pairs.main(pairs.Args(str(source), str(out), test_count=5))
+    for kind, file in (("train", out), ("test", out.with_suffix(".test.jsonl"))):
+        split = f"{kind}_iteration_{iteration}"
+        convert.main(convert.ToParquet(str(file), str(tmp_path / "hub"), split))
     return out
 
 
@@ -95,18 +96,18 @@ def test_datasets_reads_the_published_columns_and_the_splits_from_the_names(tmp_
             assert loaded.features == datasets.Features(PUBLISHED)
             expected = [{name: row[name] for name in PUBLISHED} for row in read(path)]
             assert loaded.to_list() == expected
-    assert datasets.get_dataset_split_names(str(tmp_path / "hub")) == [
-        "train_iteration_1",
-        "test_iteration_1",
-        "train_iteration_2",
-        "test_iteration_2",
-    ]
+    names = [f"{split}_iteration_{n}" for n in (1, 2) for split in ("train", "test")]
+    assert sorted(datasets.get_dataset_split_names(str(tmp_path / "hub"))) == sorted(names)
+    facts = formats.split_facts(str(tmp_path / "hub"))  # the order that the card gives them
+    assert [split["name"] for split in facts] == names
+    assert [split["rows"] for split in facts] == [25, 5, 35, 5]
+    assert facts[0]["data"][0]["stage"] == "pairs" and facts[0]["path"].startswith("data/train")
 
 
 def test_written_files_are_whole_and_belong_to_their_pairs(tmp_path, capsys):
     out = make(tmp_path, 1)
     folder = tmp_path / "hub"
-    path = Path(parquet.write_split(str(out), str(folder), "train_iteration_1"))
+    path = Path(formats.write_split(str(out), str(folder), "train_iteration_1"))
     assert "finished already" in capsys.readouterr().out
     assert sorted(p.name for p in path.parent.iterdir()) == [
         "test_iteration_1-00000-of-00001.parquet",
@@ -115,13 +116,13 @@ def test_written_files_are_whole_and_belong_to_their_pairs(tmp_path, capsys):
     with out.open("a") as file:
         file.write(out.read_text().split("\n")[0] + "\n")
     with pytest.raises(UserError, match="exists from other pairs"):
-        parquet.write_split(str(out), str(folder), "train_iteration_1")
-    parquet.write_split(str(out), str(folder), "train_iteration_1", overwrite=True)
+        formats.write_split(str(out), str(folder), "train_iteration_1")
+    formats.write_split(str(out), str(folder), "train_iteration_1", overwrite=True)
     assert pq.read_metadata(path).num_rows == 26
 
 
 def test_large_files_are_written_in_groups_of_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(formats, "ROWS_AT_ONCE", 7)
     out = make(tmp_path, 1, 30)
     file = pq.ParquetFile(tmp_path / "hub" / "data" / "train_iteration_1-00000-of-00001.parquet")
     assert file.num_row_groups == 4
@@ -134,7 +135,7 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(tmp_path):
         "half \ud83d", prompt_id="i", all_generated_responses=["\ud83d"], all_rm_scores=[1.0]
     )
     source.write_text(json.dumps(row) + "\n")
-    path = parquet.write_split(str(source), str(tmp_path), "train")
+    path = formats.write_split(str(source), str(tmp_path), "train")
     (stored,) = pq.read_table(path).to_pylist()
     assert stored["prompt"] == "half \ufffd" and stored["all_generated_responses"] == ["\ufffd"]
 
@@ -143,7 +144,7 @@ def test_pairs_without_the_published_columns_are_refused(tmp_path):
     source = tmp_path / "pairs.jsonl"
     source.write_text(json.dumps(pair(prompt_id="i")) + "\n")
     with pytest.raises(UserError, match="line 1: field 'all_generated_responses' is missing"):
-        parquet.write_split(str(source), str(tmp_path), "train")
+        formats.write_split(str(source), str(tmp_path), "train")
     assert not list(tmp_path.rglob("*.parquet"))
 
 
@@ -153,9 +154,9 @@ def test_pairs_without_the_published_columns_are_refused(tmp_path):
 def test_pairs_come_back_as_they_were(tmp_path):
     out = make(tmp_path, 1)
     back = tmp_path / "back.jsonl"
-    parquet.read_dataset(str(tmp_path / "hub"), str(back), "train_iteration_1")
+    formats.read_dataset(str(tmp_path / "hub"), str(back), "train_iteration_1")
     test = tmp_path / "test.jsonl"
-    parquet.read_dataset(str(tmp_path / "hub"), str(test), "test_iteration_1")
+    formats.read_dataset(str(tmp_path / "hub"), str(test), "test_iteration_1")
     known = {*PUBLISHED, "messages", "chosen_index", "rejected_index"}
     for original, copy in ((out, back), (out.with_suffix(".test.jsonl"), test)):
         expected = [{k: v for k, v in row.items() if k in known} for row in read(original)]
@@ -163,7 +164,8 @@ def test_pairs_come_back_as_they_were(tmp_path):
             assert ("messages" in row) == (len(row["chosen"]) > 2)
         assert read(copy) == expected
     manifest = read_manifest(str(back))
-    (path, digest), *_ = manifest.inputs.items()
+    (entry,) = manifest.inputs.values()
+    path, digest = entry["path"], entry["sha256"]
     assert path.endswith("train_iteration_1-00000-of-00001.parquet")
     assert digest == file_sha256(path)
     assert manifest.counts == {"in": 25, "out": 25}
@@ -171,7 +173,7 @@ def test_pairs_come_back_as_they_were(tmp_path):
 
 def test_other_columns_are_carried(tmp_path):
     rows = [pair(score_chosen=7.5, messages=[{"role": "user", "content": "q"}], tags=["a", None])]
-    parquet.read_dataset(write(tmp_path / "d", rows), str(tmp_path / "o.jsonl"))
+    formats.read_dataset(write(tmp_path / "d", rows), str(tmp_path / "o.jsonl"))
     (row,) = read(tmp_path / "o.jsonl")
     assert row["score_chosen"] == 7.5 and row["tags"] == ["a", None]
     assert row["source_messages"] == rows[0]["messages"] and "messages" not in row
@@ -180,7 +182,7 @@ def test_other_columns_are_carried(tmp_path):
 
 def test_answers_alone_get_their_prompt(tmp_path):
     row = {k: v[1:] if isinstance(v, list) else v for k, v in pair().items()}
-    parquet.read_dataset(write(tmp_path / "d", [row]), str(tmp_path / "o.jsonl"))
+    formats.read_dataset(write(tmp_path / "d", [row]), str(tmp_path / "o.jsonl"))
     (read_back,) = read(tmp_path / "o.jsonl")
     assert read_back == {"prompt_id": text_sha256("q")} | pair()
 
@@ -201,7 +203,7 @@ def test_unusable_rows_are_set_aside_and_repeated_ones_merged(tmp_path):
         other | {"prompt_id": "4"},
         blank | {"prompt_id": "5"},
     ]
-    parquet.read_dataset(write(tmp_path / "d", rows), str(tmp_path / "o.jsonl"))
+    formats.read_dataset(write(tmp_path / "d", rows), str(tmp_path / "o.jsonl"))
     assert [row["prompt_id"] for row in read(tmp_path / "o.jsonl")] == ["1", "1#2"]
     assert read_manifest(str(tmp_path / "o.jsonl")).counts == {
         "in": 8,
@@ -218,7 +220,7 @@ def test_prompts_alone(tmp_path):
     rows = [pair("a", prompt_id="x"), pair("b", prompt_id="y"), pair("a", prompt_id="x")]
     rows.append(pair("  ", prompt_id="z"))
     folder = write(tmp_path / "d", rows)
-    parquet.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"))
+    formats.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"))
     assert read(tmp_path / "p.jsonl") == [
         {"prompt_id": "x", "prompt": "a"},
         {"prompt_id": "y", "prompt": "b"},
@@ -228,15 +230,15 @@ def test_prompts_alone(tmp_path):
     assert counts["set aside: the prompt is empty"] == 1
     write(tmp_path / "d", [{"prompt": "a"}])
     with pytest.raises(UserError, match="exists from other arguments"):
-        parquet.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"))
-    parquet.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"), overwrite=True)
+        formats.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"))
+    formats.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"), overwrite=True)
     assert read(tmp_path / "p.jsonl")[0]["prompt_id"] == text_sha256("a")
 
 
 def test_a_stopped_reading_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     make(tmp_path, 1)
     arguments = (str(tmp_path / "hub"), str(tmp_path / "o.jsonl"), "train_iteration_1")
-    original, calls = parquet._pair, []
+    original, calls = formats._pair, []
 
     def stopping(*args):
         calls.append(1)
@@ -245,11 +247,123 @@ def test_a_stopped_reading_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
         return original(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(parquet, "_pair", stopping)
-        parquet.read_dataset(*arguments)
-    parquet.read_dataset(*arguments)
-    parquet.read_dataset(arguments[0], str(tmp_path / "whole.jsonl"), arguments[2])
+        patch.setattr(formats, "_pair", stopping)
+        formats.read_dataset(*arguments)
+    formats.read_dataset(*arguments)
+    formats.read_dataset(arguments[0], str(tmp_path / "whole.jsonl"), arguments[2])
     assert (tmp_path / "o.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+# ---------------------------------------------------------------------- types at the border
+
+
+def csv(folder: Path, **files: str) -> str:
+    """A dataset folder of CSV files."""
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / f"{name}.csv").write_text(text)
+    return str(folder)
+
+
+def test_ids_become_texts_and_shards_need_not_have_the_same_columns(tmp_path):
+    shards = [
+        [pair("a", prompt_id=7), pair("b", prompt_id=None)],
+        [pair("c", prompt_id="x", extra=[1.5]), pair("d", prompt_id="", extra=[])],
+        [pair("e", prompt_id=2.0, extra="text")],
+    ]
+    (tmp_path / "d" / "data").mkdir(parents=True)
+    for i, shard in enumerate(shards):
+        file = tmp_path / "d" / "data" / f"train-{i:05}-of-00003.parquet"
+        pq.write_table(pa.Table.from_pylist(shard), file)
+    wanted = ["7", text_sha256("b"), "x", text_sha256("d"), "2"]
+    formats.read_prompts_dataset(str(tmp_path / "d"), str(tmp_path / "p.jsonl"))
+    assert [row["prompt_id"] for row in read(tmp_path / "p.jsonl")] == wanted
+    formats.read_dataset(str(tmp_path / "d"), str(tmp_path / "o.jsonl"))
+    assert [row["prompt_id"] for row in read(tmp_path / "o.jsonl")] == wanted
+    extras = [row.get("extra") for row in read(tmp_path / "o.jsonl")]
+    assert extras == [None, None, [1.5], [], "text"]
+    assert len(rows.read(str(tmp_path / "o.jsonl"), rows.Pair)) == 5  # as the next stage reads it
+
+
+def test_columns_nobody_needs_hold_what_they_like(tmp_path):
+    day = datetime.datetime(2024, 5, 1, 12, 30)
+    source = [
+        pair("a", score=float("nan"), made=day, day=day.date(), raw=b"\xff", n=Decimal("1.5")),
+        pair("b", score=2.5, made=None, day=None, raw=None, n=None),
+    ]
+    folder = write(tmp_path / "d", source)
+    formats.read_dataset(folder, str(tmp_path / "o.jsonl"))
+    first, second = read(tmp_path / "o.jsonl")
+    assert first | {"score": None, "raw": None} == first
+    assert (first["made"], first["day"], first["n"]) == ("2024-05-01T12:30:00", "2024-05-01", "1.5")
+    assert second["score"] == 2.5
+    counts = read_manifest(str(tmp_path / "o.jsonl")).counts
+    assert counts["null for NaN or infinity in column score"] == 1
+    assert counts["null for bytes in column raw"] == 1
+    formats.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"))
+    assert [row["prompt"] for row in read(tmp_path / "p.jsonl")] == ["a", "b"]
+
+
+def test_configs_are_named_and_taken_from_the_split(tmp_path, capsys):
+    folder = csv(tmp_path / "d", a="prompt\nof one\n", b="prompt\nof two\n")
+    (tmp_path / "d" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: a.csv\n- config_name: two\n"
+        "  data_files: b.csv\n---\n"
+    )
+    out, reader = tmp_path / "out.jsonl", formats.read_prompts_dataset
+    line = refused(capsys, folder, out, reader=reader)
+    assert "several configs: give --split CONFIG/SPLIT with one of the configs one, two" in line
+    assert "has no config 'three'" in refused(capsys, folder, out, "three/train", reader)
+    assert "give one of two/train" in refused(capsys, folder, out, "two/test", reader)
+    formats.read_prompts_dataset(folder, str(out), "two/train")
+    assert [row["prompt"] for row in read(out)] == ["of two"]
+    assert read_manifest(str(out)).arguments["split"] == "two/train"
+
+
+def test_broken_files_and_odd_paths_get_one_line(tmp_path, capsys):
+    out, reader = tmp_path / "out.jsonl", formats.read_prompts_dataset
+    folder = csv(tmp_path / "csv", train='prompt,n\nhi,1\n"never closed,2\n')
+    assert "split train: train.csv cannot be read" in refused(capsys, folder, out, reader=reader)
+    folder = csv(tmp_path / "two", train="prompt\na\n", test="prompt\nb\n")
+    assert "several splits: give one of test, train" in refused(capsys, folder, out, reader=reader)
+    folder = csv(tmp_path / "numbers", train="prompt\n12\n")
+    assert "row 1: field 'prompt' is int, not str" in refused(capsys, folder, out, reader=reader)
+    folder = csv(tmp_path / "a[1]", train="prompt\na\n")
+    assert "takes [ ] * ? in a path for a pattern" in refused(capsys, folder, out, reader=reader)
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "train.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    line = refused(capsys, tmp_path / "json", out, reader=reader)
+    assert "train.jsonl cannot be read" in line
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "message"),
+    [
+        (-1, None, "--first is -1"),
+        (2, 2, "--last is 2"),
+        (0, -3, "--last is -3"),
+        (9, None, "no row 9"),
+    ],
+)
+def test_a_slice_that_is_none_is_refused(tmp_path, first, last, message):
+    folder = write(tmp_path / "d", [pair(f"q{i}") for i in range(3)])
+    with pytest.raises(UserError, match=message):
+        formats.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"), first=first, last=last)
+    assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_rows_that_parquet_cannot_hold_are_named(tmp_path):
+    good = pair(prompt_id="i", all_generated_responses=["a"], all_rm_scores=[1.0])
+    for bad, message in (
+        ({"all_rm_scores": ["high"]}, "line 2: all_rm_scores must hold finite numbers"),
+        ({"prompt_id": 5}, "line 2: field 'prompt_id' is int"),
+        ({"all_generated_responses": [{"text": "a"}]}, "line 1, or one of the 1 rows below"),
+    ):
+        lines = "".join(json.dumps(row) + "\n" for row in (good, good | bad))
+        (tmp_path / "pairs.jsonl").write_text(lines)
+        with pytest.raises(UserError, match=message):
+            formats.write_split(str(tmp_path / "pairs.jsonl"), str(tmp_path), "train")
+        assert not list(tmp_path.rglob("train*.parquet"))
 
 
 # ---------------------------------------------------------------------- the caller's mistakes
@@ -262,7 +376,7 @@ class Convert:
     split: str | None = None
 
 
-def refused(capsys, source, out, split=None, reader=parquet.read_dataset) -> str:
+def refused(capsys, source, out, split=None, reader=formats.read_dataset) -> str:
     def convert(args: Convert):
         reader(args.source, args.out, args.split)
 
@@ -275,7 +389,7 @@ def refused(capsys, source, out, split=None, reader=parquet.read_dataset) -> str
     return stderr
 
 
-@pytest.mark.parametrize("reader", [parquet.read_dataset, parquet.read_prompts_dataset])
+@pytest.mark.parametrize("reader", [formats.read_dataset, formats.read_prompts_dataset])
 def test_missing_folders_splits_and_columns_are_named(tmp_path, capsys, reader):
     out = tmp_path / "out.jsonl"
     make(tmp_path, 1)
@@ -304,7 +418,12 @@ def test_missing_folders_splits_and_columns_are_named(tmp_path, capsys, reader):
         (pair() | {"chosen": pair()["chosen"][:1]}, "does not end with the assistant's answer"),
         (pair() | {"rejected": []}, "rejected does not end with"),
         (pair() | {"prompt": None}, "'prompt' is NoneType, not str"),
-        (pair(score=float("nan")), "holds what JSON cannot"),
+        (
+            pair() | {"chosen": [*pair()["chosen"][:1], {"role": "tool", "content": "x"}]},
+            "does not end",
+        ),
+        (pair(all_rm_scores=[1.0, float("nan")]), "column all_rm_scores holds NaN or infinity"),
+        (pair(prompt_id=True), "prompt_id is a bool"),
     ],
 )
 def test_unreadable_rows_are_named(tmp_path, capsys, row, message):
@@ -315,7 +434,7 @@ def test_unreadable_rows_are_named(tmp_path, capsys, row, message):
 def test_one_id_with_two_prompts_is_named(tmp_path, capsys):
     folder = write(tmp_path / "d", [{"prompt": p, "prompt_id": "i"} for p in "ab"])
     out = tmp_path / "out.jsonl"
-    message = refused(capsys, folder, out, reader=parquet.read_prompts_dataset)
+    message = refused(capsys, folder, out, reader=formats.read_prompts_dataset)
     assert "row 2: prompt_id 'i' stood above with another prompt" in message
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from model.rankers.blender import import_blender
-from model.rankers.comparisons import Ranking, Report, aggregate, strategy
-from model.rankers.opening import as_comparison
+from model.rankers.comparisons import Report, aggregate, strategy
+from model.rankers.pairwise import as_comparison
+from model.rankers.ranking import Ranking
 
 
 def run(kind, texts, logit, aggregation="max_logits", prompt_id="p"):

@@ -10,7 +10,7 @@ from scipy import stats
 from model.rankers import lengths
 from stages import pairs
 from stages.files.output import Manifest, read_manifest
-from stages.files.rows import read_rows
+from stages.files.rows import Ranked, json_rows
 from stages.files.run import run_main
 
 
@@ -91,8 +91,9 @@ def test_without_token_ids_there_are_characters_alone_and_without_pairs_no_gap(c
 
 
 def pick(scores: list, sizes: list, penalty: float, strategy: str = "max-min"):
-    texts = [answer["text"] for answer in answers(*sizes)]
-    return pairs.choose(texts, scores, "id", strategy, 0, penalty)
+    row = {"prompt": "p", "responses": answers(*sizes), "scores": scores}
+    args = pairs.Args("in", "out", strategy=strategy, length_penalty=penalty)
+    return pairs.choose(Ranked.parse(row, "here"), args)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_the_gap_narrows_and_the_stage_shows_it(capsys, tmp_path, strategy):
     assert gaps[0] > 300 and abs(gaps[1]) < 0.7 * gaps[0]
     assert manifest.results["gap_without_length_penalty"] == pytest.approx(gaps[0])
     assert f"{gaps[0]:+.0f} without the penalty, {gaps[1]:+.0f} with" in shown
-    for _, row in read_rows(str(tmp_path / "0.3.jsonl")):
+    for _, row in json_rows(str(tmp_path / "0.3.jsonl")):
         scores = row["all_rm_scores"]
         assert scores[row["chosen_index"]] > scores[row["rejected_index"]]
         assert scores == biased()[int(row["prompt"][1:])][0]  # the ranker's, as they were

@@ -11,9 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from model.config import deberta_from_hf
 from model.rankers import deberta, deberta_tpu, pairrm
 from model.rankers.blender import BlenderRanker
+from model.rankers.deberta import from_hf as deberta_from_hf
 from model.rankers.pairrm import MARKERS, PairRM, open_folder
 from scripts.plan import programs
 from scripts.plan.arithmetic import PAIRRM
@@ -271,7 +271,7 @@ def test_all_devices_compute_and_the_logits_are_those_of_one(both, tiny, monkeyp
 
 
 def test_a_stop_between_batches_does_not_wait_for_all_of_them(tiny, monkeypatch):
-    model, computed = PairRM(str(tiny), tokens_a_batch=1), []
+    model, computed = PairRM(str(tiny), tokens_per_batch=1), []
     whole = pairrm.compare
     monkeypatch.setattr(pairrm, "compare", lambda *x, **y: computed.append(1) or whole(*x, **y))
     encoded = model.encode("a prompt", ["one", "two"])
@@ -296,7 +296,7 @@ def test_batches_hold_every_comparison_once_and_no_row_of_padding(both):
 
 
 def test_on_an_accelerator_each_length_is_one_shape(tiny, both):
-    model = PairRM(str(tiny), tokens_a_batch=1024)
+    model = PairRM(str(tiny), tokens_per_batch=1024)
     model._on_cpu = False
     encoded = [model.encode(source, answers) for source, answers in ODD]
     asked = [(e, i, j) for e in encoded for i in range(2) for j in range(2) if i != j]
