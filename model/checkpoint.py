@@ -71,7 +71,7 @@ def save(
     processes.wait()  # all have looked
     unfinished = begin_folder(folder) if processes.is_first() else _unfinished_folder(folder)
     processes.wait()
-    with _orbax(params):
+    with _orbax(params), _as_os_error(folder):
         ocp.save(unfinished / "params", params)
     identity = fingerprint(params)
     if processes.is_first():
@@ -243,7 +243,6 @@ def save_state(folder: str, state) -> Callable[[], None]:
     The arrays may be donated at once: they are copied first. On CPU, where a copy would be another
     whole state in the same memory, it is written before this returns. Both may raise OSError.
     """
-
     on_cpu = any(d.platform == "cpu" for x in jax.tree.leaves(state) for d in x.devices())
     with _orbax(state), _as_os_error(folder):
         writing = ocp.save_async(epath.Path(folder), state)
