@@ -189,7 +189,7 @@ def _step(config, params, sampling, slots: int, length: int) -> dict:
     import jax  # here: --help must not wait for JAX
     import jax.numpy as jnp
 
-    from model import decoder, generate
+    from model import decoder, generate, kv_cache
 
     steps = generate.STEPS_PER_CALL
     state = generate._empty(config, slots, length, sampling, jnp.float32)
@@ -212,13 +212,13 @@ def _step(config, params, sampling, slots: int, length: int) -> dict:
         times.append((time.perf_counter() - begun) / drawn)
     assert drawn <= steps
     tokens_b, uniform_b = state["tokens"][:, 0], jnp.full(slots, 0.5)
-    cache, short = state["cache"], decoder.empty_cache(config, slots, 32)
+    cache, short = state["cache"], kv_cache.empty_cache(config, slots, 32)
 
     def best(function, *given):
         jax.block_until_ready(function(*given))
         return min(timed(lambda: jax.block_until_ready(function(*given)))[0] for _ in range(5))
 
-    decode = jax.jit(partial(decoder.decode, config=config), donate_argnames="cache")
+    decode = jax.jit(partial(kv_cache.decode, config=config), donate_argnames="cache")
 
     def decode_time(cache, at):
         took, positions_b = [], jnp.full(slots, at)
@@ -240,7 +240,7 @@ def _step(config, params, sampling, slots: int, length: int) -> dict:
     weights = sum(x.size for x in jax.tree.leaves(params["layers"]))
     vocabulary = config.vocab_size * config.hidden_size
     heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    size = decoder.cache_bytes(config, length)
+    size = kv_cache.cache_bytes(config, length)
     return {
         "slots": slots,
         "length": length,

@@ -113,7 +113,7 @@ def sampling(config, mesh, slots: int, length: int, prefill: int, dtype: str, fl
     import jax
     import jax.numpy as jnp
 
-    from model import generate, placement
+    from model import generate, kv_cache, placement
     from sharding.mesh import abstract, replicated
     from sharding.table import bytes_a_device
 
@@ -121,7 +121,7 @@ def sampling(config, mesh, slots: int, length: int, prefill: int, dtype: str, fl
     params = placement.unstacked(placement.parameters(config, mesh, dtype))
     state = jax.eval_shape(partial(generate._empty, config, slots, length, drawing, dtype))
     state = abstract(state, jax.tree.map(lambda _: whole, state))
-    state |= {"cache": placement.cache(config, mesh, slots, length, dtype)}
+    state |= {"cache": kv_cache.abstract_cache(config, mesh, slots, length, dtype)}
     sizes = {"parameters": bytes_a_device(params), "cache": bytes_a_device(state["cache"])}
     at = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
     with jax.set_mesh(mesh):
