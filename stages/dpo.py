@@ -26,26 +26,29 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from etils import epy
 
-from model import checkpoint, gates, losses, placement
-from model.batches import Batcher
-from model.logprobs import VERSION
-from model.tokenizer import ChatTokenizer
-from model.train import Optimization, Trainer, arrays_held, for_each
-from sharding import processes, table, watch
+from sharding import watch
 from sharding.errors import UserError
-from sharding.mesh import batch_shards, make_mesh, replicated, training_sizes
-from stages.files import loop
-from stages.files.examples import Example, read_pairs, sides
 from stages.files.output import Manifest, an_input, counts_line, read_lineage
 from stages.files.paths import check_distinct, normalised
 from stages.files.provenance import provenance
 from stages.files.rows import RowFile
 from stages.files.run import STOPPED_TOGETHER, run_main, stop_signal
-from stages.files.work import Work, is_finished, keep_array, read_array
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    import jax
+    import jax.numpy as jnp
+
+    from model import batches, checkpoint, gates, logprobs, losses, placement
+    from model import tokenizer as tokenizers
+    from model import train as training
+    from sharding import mesh as meshes
+    from sharding import processes, table
+    from stages.files import examples as reading
+    from stages.files import loop
+    from stages.files import work as working
 
 
 @dataclasses.dataclass
@@ -139,7 +142,7 @@ def main(args: Args) -> None:
     config = checkpoint.load_config(args.checkpoint)
     if checkpoint.load_config(reference) != config:
         raise UserError(f"--reference {reference} is of another architecture than --checkpoint")
-    tokenizer = ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
+    tokenizer = tokenizers.ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
     identities = {
         "model": checkpoint.identity(args.checkpoint),
         "reference": checkpoint.identity(reference),
@@ -152,7 +155,7 @@ def main(args: Args) -> None:
     for role in examples:
         if path := getattr(args, role):
             limits = config.vocab_size, args.max_length, args.max_prompt_length
-            examples[role], files[role] = read_pairs(path, tokenizer, *limits, aside)
+            examples[role], files[role] = reading.read_pairs(path, tokenizer, *limits, aside)
             print(f"{path}: {counts_line(files[role].counts)}")
     check_examples(args, examples)
     train, test = examples.values()
@@ -169,40 +172,40 @@ def main(args: Args) -> None:
         manifest.counts |= {f"{prefix}{name}": count for name, count in counts.items()}
     if not processes.agree(json.dumps(manifest.key())):
         raise UserError("the processes were given different pairs or checkpoints")
-    if is_finished(args.out, manifest):
+    if working.is_finished(args.out, manifest):
         print(f"{args.out} is finished already")
         return
     # For cards. Read before the training, at whose end these files may be gone.
     known = {"parent": checkpoint.read_manifest(args.checkpoint), "data": provenance(args.pairs)}
 
     # ------------------------------------------------------------ mesh, model, optimizer
-    mesh = make_mesh(*args.mesh or training_sizes(jax.device_count(), config))
+    mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(jax.device_count(), config))
     shapes, dtype = placement.parameters(config, mesh), jnp.dtype(args.dtype)
-    batcher = Batcher(
-        args.seed, args.batch_size, args.micro_batch_size, args.rows, batch_shards(mesh)
+    batcher = batches.Batcher(
+        args.seed, args.batch_size, args.micro_batch_size, args.rows, meshes.batch_shards(mesh)
     )
     total_steps = args.epochs * batcher.steps_per_epoch(train)
     pair_loss = partial(losses.pair_loss, loss=loss, config=config, dtype=dtype, remat=args.remat)
-    trainer = Trainer(pair_loss, optimization, total_steps, shapes)
+    trainer = training.Trainer(pair_loss, optimization, total_steps, shapes)
     pair_logprobs = jax.jit(
         partial(losses.pair_logprobs, config=config, pairs=args.micro_batch_size, dtype=dtype),
-        out_shardings=replicated(mesh),
+        out_shardings=meshes.replicated(mesh),
     )
     longest = batcher.pack(train, batcher.cut(train, range(len(train)))[0])
     tell = table.table if args.shardings else table.summary
-    print(tell(mesh, arrays_held(optimization, shapes, longest)))
+    print(tell(mesh, training.arrays_held(optimization, shapes, longest)))
 
     def load(folder: str):
         return checkpoint.load(folder, jax.tree.map(lambda x: x.sharding, shapes))[1]
 
-    def logprobs(params, role: str, title: str) -> np.ndarray:
+    def logprobs_of(params, role: str, title: str) -> np.ndarray:
         """The summed log-probs of every pair's chosen and rejected response, fp32 [pairs, 2]."""
         compute = partial(pair_logprobs, params)
-        return for_each(compute, mesh, batcher, examples[role], title)
+        return training.for_each(compute, mesh, batcher, examples[role], title)
 
     with (
         jax.set_mesh(mesh),
-        Work(args.out, manifest, total_steps, args.keep_states, aside) as work,
+        working.Work(args.out, manifest, total_steps, args.keep_states, aside) as work,
         stop_signal() as check_stop,
     ):
         # ------------------------------------------------------------ reference log-probs
@@ -211,7 +214,7 @@ def main(args: Args) -> None:
         def compute(role: str) -> np.ndarray:
             nonlocal params
             params = load(reference) if params is None else params
-            return logprobs(params, role, f"reference, {role}")
+            return logprobs_of(params, role, f"reference, {role}")
 
         reference_p2 = reference_logprobs(args, loss, manifest, work, examples, compute)
         if loss.needs_reference and all(on_policy):
@@ -220,7 +223,7 @@ def main(args: Args) -> None:
             params = None  # frees them
 
         def sides_of(role: str, indices: np.ndarray) -> dict[str, np.ndarray]:
-            return sides([examples[role][i] for i in indices], reference_p2[role][indices])
+            return reading.sides([examples[role][i] for i in indices], reference_p2[role][indices])
 
         # ----------------------------------------------------------------- start or resume
         processes.all_check(check_stop, STOPPED_TOGETHER)
@@ -240,7 +243,7 @@ def main(args: Args) -> None:
             return means
 
         def evaluate(params) -> dict[str, float]:
-            policy_p2 = logprobs(params, "test_pairs", "eval")
+            policy_p2 = logprobs_of(params, "test_pairs", "eval")
             pairs = losses.Pairs(*policy_p2.T, **sides_of("test_pairs", np.arange(len(test))))
             values = jax.device_get(losses.pair_values(loss, pairs))
             return {f"eval_{name}": x for name, x in losses.metrics(values).items()}
@@ -282,7 +285,7 @@ def main(args: Args) -> None:
 # ------------------------------------------------------------------- refusals and checks
 
 
-def checked(args: Args) -> tuple[Args, losses.Loss, Optimization]:
+def checked(args: Args) -> "tuple[Args, losses.Loss, training.Optimization]":
     """(the flags with their paths normalised, the loss, what the optimizer needs). UserError for a
     flag that makes no sense."""
     for name, ok, rule in (
@@ -306,11 +309,11 @@ def checked(args: Args) -> tuple[Args, losses.Loss, Optimization]:
     inputs = {f"--{n.replace('_', '-')}": path for n in names if (path := getattr(args, n))}
     check_distinct(inputs, {"--out": args.out})
     loss = losses.Loss(args.loss, args.beta, args.label_smoothing, args.gamma, args.nll_weight)
-    fields = [field.name for field in dataclasses.fields(Optimization)]
-    return args, loss, Optimization(**{name: getattr(args, name) for name in fields})
+    fields = [field.name for field in dataclasses.fields(training.Optimization)]
+    return args, loss, training.Optimization(**{name: getattr(args, name) for name in fields})
 
 
-def check_examples(args: Args, examples: dict[str, list[Example]]) -> None:
+def check_examples(args: Args, examples: "dict[str, list[reading.Example]]") -> None:
     """Refuse pairs that this training cannot use."""
     if not examples["pairs"]:
         raise UserError(f"{args.pairs}: no pair can be trained on")
@@ -343,7 +346,9 @@ def check_lineage(file: RowFile, identities: dict[str, str], args: Args) -> bool
     return model == identities["reference"]
 
 
-def check_sampler(path: str, pairs: list[Example], reference_p2, manifest: Manifest) -> None:
+def check_sampler(
+    path: str, pairs: "list[reading.Example]", reference_p2, manifest: Manifest
+) -> None:
     """The sampler's log-probs must be the trainer's, since the reference sampled these pairs."""
     recorded = [i for i, pair in enumerate(pairs) if pair.sampled is not None]
     if recorded:
@@ -355,10 +360,10 @@ def check_sampler(path: str, pairs: list[Example], reference_p2, manifest: Manif
 
 def reference_logprobs(
     args: Args,
-    loss: losses.Loss,
+    loss: "losses.Loss",
     manifest: Manifest,
-    work: Work,
-    examples: dict[str, list[Example]],
+    work: "working.Work",
+    examples: "dict[str, list[reading.Example]]",
     compute: Callable[[str], np.ndarray],
 ) -> dict[str, np.ndarray]:
     """The reference's log-probs of each file's pairs, fp32 [pairs, 2]: kept ones, else computed;
@@ -371,16 +376,15 @@ def reference_logprobs(
     for role, entry in manifest.inputs.items():
         if not examples[role] or not loss.needs_reference:
             continue
-        content = [
-            *(entry["sha256"], args.max_length, args.max_prompt_length, args.dtype, VERSION),
-            *(manifest.identities[name] for name in ("reference", "tokenizer", "chat_template")),
-        ]
+        flags = args.max_length, args.max_prompt_length, args.dtype
+        makers = (manifest.identities[n] for n in ("reference", "tokenizer", "chat_template"))
+        content = [entry["sha256"], *flags, logprobs.VERSION, *makers]
         name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
         folders = f"{entry['path']}.reference", work.folder / "reference"
         places = [f"{folder}/{name}.npy" for folder in folders]
-        if (kept := read_array(places, reference_p2[role].shape)) is None:
+        if (kept := working.read_array(places, reference_p2[role].shape)) is None:
             kept = compute(role)
-            keep_array(places, kept)
+            working.keep_array(places, kept)
         reference_p2[role] = kept
     return reference_p2
 

@@ -173,7 +173,7 @@ class Output:
         if path.endswith("/") or epath.Path(normalised(path, "--out")).is_dir():
             raise UserError(f"{path} is a folder: give the path of the file to write")
         check_distinct(
-            {role: e["path"] for role, e in manifest.inputs.items() if isinstance(e, dict)},
+            {role: e["path"] for role, e in manifest.inputs.items()},
             {"--out": path},
         )
         output = cls(path, manifest)

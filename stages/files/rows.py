@@ -379,23 +379,3 @@ def _identify(fields: Fields, where: str) -> str:
 def canonical(messages: list[dict]) -> str:
     """A conversation as JSON, always spelled the same."""
     return json.dumps(messages, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-
-
-# ---------------------------------------------------------------------- old names, until all moved
-
-Row = Fields
-read_rows = json_rows
-
-
-def prompt_text(row: Fields, where: str) -> str:
-    return (
-        row["prompt"]
-        if isinstance(row.get("prompt"), str)
-        else messages_of(row, where)[-1]["content"]
-    )
-
-
-def read_prompts(path: str, counts: Counter, agree: tuple[str, ...] = ()):
-    rows = read(path, Prompt)
-    counts.update(rows.counts)
-    return ((row.where, row.fields) for row in rows)

@@ -100,6 +100,3 @@ def merge(path: str, manifest: Manifest, shares: int, finish: Callable[[Output],
     for file in files:
         for leftover in (file, manifest_path(file), f"{file}.set_aside.jsonl"):
             epath.Path(leftover).unlink(missing_ok=True)
-
-
-merge_as = merge

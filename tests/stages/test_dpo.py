@@ -12,11 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from model import checkpoint, gates
+from model import checkpoint, gates, logprobs
 from model.tokenizer import ChatTokenizer
 from scripts import cards
 from sharding.errors import UserError
 from stages import dpo
+from stages.files import examples as reading
 from stages.files.examples import read_pairs, template_head
 from stages.files.output import manifest_path
 from stages.files.paths import lock
@@ -229,14 +230,14 @@ def test_a_training_that_met_a_number_that_is_not_finite_goes_on_from_before_it(
     base, tmp_path, capsys, monkeypatch
 ):
     assert run_dpo(base, tmp_path / "straight") == 0
-    sides, calls = dpo.sides, []
+    sides, calls = reading.sides, []
 
     def poisoned(*args):
         calls.append(args)
         found = sides(*args)
         return found | ({"ref_chosen": found["ref_chosen"] * np.nan} if len(calls) == 3 else {})
 
-    monkeypatch.setattr(dpo, "sides", poisoned)
+    monkeypatch.setattr(reading, "sides", poisoned)
     refused(capsys, run_dpo(base, tmp_path / "out"), "step 2: loss or log-probs are not finite")
     monkeypatch.undo()
     assert run_dpo(base, tmp_path / "out") == 0
@@ -463,7 +464,7 @@ def test_kept_logprobs_are_of_this_version_and_of_these_pairs(base, tmp_path, ca
         assert np.array_equal(np.load(kept), array)
     kept.write_bytes(b"")
     assert not trained("empty")
-    monkeypatch.setattr(dpo, "VERSION", -1)
+    monkeypatch.setattr(logprobs, "VERSION", -1)
     assert not trained("other version")
     assert metrics(tmp_path / "a") == metrics(tmp_path / "other version")
     shutil.rmtree(tmp_path / "pairs.jsonl.reference")
