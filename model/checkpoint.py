@@ -29,7 +29,7 @@ from model import config as model_config
 from model import decoder
 from model.config import DecoderConfig
 from sharding import processes
-from sharding.errors import UserError
+from sharding.errors import UserError, first_line
 from sharding.mesh import constrain
 
 # What a tokenizer may consist of; copied into every checkpoint as it is.
@@ -68,7 +68,7 @@ def save(
     if is_taken(folder):
         raise UserError(f"{folder} exists: choose another folder, or remove it")
     processes.wait()  # all have looked
-    unfinished = begin_folder(folder) if processes.is_first() else _unfinished_folder(folder)
+    unfinished = begin_folder(folder) if processes.is_first() else _unfinished(folder)
     processes.wait()
     with _orbax(params):
         ocp.save(unfinished / "params", params)
@@ -101,7 +101,7 @@ def copy_tokenizer(source: str, folder: epath.Path) -> None:
 def is_taken(folder: str) -> bool:
     """Whether something exists at `folder` that must not be replaced. Raises UserError if something
     that we did not make stands where the folder would be written."""
-    path, unfinished = epath.Path(folder), _unfinished_folder(folder)
+    path, unfinished = epath.Path(folder), _unfinished(folder)
     if unfinished != path:
         if unfinished.exists() and not _is_leftover(unfinished):
             raise UserError(
@@ -115,7 +115,7 @@ def is_taken(folder: str) -> bool:
 def begin_folder(folder: str) -> epath.Path:
     """An empty folder with our mark, to write what `finish_folder` then puts in its place.
     `is_taken` must be false; a leftover of ours is removed."""
-    path = _unfinished_folder(folder)
+    path = _unfinished(folder)
     if path.exists():
         path.rmtree()
     path.mkdir(parents=True)
@@ -135,15 +135,9 @@ def _is_leftover(path: epath.Path) -> bool:
     return path.is_dir() and ((path / MARK).exists() or not any(path.iterdir()))
 
 
-def _unfinished_folder(folder: str) -> epath.Path:
+def _unfinished(folder: str) -> epath.Path:
     path = epath.Path(folder)
     return path if _in_object_store(path) else path.parent / f"{path.name}.unfinished"
-
-
-def _unfinished(folder: str) -> epath.Path:
-    """Where `folder` is written until it is whole: beside it, in an object store in its place."""
-    path = epath.Path(folder)
-    return path if _in_object_store(path) else path.parent / f"{path.name}.tmp"
 
 
 def _in_object_store(path: epath.Path) -> bool:
@@ -228,11 +222,7 @@ def load_leaf(folder: str, config: DecoderConfig, path: tuple[str, ...]) -> np.n
 
 
 def _unreadable(folder: str, error: Exception) -> UserError:
-    return UserError(f"checkpoint {folder}: params cannot be read ({_first_line(error)})")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    return UserError(f"checkpoint {folder}: params cannot be read ({first_line(error)})")
 
 
 def save_state(folder: str, state) -> Callable[[], None]:
@@ -284,7 +274,7 @@ def load_state(folder: str, abstract):
             return ocp.load(epath.Path(folder), abstract)
     except Exception as error:  # as in load
         raise UserError(
-            f"{folder} cannot be read ({_first_line(error)}): remove it to go on from the state "
+            f"{folder} cannot be read ({first_line(error)}): remove it to go on from the state "
             "before it, if one was kept"
         ) from error
 
