@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -28,8 +29,15 @@ def orbax(tree, partial: bool = False) -> Iterator[ModuleType]:
     largest = max((4 * int(np.prod(x.shape)) for x in jax.tree.leaves(tree)), default=0)
     context.memory.read_concurrent_bytes = max(2**30, largest + 2**20)
     context.pytree.loading.partial_load = partial
-    # Orbax's logger: it warns at every save and load that there is no OCDBT, and its threads print
-    # the tracebacks of errors that are raised too.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax warns at every save and load that there is no OCDBT. With a full disk, its threads and
+    # TensorStore's print dozens of tracebacks beside the error that is raised.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unless_too_late
     with context:
         yield ocp
+
+
+def _unless_too_late(unraisable) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
