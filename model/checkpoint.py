@@ -15,8 +15,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import re
 from collections.abc import Callable
 
 import jax
@@ -29,7 +27,7 @@ from model import config as model_config
 from model import decoder
 from model.config import DecoderConfig
 from sharding import processes
-from sharding.errors import UserError
+from sharding.errors import UserError, as_os_error, first_line
 from sharding.mesh import constrain
 
 # What a tokenizer may consist of; copied into every checkpoint as it is.
@@ -70,7 +68,7 @@ def save(
     processes.wait()  # all have looked
     unfinished = begin_folder(folder) if processes.is_first() else _unfinished_folder(folder)
     processes.wait()
-    with _orbax(params):
+    with _orbax(params), as_os_error(folder):
         ocp.save(unfinished / "params", params)
     identity = fingerprint(params)
     if processes.is_first():
@@ -228,11 +226,7 @@ def load_leaf(folder: str, config: DecoderConfig, path: tuple[str, ...]) -> np.n
 
 
 def _unreadable(folder: str, error: Exception) -> UserError:
-    return UserError(f"checkpoint {folder}: params cannot be read ({_first_line(error)})")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    return UserError(f"checkpoint {folder}: params cannot be read ({first_line(error)})")
 
 
 def save_state(folder: str, state) -> Callable[[], None]:
@@ -244,30 +238,16 @@ def save_state(folder: str, state) -> Callable[[], None]:
     """
 
     on_cpu = any(d.platform == "cpu" for x in jax.tree.leaves(state) for d in x.devices())
-    with _orbax(state), _as_os_error(folder):
+    with _orbax(state), as_os_error(folder):
         writing = ocp.save_async(epath.Path(folder), state)
         if on_cpu:
             writing.result()
 
     def finish():
-        with _as_os_error(folder):
+        with as_os_error(folder):
             writing.result()
 
     return finish
-
-
-@contextlib.contextmanager
-def _as_os_error(folder: str):
-    """Orbax's errors of the disk, of several classes, as the OSError that they tell of."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        number = re.search(r"os_error_code='(\d+)'", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), folder) from error
 
 
 def is_whole_state(folder: epath.Path) -> bool:
@@ -284,7 +264,7 @@ def load_state(folder: str, abstract):
             return ocp.load(epath.Path(folder), abstract)
     except Exception as error:  # as in load
         raise UserError(
-            f"{folder} cannot be read ({_first_line(error)}): remove it to go on from the state "
+            f"{folder} cannot be read ({first_line(error)}): remove it to go on from the state "
             "before it, if one was kept"
         ) from error
 

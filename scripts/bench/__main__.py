@@ -4,11 +4,12 @@ import sys
 
 
 def main(words: list[str]) -> int:
-    # `accelerator` runs where the packages that the other commands need are not installed.
     if words[:1] == ["accelerator"]:
+        # here: it runs where the packages that the other commands need are not installed
         from scripts.bench import accelerator
 
         return accelerator.main(words[1:])
+    # here: for the same reason
     from scripts.bench import side_by_side
 
     return side_by_side.command(words)

@@ -16,7 +16,6 @@ from model import checkpoint, gates, logprobs
 from model.tokenizer import ChatTokenizer
 from scripts import cards
 from sharding.errors import UserError
-from stages import dpo
 from stages.files import examples as reading
 from stages.files.examples import read_pairs, template_head
 from stages.files.output import manifest_path
