@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable
 
 import jax
@@ -66,7 +67,7 @@ def save(
     if is_taken(folder):
         raise UserError(f"{folder} exists: choose another folder, or remove it")
     processes.wait()  # all have looked
-    unfinished = begin_folder(folder) if processes.is_first() else _unfinished_folder(folder)
+    unfinished = begin_folder(folder) if processes.is_first() else _unfinished(folder)
     processes.wait()
     with _orbax(params), as_os_error(folder):
         ocp.save(unfinished / "params", params)
@@ -99,7 +100,7 @@ def copy_tokenizer(source: str, folder: epath.Path) -> None:
 def is_taken(folder: str) -> bool:
     """Whether something exists at `folder` that must not be replaced. Raises UserError if something
     that we did not make stands where the folder would be written."""
-    path, unfinished = epath.Path(folder), _unfinished_folder(folder)
+    path, unfinished = epath.Path(folder), _unfinished(folder)
     if unfinished != path:
         if unfinished.exists() and not _is_leftover(unfinished):
             raise UserError(
@@ -113,7 +114,7 @@ def is_taken(folder: str) -> bool:
 def begin_folder(folder: str) -> epath.Path:
     """An empty folder with our mark, to write what `finish_folder` then puts in its place.
     `is_taken` must be false; a leftover of ours is removed."""
-    path = _unfinished_folder(folder)
+    path = _unfinished(folder)
     if path.exists():
         path.rmtree()
     path.mkdir(parents=True)
@@ -133,15 +134,9 @@ def _is_leftover(path: epath.Path) -> bool:
     return path.is_dir() and ((path / MARK).exists() or not any(path.iterdir()))
 
 
-def _unfinished_folder(folder: str) -> epath.Path:
+def _unfinished(folder: str) -> epath.Path:
     path = epath.Path(folder)
     return path if _in_object_store(path) else path.parent / f"{path.name}.unfinished"
-
-
-def _unfinished(folder: str) -> epath.Path:
-    """Where `folder` is written until it is whole: beside it, in an object store in its place."""
-    path = epath.Path(folder)
-    return path if _in_object_store(path) else path.parent / f"{path.name}.tmp"
 
 
 def _in_object_store(path: epath.Path) -> bool:
@@ -286,11 +281,18 @@ def _orbax(tree, partial: bool = False):
     largest = max((4 * int(np.prod(x.shape)) for x in jax.tree.leaves(tree)), default=0)
     context.memory.read_concurrent_bytes = max(2**30, largest + 2**20)
     context.pytree.loading.partial_load = partial
-    # Orbax's logger: it warns at every save and load that there is no OCDBT, and its threads print
-    # the tracebacks of errors that are raised too.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax warns at every save and load that there is no OCDBT. With a full disk, its threads and
+    # TensorStore's print dozens of tracebacks beside the error that is raised.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unless_too_late
     with context:
         yield
+
+
+def _unless_too_late(unraisable) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 # ------------------------------------------------------------------------------- identity

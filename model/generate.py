@@ -425,9 +425,11 @@ class Sampler:
 
 
 def programs(config: DecoderConfig, sampling: Sampling, dtype=jnp.float32):
-    """A Sampler's programs by themselves, to be measured: `empty(slots, length)`, the state of idle
-    slots; `advance(params, state, stop_at_active)`, up to STEPS_A_CALL tokens in each active slot,
-    which donates the state; `prefill(params, row)`. params: unstacked."""
+    """The programs of a Sampler, to be measured by themselves. params: unstacked.
+
+    `empty(slots, length)`: the state of idle slots. `advance(params, state, stop_at_active)`: up to
+    STEPS_PER_CALL tokens in each active slot; donates the state. `prefill(params, row)`.
+    """
     advance = partial(_advance, config=config, sampling=sampling, dtype=dtype)
     return (
         lambda slots, length: _empty(config, slots, length, sampling, dtype),

@@ -25,8 +25,9 @@ from etils import epath, epy
 from scripts import cards
 from sharding.errors import UserError
 from stages.files import formats
+from stages.files.lock import lock
 from stages.files.output import an_input
-from stages.files.paths import check_distinct, lock, normalised
+from stages.files.paths import check_distinct, normalised
 from stages.files.provenance import with_roles
 from stages.files.run import run_main
 

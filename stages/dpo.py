@@ -176,7 +176,8 @@ def main(args: Args) -> None:
         print(f"{args.out} is finished already")
         return
     # For cards. Read before the training, at whose end these files may be gone.
-    known = {"parent": checkpoint.read_manifest(args.checkpoint), "data": provenance(args.pairs)}
+    made_of = provenance(args.pairs, files["pairs"].sha256)
+    known = {"parent": checkpoint.read_manifest(args.checkpoint), "data": made_of}
 
     # ------------------------------------------------------------ mesh, model, optimizer
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(jax.device_count(), config))

@@ -5,12 +5,11 @@ import sys
 
 def main(words: list[str]) -> int:
     if words[:1] == ["accelerator"]:
-        # here: it runs where the packages that the other commands need are not installed
+        # Here: it runs where packages that the other commands need are not installed.
         from scripts.bench import accelerator
 
         return accelerator.main(words[1:])
-    # here: for the same reason
-    from scripts.bench import side_by_side
+    from scripts.bench import side_by_side  # here: it needs them
 
     return side_by_side.command(words)
 

@@ -21,8 +21,9 @@ from etils import epath
 from model import checkpoint
 from sharding import processes
 from sharding.errors import UserError
+from stages.files.lock import lock
 from stages.files.output import Manifest, refuse_other
-from stages.files.paths import is_remote, local_path, lock, write_atomically
+from stages.files.paths import is_remote, local_path, write_atomically
 
 STATE = re.compile(r"state-(\d+)")
 

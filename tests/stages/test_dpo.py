@@ -18,8 +18,8 @@ from scripts import cards
 from sharding.errors import UserError
 from stages.files import examples as reading
 from stages.files.examples import read_pairs, template_head
+from stages.files.lock import lock
 from stages.files.output import manifest_path
-from stages.files.paths import lock
 from stages.files.work import Work
 from tests import tiny
 from tests.stages.chain import dpo_argv, metrics, refused, run_dpo, run_sample
