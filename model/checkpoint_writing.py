@@ -5,11 +5,8 @@ FOLDER.unfinished and holds the file MARK; a folder without this file is never r
 stores (gs://…) do not rename: there the folder is written in its place, and MARK goes last.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import re
 from collections.abc import Callable
 
 import jax
@@ -23,7 +20,7 @@ from model.decoder import Params
 from model.hf_config import to_hf
 from model.orbax_settings import orbax
 from sharding import processes
-from sharding.errors import UserError, first_line
+from sharding.errors import UserError, as_os_error, first_line
 from sharding.mesh import constrain
 
 # What a tokenizer may consist of; copied into every checkpoint as it is.
@@ -63,7 +60,7 @@ def save(
     processes.wait()  # all have looked
     unfinished = begin_folder(folder) if processes.is_first() else _unfinished(folder)
     processes.wait()
-    with orbax(params) as ocp:
+    with orbax(params) as ocp, as_os_error(folder):
         ocp.save(unfinished / "params", params)
     identity = fingerprint(params)
     if processes.is_first():
@@ -149,30 +146,16 @@ def save_state(folder: str, state) -> Callable[[], None]:
     """
 
     on_cpu = any(d.platform == "cpu" for x in jax.tree.leaves(state) for d in x.devices())
-    with orbax(state) as ocp, _as_os_error(folder):
+    with orbax(state) as ocp, as_os_error(folder):
         writing = ocp.save_async(epath.Path(folder), state)
         if on_cpu:
             writing.result()
 
     def finish():
-        with _as_os_error(folder):
+        with as_os_error(folder):
             writing.result()
 
     return finish
-
-
-@contextlib.contextmanager
-def _as_os_error(folder: str):
-    """Orbax's errors of the disk, of several classes, as the OSError that they tell of."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        number = re.search(r"os_error_code='(\d+)'", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), folder) from error
 
 
 def is_whole_state(folder: epath.Path) -> bool:

@@ -11,11 +11,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from etils import epy
 
 from scripts.bench.machine import Side, peak_memory, timed, two_formats
 from scripts.plan.slices import gemm_rate, read_rate
 from sharding.errors import UserError
 from stages.files.rows import Prompt, read
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    import jax
+    import jax.numpy as jnp
+
+    from model import checkpoint, decoder, generate, kv_cache
+    from model import tokenizer as tokenizers
 
 
 @dataclasses.dataclass
@@ -135,13 +143,8 @@ def _account(pieces: dict) -> None:
 
 
 def our_worker(pipe, folder: str, args: Sample):
-    import jax  # here: --help must not wait for JAX
-
-    from model import checkpoint, generate
-    from model.tokenizer import ChatTokenizer
-
     config, params = checkpoint.load(folder)
-    tokenizer = ChatTokenizer.from_folder(folder, config.eos_token_ids)
+    tokenizer = tokenizers.ChatTokenizer.from_folder(folder, config.eos_token_ids)
     sampling = generate.Sampling(
         args.n, args.temperature, args.top_p, max_new_tokens=args.max_new_tokens
     )
@@ -186,11 +189,6 @@ def our_worker(pipe, folder: str, args: Sample):
 
 def _step(config, params, sampling, slots: int, length: int) -> dict:
     """A decode step and its pieces: {name: (seconds, operations of products, bytes read)}."""
-    import jax  # here: --help must not wait for JAX
-    import jax.numpy as jnp
-
-    from model import decoder, generate, kv_cache
-
     steps = generate.STEPS_PER_CALL
     state = generate._empty(config, slots, length, sampling, jnp.float32)
     state |= {
