@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from model.ahead import ahead
 from model.batches import Batcher, Example, MicroBatch
@@ -194,6 +193,8 @@ def for_each(
 ) -> np.ndarray:
     """What `compute(batch)` gives for each example, fp32 [examples, 2]. `compute` gives a pair of
     arrays, each with one value per example of a micro-batch. `title` names the progress bar."""
+    from tqdm import tqdm  # here: a bare image, where scripts.bench measures, has none
+
     values = np.zeros((len(examples), 2), np.float32)
     cut = batcher.cut(examples, range(len(examples)))
     packed = ahead(lambda indices: (indices, batcher.pack(examples, indices)), cut)

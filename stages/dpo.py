@@ -41,7 +41,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
     import jax.numpy as jnp
 
-    from model import batches, checkpoint, gates, logprobs, losses, placement
+    from model import batches, checkpoint, checkpoint_writing, gates, logprobs, losses, placement
     from model import tokenizer as tokenizers
     from model import train as training
     from sharding import mesh as meshes
@@ -176,7 +176,8 @@ def main(args: Args) -> None:
         print(f"{args.out} is finished already")
         return
     # For cards. Read before the training, at whose end these files may be gone.
-    known = {"parent": checkpoint.read_manifest(args.checkpoint), "data": provenance(args.pairs)}
+    made_of = provenance(args.pairs, files["pairs"].sha256)
+    known = {"parent": checkpoint.read_manifest(args.checkpoint), "data": made_of}
 
     # ------------------------------------------------------------ mesh, model, optimizer
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(jax.device_count(), config))
@@ -275,7 +276,7 @@ def main(args: Args) -> None:
             manifest.results |= after
         manifest.seconds = round(time.monotonic() - begun, 1)
         origin = dataclasses.asdict(manifest)
-        identity = checkpoint.save(
+        identity = checkpoint_writing.save(
             args.out, config, state["params"], args.checkpoint, origin, **known
         )
         work.done()

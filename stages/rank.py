@@ -56,9 +56,9 @@ class Args(watch.Flags):
     """The samples.jsonl to rank."""
     out: str
     """The ranked.jsonl to write."""
-    comparisons: Literal["full", "bubble"] | None = None
+    comparisons: Literal["full", "bubble", "best"] | None = None
     """PairRM: compare each answer with each other one, in both orders (full, the default), or only
-    as many as it takes to find the best and the worst (bubble)."""
+    as many as it takes to find the best and the worst (bubble), or the best alone (best)."""
     aggregation: Literal["max_logits", "max_wins"] | None = None
     """PairRM, full: scores are mean logits, as llm-blender's (max_logits, the default), or numbers
     of comparisons won (max_wins)."""
@@ -130,9 +130,9 @@ def ranker_options(args: Args, pairwise: bool) -> dict:
     chosen = {name: value for name in PAIRRM_DEFAULTS if (value := getattr(args, name)) is not None}
     if chosen and not pairwise:
         raise UserError(f"--{next(iter(chosen))} is for PairRM, and {args.ranker} is a function")
-    if args.comparisons == "bubble" and args.aggregation is not None:
+    if args.comparisons not in (None, "full") and args.aggregation is not None:
         raise UserError(
-            "--aggregation is for --comparisons full: bubble finds best and worst alone"
+            f"--aggregation is for --comparisons full: {args.comparisons} scores the ends alone"
         )
     for name in ("device", "dtype"):
         if args.backend == "llm-blender" and name in chosen:

@@ -29,13 +29,13 @@ from sharding import watch
 from sharding.errors import UserError
 from stages.files.output import Manifest, Output, an_input, read_lineage
 from stages.files.rows import Prompt, read
-from stages.files.run import STOPPED_TOGETHER, parse_bytes, run_main, stop_signal
+from stages.files.run import STOPPED_TOGETHER, run_main, stop_signal
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, decoder, generate, placement
+    from model import checkpoint, decoder, generate, kv_cache
     from model import tokenizer as tokenizers
     from sharding import mesh as meshes
     from sharding import processes, table
@@ -218,11 +218,11 @@ def load_sampler(
     if dtype != jnp.float32:
         params = decoder.cast(params, dtype)
     length = longest + args.max_new_tokens
-    slot_bytes = decoder.cache_bytes(config, length, dtype)
+    slot_bytes = kv_cache.cache_bytes(config, length, dtype)
     slots = min(processes.from_all(count_slots(args, mesh, slot_bytes, args.n * prompts)))
     bar.write(f"{slots} slots, a KV cache of at most {slots * slot_bytes / 1e9:.2f} GB")
     tell = table.table if args.shardings else table.summary
-    bar.write(tell(mesh, placement.sampling(config, mesh, slots, length, dtype)))
+    bar.write(tell(mesh, generate.arrays_held(config, mesh, slots, length, dtype)))
     return generate.Sampler(config, params, tokenizer.decode, sampling, slots, longest, dtype)
 
 
@@ -245,6 +245,21 @@ def count_slots(args: Args, mesh, slot_bytes: int, answers: int) -> int:
             )
         slots = min(slots, 64 if on_cpu else 256)
     return -(-max(1, min(slots, answers)) // shards) * shards
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """The bytes that a text such as 8GiB, 500MB or 4096 names. Raises UserError."""
+    prefixes = list(enumerate("KMGT", 1))
+    units = {"": 1} | {f"{p}B": 1000**i for i, p in prefixes}
+    units |= {f"{p}iB": 1024**i for i, p in prefixes}
+    number = text.rstrip("KMGTiB")
+    try:
+        size = int(float(number) * units[text[len(number) :].strip()])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UserError(f"{flag} is {text!r}: give a size such as 8GiB or 500MB")
+    return size
 
 
 if __name__ == "__main__":

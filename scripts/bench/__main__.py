@@ -4,12 +4,12 @@ import sys
 
 
 def main(words: list[str]) -> int:
-    # `accelerator` runs where the packages that the other commands need are not installed.
     if words[:1] == ["accelerator"]:
+        # Here: it runs where packages that the other commands need are not installed.
         from scripts.bench import accelerator
 
         return accelerator.main(words[1:])
-    from scripts.bench import side_by_side
+    from scripts.bench import side_by_side  # here: it needs them
 
     return side_by_side.command(words)
 

@@ -118,10 +118,10 @@ def work(pipe, kind: str, flags: dict) -> None:
             for row in pieces.PIECES[piece](given):
                 pipe.send(("row", row))
             pipe.send(("end", ("done", "", given.rates)))
-        except measuring.Skip as reason:
-            pipe.send(("end", ("skipped", str(reason), given.rates)))
+        except measuring.Skip as skip:
+            pipe.send(("end", ("skipped", str(skip), given.rates)))
         except Exception as error:
-            pipe.send(("end", ("failed", measuring.first_line(error), given.rates)))
+            pipe.send(("end", ("failed", measuring.reason(error), given.rates)))
         gc.collect()  # the arrays of a piece that failed hang on its traceback
 
 

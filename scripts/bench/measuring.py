@@ -10,9 +10,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from model import decoder
+from model.precision import matmul_precision
 from scripts.bench import shapes
 from scripts.bench.shapes import Sizes
+from sharding.errors import first_line
 from sharding.mesh import available_memory
 
 Row = dict  # "name" and figures, their units in the keys
@@ -68,9 +69,8 @@ def out_of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error) or "OUT_OF_MEMORY" in str(error)
 
 
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"[:300]
 
 
 def memory_limit() -> int:
@@ -125,9 +125,7 @@ def product_rate(given: Given, dtype, out=None) -> float:
         n = min(n, 2048)  # a larger one takes many seconds and is no faster
     pairs = [(random.normal((n, n), dtype), random.normal((n, n), dtype)) for _ in range(3)]
     product = jax.jit(
-        lambda x, w: jnp.dot(
-            x, w, precision=decoder.matmul_precision(x.dtype), preferred_element_type=out
-        )
+        lambda x, w: jnp.dot(x, w, precision=matmul_precision(x.dtype), preferred_element_type=out)
     )
 
     def once():

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import decoder, generate, packing
+from model import generate, kv_cache, packing
 from model.rankers import deberta, deberta_tpu
 from scripts.bench import kernel_profile, shapes
 from scripts.bench.measuring import (
@@ -25,11 +25,11 @@ from scripts.bench.measuring import (
     Skip,
     bf16_rate,
     copy_rate,
-    first_line,
     median_seconds,
     memory_limit,
     out_of_memory,
     product_rate,
+    reason,
 )
 from scripts.bench.shapes import Sizes
 from scripts.bench.training_pieces import checkpointing, dpo
@@ -66,7 +66,7 @@ def decode(given: Given) -> Iterator[Row]:
     sizes, config = given.sizes, given.sizes.model
     copy, limit = given.rate("copy", copy_rate), memory_limit()
     weights_bytes = 2 * shapes.parameters(config)
-    slot_bytes = decoder.cache_bytes(config, sizes.length, jnp.bfloat16)
+    slot_bytes = kv_cache.cache_bytes(config, sizes.length, jnp.bfloat16)
     needed = weights_bytes + sizes.slots[0] * slot_bytes
     if needed > limit:
         raise Skip(f"{needed / 1e9:.1f} GB do not fit into {limit / 1e9:.1f}: pass --layers")
@@ -87,12 +87,12 @@ def decode(given: Given) -> Iterator[Row]:
             except jax.errors.JaxRuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                yield {"name": name, "failed": first_line(error)}
+                yield {"name": name, "failed": reason(error)}
             took = time.monotonic() - begun
 
 
 def _decode_steps(given: Given, params, slots, read_bytes, copy, profile: bool) -> Iterator[Row]:
-    sizes, config, steps = given.sizes, given.sizes.model, generate.STEPS_A_CALL
+    sizes, config, steps = given.sizes, given.sizes.model, generate.STEPS_PER_CALL
     random = shapes.Random()
     empty, advance, _ = generate.programs(config, SAMPLING, jnp.bfloat16)
     state = empty(slots, sizes.length)
@@ -130,7 +130,7 @@ def _decode_steps(given: Given, params, slots, read_bytes, copy, profile: bool) 
         raise RuntimeError(f"{drawn} tokens were drawn in a call, not {steps}")
     step = statistics.median(took[1:] or took)
     # Positions from length - steps on, and one more at each step.
-    live = slots * decoder.cache_bytes(config, 1, jnp.bfloat16) * (sizes.length - (steps - 1) / 2)
+    live = slots * kv_cache.cache_bytes(config, 1, jnp.bfloat16) * (sizes.length - (steps - 1) / 2)
     memory = program.memory_analysis()
     yield {
         "name": f"{slots} slots",
@@ -151,7 +151,7 @@ def _decode_steps(given: Given, params, slots, read_bytes, copy, profile: bool) 
                 kernels = kernel_profile.largest(folder, scope_of, steps)
                 yield {"name": f"kernels of a step of {slots} slots", "kernels": kernels}
             except Exception as error:  # a profile is no reason to lose what follows
-                yield {"name": f"kernels of a step of {slots} slots", "failed": first_line(error)}
+                yield {"name": f"kernels of a step of {slots} slots", "failed": reason(error)}
 
 
 def prefill(given: Given) -> Iterator[Row]:
@@ -291,7 +291,7 @@ def transformers_generate(given: Given) -> Iterator[Row]:
     if not torch.cuda.is_available() and not given.tiny:
         raise Skip("torch sees no GPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    c, answers, steps = given.sizes.model, given.sizes.generate, generate.STEPS_A_CALL
+    c, answers, steps = given.sizes.model, given.sizes.generate, generate.STEPS_PER_CALL
     names = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
         num_key_value_heads head_dim rms_norm_eps max_position_embeddings"""
     config = MistralConfig(

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import decoder
-from model.config import DebertaConfig, DecoderConfig
+from model.config import DecoderConfig
 from model.packing import Sequence
 from model.rankers import deberta
+from model.rankers.deberta import DebertaConfig
 
 MISTRAL_7B = DecoderConfig(
     vocab_size=32000,

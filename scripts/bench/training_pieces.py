@@ -8,37 +8,43 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from model import checkpoint, decoder, losses, packing, train
+from model import checkpoint_writing, losses, packing, placement, train
 from scripts.bench import shapes
 from scripts.bench.measuring import (
     Given,
     Row,
     Skip,
     bf16_rate,
-    first_line,
     memory_limit,
     out_of_memory,
+    reason,
 )
 from scripts.bench.shapes import Sizes
 from sharding import chips
-from sharding.mesh import make_mesh, put_batch, replicated, tree_shardings
+from sharding.mesh import make_mesh, put_batch, replicated
 
 
 class Training:
     """A DPO training on one device: fp32 masters and moments, products in bf16."""
 
-    def __init__(self, config, dtype=jnp.bfloat16):
+    def __init__(self, config, pairs: int):
         self.mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
         self.whole = replicated(self.mesh)
-        shape = decoder.abstract(config)
-        shardings = tree_shardings(self.mesh, decoder.logical_axes(config), shape)
-        recipe = train.Recipe(losses.Loss(), 5e-7, "linear", 0.1, "adamw", 0.0, 1.0)
-        self.trainer = train.Trainer(config, recipe, 100, shardings, self.whole, dtype)
-        self.params = jax.device_put(shapes.Random().weights(shape), shardings)
+        model = {"config": config, "dtype": jnp.bfloat16}
+        self.logprobs = jax.jit(
+            partial(losses.pair_logprobs, pairs=pairs, **model), out_shardings=self.whole
+        )
+        loss = partial(losses.pair_loss, loss=losses.Loss(), **model)
+        optimization = train.Optimization(5e-7, "linear", 0.1, "adamw", 0.0, 1.0)
+        placed = placement.parameters(config, self.mesh)
+        self.trainer = train.Trainer(loss, optimization, 100, placed)
+        shardings = jax.tree.map(lambda x: x.sharding, placed)
+        self.params = jax.device_put(shapes.Random().weights(placed), shardings)
         self.state = self.trainer.init_optimizer(self.params)
 
 
@@ -62,7 +68,8 @@ def training_layers(sizes: Sizes, limit: int) -> int:
 def checkpointing(given: Given) -> Iterator[Row]:
     """One save and one restore of a training state, on the disk of temporary files (TMPDIR)."""
     layers = min(given.sizes.model.num_hidden_layers, 1 if not given.tiny else 2)
-    training = Training(dataclasses.replace(given.sizes.model, num_hidden_layers=layers))
+    config = dataclasses.replace(given.sizes.model, num_hidden_layers=layers)
+    training = Training(config, pairs=1)
     random = shapes.Random()
     moments = jax.tree.map(  # they begin at zero, which a file system may store as nothing
         lambda x: random.normal(x.shape) if x.ndim else x, training.state
@@ -75,7 +82,7 @@ def checkpointing(given: Given) -> Iterator[Row]:
             raise Skip(f"{folder} has {free / 1e9:.1f} GB free, the state needs {size / 1e9:.1f}")
         jax.block_until_ready(state)
         begun = time.perf_counter()
-        finish = checkpoint.save_state(f"{folder}/state", state)
+        finish = checkpoint_writing.save_state(f"{folder}/state", state)
         held = time.perf_counter() - begun
         finish()
         saving = time.perf_counter() - begun
@@ -89,7 +96,7 @@ def checkpointing(given: Given) -> Iterator[Row]:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
         begun = time.perf_counter()
-        loaded = jax.block_until_ready(checkpoint.load_state(f"{folder}/state", abstract))
+        loaded = jax.block_until_ready(checkpoint_writing.load_state(f"{folder}/state", abstract))
         seconds = time.perf_counter() - begun
     same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), state, loaded)
     yield {
@@ -108,7 +115,7 @@ def dpo(given: Given) -> Iterator[Row]:
         except jax.errors.JaxRuntimeError as error:
             if not out_of_memory(error) or layers == 1 or given.sizes.training_layers:
                 raise
-            failed = first_line(error)
+            failed = reason(error)
         gc.collect()
         yield {"name": f"{layers} layers", "failed": failed}
         layers = layers * 3 // 4
@@ -117,15 +124,17 @@ def dpo(given: Given) -> Iterator[Row]:
 def _dpo_steps(given: Given, layers: int) -> Iterator[Row]:
     sizes = given.sizes
     config = dataclasses.replace(sizes.model, num_hidden_layers=layers)
-    training, sequences = Training(config), shapes.pairs(sizes)
-    trainer, count = training.trainer, len(sequences)
+    sequences = shapes.pairs(sizes)
+    count = len(sequences)
+    training = Training(config, count)
+    trainer = training.trainer
     packed = packing.pack(sequences)
     with jax.set_mesh(training.mesh):
-        batch = put_batch(training.mesh, packed)
+        tokens = put_batch(training.mesh, packed)
         begun = time.perf_counter()
-        sides = _sides(training, batch, count, sizes)
+        batch = tokens | _sides(training, tokens, count, sizes)
         accumulate = trainer.accumulate.lower(
-            training.params, None, batch, sides, jnp.float32(count)
+            training.params, None, batch, jnp.float32(count)
         ).compile()
         compiling = time.perf_counter() - begun
         parts = {"reference": [], "gradients": [], "update": []}
@@ -137,10 +146,10 @@ def _dpo_steps(given: Given, layers: int) -> Iterator[Row]:
             return made
 
         def step():
-            timed("reference", lambda: trainer.logprobs(training.params, batch=batch, pairs=count))
+            timed("reference", lambda: training.logprobs(training.params, tokens))
             gradients, values = timed(
                 "gradients",
-                lambda: accumulate(training.params, None, batch, sides, jnp.float32(count)),
+                lambda: accumulate(training.params, None, batch, jnp.float32(count)),
             )
 
             def update():
@@ -186,9 +195,9 @@ def _dpo_steps(given: Given, layers: int) -> Iterator[Row]:
     }
 
 
-def _sides(training: Training, batch, count: int, sizes: Sizes) -> dict:
+def _sides(training: Training, tokens, count: int, sizes: Sizes) -> dict:
     """What the loss needs beside the policy's log-probs; the reference is the untrained policy."""
-    chosen, rejected = training.trainer.logprobs(training.params, batch=batch, pairs=count)
+    chosen, rejected = training.logprobs(training.params, tokens)
     ones = jax.device_put(jnp.ones(count), training.whole)
     response = ones * (sizes.length - sizes.prompt)
     return {

@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 from etils import epath, epy
 
 from sharding.errors import UserError
+from stages.files.lock import lock
 from stages.files.output import Manifest, Output, an_input
-from stages.files.paths import MARK, file_sha256, local_path, lock, publish, text_sha256
+from stages.files.paths import MARK, file_sha256, local_path, publish, text_sha256
 from stages.files.provenance import provenance
 from stages.files.rows import Fields, Pair, field, json_rows
 from stages.files.run import stop_signal

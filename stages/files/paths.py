@@ -5,13 +5,11 @@ A path is normalised once, where it enters; two paths are the same file if the f
 Whatever is written for a while only has MARK in its name, so that no file of a user's is replaced.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import io
 import os
 import stat
-from collections.abc import Iterator
 
 from etils import epath
 
@@ -111,33 +109,6 @@ def text_sha256(text: str) -> str:
 
 
 # ---------------------------------------------------------------------- writing
-
-
-@contextlib.contextmanager
-def lock(path: str) -> Iterator[None]:
-    """Hold `path`, a folder or file to be written, against other processes of this machine.
-
-    Raises Busy where another process holds it. The lock is a file beside `path`, gone at the
-    end; a killed process holds nothing.
-    """
-    file = f"{local_path(path)}.lock{MARK}"
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    while True:
-        opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            try_lock(opened, path)
-            if os.path.exists(file) and os.path.samestat(os.fstat(opened), os.stat(file)):
-                break
-        except BaseException:
-            os.close(opened)
-            raise
-        os.close(opened)  # its owner removed it between the two calls
-    try:
-        yield
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(file)
-        os.close(opened)
 
 
 def try_lock(file, path: str) -> None:

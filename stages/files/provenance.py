@@ -14,15 +14,15 @@ from stages.files.paths import file_sha256
 Entry = dict
 
 
-def provenance(path: str) -> list[Entry]:
+def provenance(path: str, sha256: str | None = None) -> list[Entry]:
     """The manifest of the file `path`, then those of the files that it was made from, and so on.
 
     An entry is {"file": its name, "sha256", "edited": whether its content is no longer what its
     manifest says} and the manifest's fields; files go by their name alone, since a card tells the
     world nothing of a user's folders. The walk ends at files that have no manifest, that are gone
-    or that have another content than was read.
+    or that have another content than was read. sha256: of the file, where it is known.
     """
-    return list(_entries(path, file_sha256(path)))
+    return list(_entries(path, sha256 or file_sha256(path)))
 
 
 def _entries(path: str, sha256: str) -> Iterator[Entry]:

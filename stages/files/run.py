@@ -88,18 +88,3 @@ def stop_signal() -> Iterator[Callable[[], None]]:
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
-
-
-def parse_bytes(text: str, flag: str) -> int:
-    """The bytes that a text such as 8GiB, 500MB or 4096 names. Raises UserError."""
-    prefixes = list(enumerate("KMGT", 1))
-    units = {"": 1} | {f"{p}B": 1000**i for i, p in prefixes}
-    units |= {f"{p}iB": 1024**i for i, p in prefixes}
-    number = text.rstrip("KMGTiB")
-    try:
-        size = int(float(number) * units[text[len(number) :].strip()])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size < 1:
-        raise UserError(f"{flag} is {text!r}: give a size such as 8GiB or 500MB")
-    return size

@@ -15,7 +15,7 @@ from model import decoder
 from scripts.bench import accelerator, kernel_profile, measuring, pieces, shapes, training_pieces
 
 # What a bare image of an accelerator may lack.
-ABSENT = "tyro psutil tensorboardX gguf sentencepiece tokenizers transformers torch".split()
+ABSENT = "tyro tqdm psutil tensorboardX gguf sentencepiece tokenizers transformers torch".split()
 BLOCK = """
 import sys
 class Absent:

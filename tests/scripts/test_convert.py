@@ -8,7 +8,8 @@ import pytest
 
 from model import checkpoint
 from scripts import convert
-from stages.files.paths import file_sha256, lock
+from stages.files.lock import lock
+from stages.files.paths import file_sha256
 from stages.files.run import run_main
 from tests import tiny
 from tests.model.test_hf import write_model

@@ -18,8 +18,8 @@ from scripts import cards
 from sharding.errors import UserError
 from stages.files import examples as reading
 from stages.files.examples import read_pairs, template_head
+from stages.files.lock import lock
 from stages.files.output import manifest_path
-from stages.files.paths import lock
 from stages.files.work import Work
 from tests import tiny
 from tests.stages.chain import dpo_argv, metrics, refused, run_dpo, run_sample
@@ -297,7 +297,7 @@ def stopped(base, tmp_path, monkeypatch, capsys):
 SAVE = """
 import os, signal, sys
 from orbax.checkpoint._src.path import atomicity
-from model import checkpoint
+from model import checkpoint_writing
 import jax.numpy as jnp
 how = sys.argv[2]
 
@@ -310,7 +310,7 @@ else:
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
-    checkpoint.save_state(sys.argv[1], {"params": {"a": jnp.ones((100, 100))}})()
+    checkpoint_writing.save_state(sys.argv[1], {"params": {"a": jnp.ones((100, 100))}})()
 except OSError as error:
     assert error.filename == sys.argv[1] and "too large" in error.strerror
     sys.exit(3)
@@ -350,11 +350,11 @@ def test_a_full_disk_ends_a_training_with_one_line_and_it_goes_on(base, tmp_path
     out = tmp_path / "out"
     limited = (
         "import resource, sys; from stages import dpo; from stages.files.run import run_main\n"
-        f"from model import checkpoint; save = checkpoint.{save}\n"
+        f"from model import checkpoint_writing as writing; save = writing.{save}\n"
         "def full(*args, **more):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, -1))\n"
         "    return save(*args, **more)\n"
-        f"checkpoint.{save} = full; sys.exit(run_main(dpo.main, dpo.Args, sys.argv[1:]))"
+        f"writing.{save} = full; sys.exit(run_main(dpo.main, dpo.Args, sys.argv[1:]))"
     )
     argv = dpo_argv(base, out, "--save-every", "3")
     done = subprocess.run([sys.executable, "-c", limited, *argv], capture_output=True, text=True)

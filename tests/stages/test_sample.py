@@ -8,7 +8,8 @@ import pytest
 
 from stages import sample
 from stages.files.output import Output, read_manifest
-from stages.files.run import parse_bytes, run_main
+from stages.files.run import run_main
+from stages.sample import parse_bytes
 from tests import tiny
 from tests.stages.chain import refused, run_sample
 
