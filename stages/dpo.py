@@ -157,7 +157,7 @@ def main(args: Args) -> None:
             limits = config.vocab_size, args.max_length, args.max_prompt_length
             examples[role], files[role] = reading.read_pairs(path, tokenizer, *limits, aside)
             print(f"{path}: {counts_line(files[role].counts)}")
-    check_examples(args, examples)
+    check_examples(args, examples, files)
     train, test = examples.values()
     on_policy = [check_lineage(file, identities, args) for file in files.values()]
 
@@ -314,10 +314,13 @@ def checked(args: Args) -> "tuple[Args, losses.Loss, training.Optimization]":
     return args, loss, training.Optimization(**{name: getattr(args, name) for name in fields})
 
 
-def check_examples(args: Args, examples: "dict[str, list[reading.Example]]") -> None:
+def check_examples(
+    args: Args, examples: "dict[str, list[reading.Example]]", files: dict[str, RowFile]
+) -> None:
     """Refuse pairs that this training cannot use."""
     if not examples["pairs"]:
-        raise UserError(f"{args.pairs}: no pair can be trained on")
+        counts = counts_line(files["pairs"].counts)
+        raise UserError(f"{args.pairs}: no pair can be trained on ({counts})")
     unknown = sum(e.win_probability is None for pairs in examples.values() for e in pairs)
     if args.loss == "sppo" and unknown:
         raise UserError(

@@ -178,8 +178,10 @@ def test_a_training_in_a_bucket_stops_on_one_machine_and_ends_on_another(on, tmp
     disk = tmp_path / "disk"
     disk.mkdir()
     tiny.write_checkpoint(disk / "model")
-    said = {"chosen": turn("yes"), "rejected": turn("no")}
-    rows = [{"prompt_id": str(i), **prompt, **said} for i, prompt in enumerate(tiny.PROMPTS)]
+    rows = [
+        {"prompt_id": str(i), **row, "chosen": turns(row, "yes"), "rejected": turns(row, "no")}
+        for i, row in enumerate(tiny.PROMPTS)
+    ]
     tiny.write_jsonl(disk / "pairs.jsonl", rows)
     on("here", "-c", COPY, str(disk), "gs://bucket/train")
 
@@ -251,5 +253,6 @@ def test_a_training_in_a_bucket_stops_on_one_machine_and_ends_on_another(on, tmp
     assert read(on, "gs://bucket/train/samples.jsonl")[0].count("\n") == len(rows)
 
 
-def turn(text):
-    return [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+def turns(row, answer):
+    asked = {"role": "user", "content": row["prompt"]}
+    return [asked, {"role": "assistant", "content": answer}]
