@@ -17,10 +17,11 @@ from etils import epath
 from model.checkpoint import MANIFEST
 from model.config import DecoderConfig
 from model.decoder import Params
+from model.disk_errors import as_os_error
 from model.hf_config import to_hf
 from model.orbax_settings import orbax
 from sharding import processes
-from sharding.errors import UserError, as_os_error, first_line
+from sharding.errors import UserError, first_line
 from sharding.mesh import constrain
 
 # What a tokenizer may consist of; copied into every checkpoint as it is.
