@@ -145,7 +145,6 @@ def save_state(folder: str, state) -> Callable[[], None]:
     The arrays may be donated at once: they are copied first. On CPU, where a copy would be another
     whole state in the same memory, it is written before this returns. Both may raise OSError.
     """
-
     on_cpu = any(d.platform == "cpu" for x in jax.tree.leaves(state) for d in x.devices())
     with orbax(state) as ocp, as_os_error(folder):
         writing = ocp.save_async(epath.Path(folder), state)

@@ -345,22 +345,22 @@ def test_a_save_that_was_cut_off_is_removed_and_the_run_goes_on(base, stopped, c
     assert not os.path.exists(work)
 
 
-def test_a_full_disk_ends_a_training_with_one_line_and_it_goes_on(base, tmp_path, capsys):
-    """Each save of a state, then of the log, then of the model."""
+@pytest.mark.parametrize("save,path", [("save_state", ".work/state-3"), ("save", "")])
+def test_a_full_disk_ends_a_training_with_one_line_and_it_goes_on(base, tmp_path, save, path):
     out = tmp_path / "out"
     limited = (
         "import resource, sys; from stages import dpo; from stages.files.run import run_main\n"
-        "from model import checkpoint_writing; save = checkpoint_writing.save_state\n"
-        "def full(folder, state):\n"
+        f"from model import checkpoint_writing as writing; save = writing.{save}\n"
+        "def full(*args, **more):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, -1))\n"
-        "    return save(folder, state)\n"
-        "checkpoint_writing.save_state = full; sys.exit(run_main(dpo.main, dpo.Args, sys.argv[1:]))"
+        "    return save(*args, **more)\n"
+        f"writing.{save} = full; sys.exit(run_main(dpo.main, dpo.Args, sys.argv[1:]))"
     )
     argv = dpo_argv(base, out, "--save-every", "3")
     done = subprocess.run([sys.executable, "-c", limited, *argv], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-2000:]
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error:")]
-    assert "state-3" in line and "File too large" in line and "Traceback" not in done.stderr
+    assert f"{out}{path}: " in line and "File too large" in line and "Traceback" not in done.stderr
     assert run_dpo(base, out) == 0
 
 
