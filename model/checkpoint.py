@@ -30,7 +30,7 @@ from model import config as model_config
 from model import decoder
 from model.config import DecoderConfig
 from sharding import processes
-from sharding.errors import UserError, first_line
+from sharding.errors import UserError, check_scheme, first_line
 from sharding.mesh import constrain
 
 # What a tokenizer may consist of; copied into every checkpoint as it is.
@@ -104,6 +104,8 @@ def is_taken(folder: str) -> bool:
     that we did not make stands where the folder would be written."""
     path, unfinished = epath.Path(folder), _unfinished(folder)
     if unfinished != path:
+        if os.path.islink(folder) and not path.exists():
+            raise UserError(f"{folder} is a link to nothing: remove it, or choose another name")
         if unfinished.exists() and not _is_leftover(unfinished):
             raise UserError(
                 f"{unfinished} is in the way: move it, or choose another name than {folder}"
@@ -150,6 +152,7 @@ def _in_object_store(path: epath.Path) -> bool:
 
 def read_manifest(folder: str) -> dict:
     """The manifest of a complete checkpoint; UserError names what is missing."""
+    check_scheme(folder, "checkpoint")
     path = epath.Path(folder)
     if not path.exists():
         raise UserError(f"checkpoint {folder} does not exist")

@@ -304,6 +304,8 @@ class Shards:
     def _read(self, file: str) -> Iterator[dict]:
         self.builder.config.data_files = {self.name: [file]}
         self.builder.info.features = None
+        if hasattr(self.builder.config, "batch_size"):  # of Parquet; else a file without rows fails
+            self.builder.config.batch_size = ROWS_AT_ONCE
         stream = self.builder.as_streaming_dataset(self.name)
         # Images and sounds stay as they are stored: their libraries are not installed.
         yield from stream.decode(False) if stream.features else stream

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
-from sharding.errors import UserError
+from sharding.errors import UserError, check_scheme
 from stages.files.paths import (
     check_distinct,
     file_sha256,
@@ -77,6 +77,7 @@ def manifest_path(path: str) -> str:
 
 def read_manifest(path: str) -> Manifest | None:
     """The manifest beside the file `path`; None where there is none (a user's own file)."""
+    check_scheme(path)
     file = epath.Path(manifest_path(path))
     if not file.exists():
         return None
