@@ -201,7 +201,7 @@ def test_pairs_that_cannot_be_trained_on_are_set_aside_with_their_reason(base, t
 @pytest.mark.parametrize("comparisons", [{"a": 1}, [{"0": 1}, {}], [[0]], "xx"])
 def test_a_ranking_that_does_not_fit_its_pair_is_told_in_one_line(comparisons):
     fields = {"chosen_index": 0, "rejected_index": 1, "all_rm_scores": [1, 0]}
-    with pytest.raises(UserError, match="^here: .* do not fit together"):
+    with pytest.raises(UserError, match=r"^here: .* do not fit together"):
         reading._win_probability(fields | {"comparisons": comparisons}, "here")
 
 
