@@ -25,6 +25,7 @@ from stages.files.paths import (
     check_distinct,
     file_sha256,
     local_path,
+    naming,
     normalised,
     publish,
     try_lock,
@@ -314,6 +315,7 @@ class Output:
         self.manifest.counts |= {k: n for k, n in counts.items() if k != "in"} | dict(aside)
         whole, set_aside = f"{self.partial}.sorted", f"{self.partial}.set_aside"
         with (
+            naming(self.path),
             open(self.partial, "rb") as rows,
             open(whole, "wb") as file,
             open(set_aside, "wb") as aside_file,

@@ -5,11 +5,13 @@ A path is normalised once, where it enters; two paths are the same file if the f
 Whatever is written for a while only has MARK in its name, so that no file of a user's is replaced.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import io
 import os
 import stat
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -160,6 +162,17 @@ def publish(local: str, path: str) -> None:
         os.replace(local, path)
 
 
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Add the path to an OSError that does not name one, as those of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), path) from error
+
+
 def write_atomically(path: str, content: str | bytes) -> None:
     """Write a whole file, or leave what was there."""
     if isinstance(content, str):
@@ -169,7 +182,7 @@ def write_atomically(path: str, content: str | bytes) -> None:
         epath.Path(path).write_bytes(content)
         return
     temporary = f"{path}{MARK}"
-    with open(temporary, "wb") as file:
+    with naming(path), open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -570,6 +570,20 @@ def test_an_output_that_ends_with_a_slash_is_refused_before_the_work(
     assert not (tmp_path / "x").exists()
 
 
+def test_a_full_disk_names_the_file(tmp_path):
+    code = f"""
+import resource
+from stages.files.paths import write_atomically
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    write_atomically("{tmp_path}/x", "x" * 1000)
+except OSError as error:
+    print(error.filename, error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/x File too large\n"
+
+
 def test_a_full_or_forbidding_disk_is_one_line(capsys, prompts, tmp_path):
     for target in (f"/proc/{'x' * 300}.jsonl", str(tmp_path / ("y" * 300)), "/dev/full/x.jsonl"):
         code, _, stderr = run(capsys, prompts, target)
