@@ -149,65 +149,6 @@ def _add_front(total_bkhs, new_bkhs):
 _blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 
 
-# --------------------------------------------------------------- rows folded and unfolded
-
-
-@jax.custom_vjp
-def unfold(x_bt: jax.Array, unfold_bus: jax.Array, copies_btc: jax.Array) -> jax.Array:
-    """[b, t, …] → [b·u, s, …]: every token at all places where model/packing.py put a copy of it.
-
-    The gradient looks a token's copies up and sums them: on CPU a scatter goes one by one.
-    """
-    b, u, s = unfold_bus.shape
-    return _look_up(x_bt, unfold_bus.reshape(b, u * s)).reshape(b * u, s, *x_bt.shape[2:])
-
-
-def _unfold_bwd(kept, grad_us):
-    unfold_bus, copies_btc = kept
-    grad_bx = grad_us.reshape(len(unfold_bus), -1, *grad_us.shape[2:])
-    copies = [
-        jnp.where(
-            _behind(copies_btc[..., c] >= 0, grad_bx), _look_up(grad_bx, copies_btc[..., c]), 0
-        )
-        for c in range(copies_btc.shape[-1])
-    ]
-    return sum(copies), None, None
-
-
-unfold.defvjp(lambda x, *layout: (unfold(x, *layout), layout), _unfold_bwd)
-
-
-@jax.custom_vjp
-def fold(x_us: jax.Array, unfold_bus: jax.Array, copies_btc: jax.Array) -> jax.Array:
-    """[b·u, s, …] → [b, t, …]: every token's first copy; zero for padding."""
-    x_bx = x_us.reshape(len(unfold_bus), -1, *x_us.shape[2:])
-    first_bt = copies_btc[..., 0]
-    return jnp.where(_behind(first_bt >= 0, x_bx), _look_up(x_bx, first_bt), 0)
-
-
-def _fold_bwd(kept, grad_bt):
-    unfold_bus, copies_btc = kept
-    b, u, s = unfold_bus.shape
-    of_bx = unfold_bus.reshape(b, u * s)
-    is_first_bx = _look_up(copies_btc[..., 0], of_bx) == jnp.arange(u * s)
-    grad_bx = jnp.where(_behind(is_first_bx, grad_bt), _look_up(grad_bt, of_bx), 0)
-    return grad_bx.reshape(b * u, s, *grad_bt.shape[2:]), None, None
-
-
-fold.defvjp(lambda x, *layout: (fold(x, *layout), layout), _fold_bwd)
-
-
-def _look_up(x_bt: jax.Array, indices_bx: jax.Array) -> jax.Array:
-    """x at these indices, [b, x, …]; the index -1 reads element 0, which callers mask."""
-    indices_bx = jnp.maximum(indices_bx, 0)
-    return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x_bt, indices_bx)
-
-
-def _behind(mask_bx: jax.Array, x) -> jax.Array:
-    """The mask with axes added, to lie over x."""
-    return mask_bx.reshape(mask_bx.shape + (1,) * (x.ndim - 2))
-
-
 # ----------------------------------------------------------------------------- products
 
 

@@ -1,153 +1,26 @@
-"""A checkpoint: one self-contained folder. The only file that imports Orbax.
+"""A checkpoint: one self-contained folder. Here it is read; model/checkpoint_writing.py writes it.
 
     params/               the fp32 parameters (Orbax), the tree of model/decoder.py
     config.json           the architecture, as Hugging Face writes it
     tokenizer files       whatever the tokenizer came with, and its chat template
     manifest.json         identity of the parameters, and where they came from
 
-A folder appears whole, by a rename, or not at all. While it is written, it is called
-FOLDER.unfinished and holds the file MARK; a folder without this file is never replaced. Object
-stores (gs://…) do not rename: there the folder is written in its place, and MARK goes last. Nothing
-is guessed from a folder's name.
+Nothing is guessed from a folder's name.
 """
 
-import contextlib
-import hashlib
 import json
-import logging
-import os
-import re
-import sys
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
 from model import config as model_config
 from model import decoder
 from model.config import DecoderConfig
-from sharding import processes
+from model.orbax_settings import orbax
 from sharding.errors import UserError, check_scheme, first_line
-from sharding.mesh import constrain
 
-# What a tokenizer may consist of; copied into every checkpoint as it is.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 MANIFEST = "manifest.json"
-MARK = ".unfinished"  # in a folder that we are writing, or that a killed process left behind
-
-
-def save(
-    folder: str,
-    config: DecoderConfig,
-    params: decoder.Params,
-    tokenizer_from: str,
-    origin: dict,
-    **known,
-) -> str:
-    """Write a checkpoint and return its identity. Several processes write their shards each, to a
-    file system that all of them see.
-
-    params: fp32 arrays (jax or numpy), stacked layers. tokenizer_from: the folder whose tokenizer
-    files and generation_config.json are copied. origin: what made it (stage, arguments, inputs,
-    identities), kept in the manifest; so is `known`, for cards: `source` of a conversion, `parent`
-    (a checkpoint's manifest) and `data` (its pairs' provenance) of a training. Replaces an
-    unfinished folder, never a finished one.
-    """
-    if is_taken(folder):
-        raise UserError(f"{folder} exists: choose another folder, or remove it")
-    processes.wait()  # all have looked
-    unfinished = begin_folder(folder) if processes.is_first() else _unfinished(folder)
-    processes.wait()
-    with _orbax(params):
-        ocp.save(unfinished / "params", params)
-    identity = fingerprint(params)
-    if processes.is_first():
-        copy_tokenizer(tokenizer_from, unfinished)
-        (unfinished / "config.json").write_text(
-            json.dumps(model_config.to_hf(config, config.torch_dtype), indent=2) + "\n"
-        )
-        count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
-        manifest = {"identity": identity, "parameters": count, "origin": origin, **known}
-        (unfinished / MANIFEST).write_text(
-            json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        )
-        finish_folder(unfinished, folder)
-    processes.wait()
-    return identity
-
-
-def copy_tokenizer(source: str, folder: epath.Path) -> None:
-    """Copy a tokenizer's files, and generation_config.json, from one folder into another."""
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (epath.Path(source) / name).exists():
-            (epath.Path(source) / name).copy(folder / name)
-
-
-# ---------------------------------------------------------------- folders that appear whole
-
-
-def is_taken(folder: str) -> bool:
-    """Whether something exists at `folder` that must not be replaced. Raises UserError if something
-    that we did not make stands where the folder would be written."""
-    path, unfinished = epath.Path(folder), _unfinished(folder)
-    if unfinished != path:
-        if os.path.islink(folder) and not path.exists():
-            raise UserError(f"{folder} is a link to nothing: remove it, or choose another name")
-        if unfinished.exists() and not _is_leftover(unfinished):
-            raise UserError(
-                f"{unfinished} is in the way: move it, or choose another name than {folder}"
-            )
-        return path.exists()
-    # A killed process may have written all but not yet removed its mark.
-    return path.exists() and ((path / MANIFEST).exists() or not _is_leftover(path))
-
-
-def begin_folder(folder: str) -> epath.Path:
-    """An empty folder with our mark, to write what `finish_folder` then puts in its place.
-    `is_taken` must be false; a leftover of ours is removed."""
-    path = _unfinished(folder)
-    if path.exists():
-        path.rmtree()
-    path.mkdir(parents=True)
-    (path / MARK).write_text("This folder is being written, or the process was ended meanwhile.\n")
-    return path
-
-
-def finish_folder(unfinished: epath.Path, folder: str) -> None:
-    path = epath.Path(folder)
-    if unfinished != path:
-        unfinished.rename(path)
-    (path / MARK).unlink()
-
-
-def _is_leftover(path: epath.Path) -> bool:
-    """Whether a killed process of ours left this folder, which may still be empty."""
-    return path.is_dir() and ((path / MARK).exists() or not any(path.iterdir()))
-
-
-def _unfinished(folder: str) -> epath.Path:
-    path = epath.Path(folder)
-    return path if _in_object_store(path) else path.parent / f"{path.name}.unfinished"
-
-
-def _in_object_store(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
-# ------------------------------------------------------------------------------- reading
 
 
 def read_manifest(folder: str) -> dict:
@@ -200,7 +73,7 @@ def load(folder: str, shardings=None) -> tuple[DecoderConfig, decoder.Params]:
         shardings if isinstance(shardings, dict) else jax.tree.map(lambda _: shardings, abstract),
     )
     try:
-        with _orbax(abstract):
+        with orbax(abstract) as ocp:
             params = ocp.load(epath.Path(folder) / "params", abstract)
     except Exception as error:  # Orbax raises many kinds; all of them mean the folder is damaged
         raise _unreadable(folder, error) from error
@@ -218,7 +91,7 @@ def load_leaf(folder: str, config: DecoderConfig, path: tuple[str, ...]) -> np.n
     for key in reversed(path):
         tree = {key: tree}
     try:
-        with _orbax(tree, partial=True):
+        with orbax(tree, partial=True) as ocp:
             loaded = ocp.load(epath.Path(folder) / "params", tree)
     except Exception as error:  # as in load
         raise _unreadable(folder, error) from error
@@ -227,138 +100,3 @@ def load_leaf(folder: str, config: DecoderConfig, path: tuple[str, ...]) -> np.n
 
 def _unreadable(folder: str, error: Exception) -> UserError:
     return UserError(f"checkpoint {folder}: params cannot be read ({first_line(error)})")
-
-
-def save_state(folder: str, state) -> Callable[[], None]:
-    """Begin to write a training state (any tree of arrays) to `folder`, which does not exist. The
-    function that it returns waits for the end. The folder appears whole (`is_whole_state`).
-
-    The arrays may be donated at once: they are copied first. On CPU, where a copy would be another
-    whole state in the same memory, it is written before this returns. Both may raise OSError.
-    """
-
-    on_cpu = any(d.platform == "cpu" for x in jax.tree.leaves(state) for d in x.devices())
-    with _orbax(state), _as_os_error(folder):
-        writing = ocp.save_async(epath.Path(folder), state)
-        if on_cpu:
-            writing.result()
-
-    def finish():
-        with _as_os_error(folder):
-            writing.result()
-
-    return finish
-
-
-@contextlib.contextmanager
-def _as_os_error(folder: str):
-    """Orbax's errors of the disk, of several classes, as the OSError that they tell of."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        number = re.search(r"os_error_code='(\d+)'", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), folder) from error
-
-
-def is_whole_state(folder: epath.Path) -> bool:
-    """Whether `save_state` came to its end there. The files are those that Orbax writes last:
-    before it renames the folder, or, in an object store, in its place."""
-    name = "commit_success.txt" if _in_object_store(folder) else "_CHECKPOINT_METADATA"
-    return (folder / name).exists()
-
-
-def load_state(folder: str, abstract):
-    """Read a training state into the shapes, dtypes and shardings of `abstract`."""
-    try:
-        with _orbax(abstract):
-            return ocp.load(epath.Path(folder), abstract)
-    except Exception as error:  # as in load
-        raise UserError(
-            f"{folder} cannot be read ({first_line(error)}): remove it to go on from the state "
-            "before it, if one was kept"
-        ) from error
-
-
-@contextlib.contextmanager
-def _orbax(tree, partial: bool = False):
-    """Orbax set to hold little beside `tree`; its defaults keep a second copy of everything.
-
-    Host arrays are not copied first: we wait, so nothing changes them. Chunks of 64 MB go straight
-    to files of their own; OCDBT would gather all of them in memory until the end. No more than the
-    largest array is read ahead. `partial`: the tree may be a part of what was saved.
-    """
-    context = ocp.Context()
-    context.memory.deepcopy_host_arrays = False
-    context.array.saving.use_ocdbt = False
-    context.array.saving.use_compression = False  # trained fp32 weights shrink by 7%, for seconds
-    context.array.saving.storage_options.chunk_byte_size = 64 * 2**20
-    # From the shapes, since an abstract array has no nbytes.
-    largest = max((4 * int(np.prod(x.shape)) for x in jax.tree.leaves(tree)), default=0)
-    context.memory.read_concurrent_bytes = max(2**30, largest + 2**20)
-    context.pytree.loading.partial_load = partial
-    # Orbax warns at every save and load that there is no OCDBT. With a full disk, its threads and
-    # TensorStore's print dozens of tracebacks beside the error that is raised.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _unless_too_late
-    with context:
-        yield
-
-
-def _unless_too_late(unraisable) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
-# ------------------------------------------------------------------------------- identity
-
-
-def fingerprint(params) -> str:
-    """A 64-hex identity of a tree of arrays: its paths, shapes and every bit of its fp32 values.
-
-    Computed on the devices that hold the arrays, in integer sums, which do not depend on the order
-    of the devices. Two trees that differ in one bit have different identities. Not cryptographic:
-    it detects mistakes, not forgery.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda x: str(x[0])):
-        name = "/".join(str(key.key) for key in path)
-        # Stacked leaves go layer by layer: the mixed bits of a whole leaf would take four times its
-        # size, and a numpy leaf a copy besides.
-        slices = leaf if leaf.ndim > 2 else [leaf]
-        size = int(np.prod(leaf.shape)) // len(slices)
-        lanes = np.zeros(4, np.uint32)
-        for i in range(len(slices)):
-            first = jnp.uint32(i * size % 2**32)
-            lanes += np.asarray(_lanes(jnp.asarray(slices[i]), first))
-        digest.update(json.dumps([name, leaf.shape, lanes.tolist()]).encode())
-    return digest.hexdigest()
-
-
-@jax.jit
-def _lanes(x: jax.Array, first: jax.Array) -> jax.Array:
-    """Four sums modulo 2³² over a mix of each value's bits with its index, uint32 [4]. Indices
-    count from `first`, modulo 2³²."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    index = jnp.zeros(x.shape, jnp.uint32)
-    for axis in range(x.ndim):
-        index = index * jnp.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(
-            jnp.uint32, x.shape, axis
-        )
-    index += first
-    mixed = _mix(index ^ jnp.uint32(0x9E3779B9)) ^ bits
-    # One lane after the other, since all together would take four times the memory.
-    lanes = jnp.arange(1, 5, dtype=jnp.uint32)
-    sums = jax.lax.map(lambda lane: jnp.sum(_mix(mixed + lane), dtype=jnp.uint32), lanes)
-    return constrain(sums, None)  # whole in every process
-
-
-def _mix(h: jax.Array) -> jax.Array:
-    """The 32-bit finaliser of MurmurHash3: every input bit changes about half of the output's."""
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return h ^ (h >> 16)

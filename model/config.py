@@ -49,7 +49,7 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...] = (2,)
     pad_token_id: int | None = None
     initializer_range: float = 0.02
-    model_type: str = "mistral"  # or "llama": decides only what to_hf writes
+    model_type: str = "mistral"  # or "llama": decides only what hf_config.py writes
     torch_dtype: str = "float32"  # of the published weights; our parameters are always fp32
 
     def __post_init__(self):
@@ -179,40 +179,3 @@ def _take_sliding_window(keys: dict, mistral: bool) -> int | None:
     if not mistral and window is not None:
         raise UserError(f"sliding_window {window} in a llama config is not built")
     return window
-
-
-def to_hf(config: DecoderConfig, dtype: str) -> dict:
-    """The `config.json` of the model with its weights stored as `dtype` (one of DTYPES).
-
-    Written in the spelling of transformers 4 (rope_theta, torch_dtype), which 5 reads too.
-    """
-    c = config
-    eos = c.eos_token_ids
-    hf = {
-        "architectures": [ARCHITECTURES[c.model_type]],
-        "attention_dropout": 0.0,
-        "bos_token_id": c.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else (list(eos) or None),
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": c.hidden_size,
-        "initializer_range": c.initializer_range,
-        "intermediate_size": c.intermediate_size,
-        "max_position_embeddings": c.max_position_embeddings,
-        "model_type": c.model_type,
-        "num_attention_heads": c.num_attention_heads,
-        "num_hidden_layers": c.num_hidden_layers,
-        "num_key_value_heads": c.num_key_value_heads,
-        "pad_token_id": c.pad_token_id,
-        "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": c.rope_theta,
-        "tie_word_embeddings": c.tie_word_embeddings,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "vocab_size": c.vocab_size,
-    }
-    if c.model_type == "mistral":
-        hf["sliding_window"] = c.sliding_window
-    else:
-        hf |= {"attention_bias": False, "mlp_bias": False}
-    return hf

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import decoder
+from model import decoder, kv_cache, placement
 from model.config import DecoderConfig
 from model.packing import coarse_bucket
 from sharding.errors import UserError
@@ -442,13 +442,23 @@ def _empty(config: DecoderConfig, slots: int, length: int, sampling: Sampling, d
     """The state of all slots, none of them in use. `tokens` and `logprobs` include EOS."""
     # numpy arrays are the same on every process, whatever devices the mesh has.
     return {
-        "cache": decoder.empty_cache(config, slots, length, dtype),
+        "cache": kv_cache.empty_cache(config, slots, length, dtype),
         "active": np.zeros(slots, bool),
         "keys": np.zeros((slots, 2), np.uint32),
         "prompt_lengths": np.zeros(slots, np.int32),
         "steps": np.zeros(slots, np.int32),  # tokens drawn
         "tokens": np.zeros((slots, sampling.max_new_tokens), np.int32),
         "logprobs": np.zeros((slots, sampling.max_new_tokens), np.float32),
+    }
+
+
+def arrays_held(config: DecoderConfig, mesh, slots: int, length: int, dtype=jnp.float32) -> dict:
+    """{title: arrays} that a sampler holds, as shapes with their shardings: parameters in the dtype
+    of computation, and a cache of `slots` rows with `length` positions each."""
+    keys, values = zip(*kv_cache.abstract_cache(config, mesh, slots, length, dtype))
+    return {
+        "parameters": placement.parameters(config, mesh, dtype),
+        "cache": {"keys": list(keys), "values": list(values)},
     }
 
 
@@ -461,7 +471,7 @@ def _replicated(state: dict) -> dict:
 def _prefill(params, config: DecoderConfig, row, dtype):
     """(hidden states [1, t, d] of a row of prompts, the keys and values of each layer)."""
     same_1tt = row["prompts"][:, :, None] == row["prompts"][:, None, :]
-    return decoder.prefill(params, config, row["tokens"], row["positions"], same_1tt, dtype)
+    return kv_cache.prefill(params, config, row["tokens"], row["positions"], same_1tt, dtype)
 
 
 @partial(jax.jit, donate_argnums=(0, 1))
@@ -473,7 +483,7 @@ def _copy_prompts(k_bkhs, v_bksh, prompts_k, prompts_v, slots_g, starts_g):
     from_gs = jnp.minimum(from_gs, prompts_k.shape[-1] - 1)
     new_k = jnp.moveaxis(prompts_k[0][:, :, from_gs], 2, 0)
     new_v = jnp.moveaxis(prompts_v[0][:, from_gs], 1, 0)
-    return decoder.constrain_cache(
+    return kv_cache.constrain_cache(
         k_bkhs.at[slots_g].set(new_k, mode="drop"), v_bksh.at[slots_g].set(new_v, mode="drop")
     )
 
@@ -513,7 +523,7 @@ def _advance(params, state, stop_at_active, *, config, sampling, dtype) -> dict:
         steps_b, active_b = state["steps"], state["active"]
         last_b = state["tokens"][rows, steps_b - 1]
         positions_b = state["prompt_lengths"] + steps_b - 1
-        hidden_bd, cache = decoder.decode(
+        hidden_bd, cache = kv_cache.decode(
             params, config, state["cache"], last_b, positions_b, dtype
         )
         logits_bv = decoder.logits(params, config, hidden_bd)
@@ -538,7 +548,7 @@ def _resize_layer(k_bkhs, v_bksh, slots_b, length):
     if slots_b is not None:
         k_bkhs, v_bksh = k_bkhs[slots_b], v_bksh[slots_b]
     extra = max(length - k_bkhs.shape[-1], 0)
-    return decoder.constrain_cache(
+    return kv_cache.constrain_cache(
         jnp.pad(k_bkhs[..., :length], ((0, 0),) * 3 + ((0, extra),)),
         jnp.pad(v_bksh[:, :, :length], ((0, 0), (0, 0), (0, extra), (0, 0))),
     )

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from model import checkpoint
+from model import checkpoint, checkpoint_writing
 from model import config as model_config
 from model.config import DecoderConfig
+from model.hf_config import to_hf
 from model.weights import (
     Slot,
     check_tensors,
@@ -143,9 +144,9 @@ def write_hf(
     """
     config = checkpoint.load_config(folder)
     dtype = dtype or config.torch_dtype
-    if checkpoint.is_taken(dst):
+    if checkpoint_writing.is_taken(dst):
         raise UserError(f"{dst} exists: choose another folder, or remove it")
-    unfinished = checkpoint.begin_folder(dst)
+    unfinished = checkpoint_writing.begin_folder(dst)
 
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     _, params = checkpoint.load(folder, cpu)
@@ -169,8 +170,8 @@ def write_hf(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(unfinished / "model.safetensors.index.json", index)
 
-    checkpoint.copy_tokenizer(folder, unfinished)
-    hf = model_config.to_hf(config, dtype)
+    checkpoint_writing.copy_tokenizer(folder, unfinished)
+    hf = to_hf(config, dtype)
     _write_json(unfinished / "config.json", hf)
     if not (unfinished / "generation_config.json").exists():
         ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -179,7 +180,7 @@ def write_hf(
         _write_json(unfinished / checkpoint.MANIFEST, manifest)
     if card is not None:
         (unfinished / "README.md").write_text(card)
-    checkpoint.finish_folder(unfinished, dst)
+    checkpoint_writing.finish_folder(unfinished, dst)
     return dtype
 
 

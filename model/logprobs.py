@@ -11,12 +11,13 @@ import jax.numpy as jnp
 
 from model import decoder
 from model.config import DecoderConfig
+from model.forward import Remat, forward
 from model.precision import matmul_precision
 from sharding.mesh import batch_shards, constrain
 
 CHUNK = 256  # tokens per device whose logits are held: 50 MB of fp32 at 49,152 words
 # Kept log-probs of a reference are named by it (stages/dpo.py). Raise it with each change to this
-# file, to the decoder or to packing that moves the numbers by more than rounding.
+# file, to the decoder, its forward pass or packing that moves the numbers by more than rounding.
 VERSION = 1
 
 
@@ -26,7 +27,7 @@ def response_logprobs(
     batch: dict[str, jax.Array],
     responses: int,
     dtype=jnp.float32,
-    remat: decoder.Remat = "none",
+    remat: Remat = "none",
 ) -> jax.Array:
     """log π(response | prompt), summed over tokens, fp32 [responses]; 0 for a response that the
     batch does not have.
@@ -34,7 +35,7 @@ def response_logprobs(
     batch: the arrays of model/packing.py. The vocabulary product is computed for response tokens
     only. Sums, not means, as in Rafailov et al. 2023.
     """
-    hidden_btd = decoder.forward(
+    hidden_btd = forward(
         params, config, batch["tokens"], batch["positions"], None, dtype, remat, layout=batch
     )
     hidden_btd = jnp.take_along_axis(hidden_btd, batch["predictors"][..., None], axis=1)

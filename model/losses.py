@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import decoder
 from model.config import DecoderConfig
+from model.forward import Remat
 from model.logprobs import response_logprobs
 from sharding.errors import UserError
 
@@ -148,7 +148,7 @@ def implicit_rewards(pi_b: jax.Array, ref_b: jax.Array, beta: float) -> jax.Arra
 
 
 def pair_logprobs(
-    params, batch, *, config: DecoderConfig, pairs: int, dtype, remat: decoder.Remat = "none"
+    params, batch, *, config: DecoderConfig, pairs: int, dtype, remat: Remat = "none"
 ) -> tuple[jax.Array, jax.Array]:
     """(chosen_b, rejected_b), fp32 [pairs]: summed log-probs of a micro-batch of up to `pairs`
     pairs. Its sequences (model/packing.py) have two responses each, first the chosen one."""
@@ -157,7 +157,7 @@ def pair_logprobs(
 
 
 def pair_loss(
-    params, batch, *, loss: Loss, config: DecoderConfig, dtype, remat: decoder.Remat = "none"
+    params, batch, *, loss: Loss, config: DecoderConfig, dtype, remat: Remat = "none"
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(losses, metrics), fp32 [b] each, of a micro-batch: the loss function of a DPO training.
     The batch holds, beside the tokens, the fields of `Pairs` that are not the policy's."""

@@ -1,7 +1,8 @@
-"""Where parameters and the arrays of a sampling lie on a mesh: shapes with their shardings.
+"""Where parameters lie on a mesh: shapes with their shardings.
 
 Nothing is allocated, and the mesh may be one without devices (`sharding.mesh.abstract_mesh`).
-`sharding.table` prints what these give. What a training holds is in model/train.py.
+`sharding.table` prints what these give. Other arrays: `arrays_held` of model/generate.py (sampling)
+and model/train.py.
 """
 
 import jax
@@ -28,19 +29,3 @@ def unstacked(params: decoder.Params) -> decoder.Params:
 
     count = params["layers"]["q"].shape[0]
     return params | {"layers": [jax.tree.map(of_layer, params["layers"])] * count}
-
-
-def cache(config: DecoderConfig, mesh, rows: int, length: int, dtype=jnp.float32) -> list:
-    """The KV cache: [(k_bkhs, v_bksh)] per layer."""
-    shapes = jax.eval_shape(lambda: decoder.empty_cache(config, rows, length, dtype))
-    return abstract(shapes, tree_shardings(mesh, [decoder.CACHE_AXES] * len(shapes), shapes))
-
-
-def sampling(config: DecoderConfig, mesh, slots: int, length: int, dtype=jnp.float32) -> dict:
-    """{title: arrays} that a sampler holds: parameters in the dtype of computation, and a cache of
-    `slots` rows with `length` positions each."""
-    keys, values = zip(*cache(config, mesh, slots, length, dtype))
-    return {
-        "parameters": parameters(config, mesh, dtype),
-        "cache": {"keys": list(keys), "values": list(values)},
-    }

@@ -26,7 +26,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sharding.errors import UserError, first_line
+from sharding.errors import UserError, as_os_error, first_line
 
 STORED_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -214,10 +214,12 @@ def write_tensors(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:
     """Write one safetensors file."""
     metadata = {"format": "pt"}  # what transformers expects
     if "://" not in str(path):
-        save_file(tensors, str(path), metadata)
+        with as_os_error(str(path)):
+            save_file(tensors, str(path), metadata)
         # safetensors lets only the owner read; the folder says who may.
         os.chmod(path, os.stat(path.parent).st_mode & 0o666)
         return
     with tempfile.TemporaryDirectory() as local:
-        save_file(tensors, f"{local}/{path.name}", metadata)
+        with as_os_error(local):
+            save_file(tensors, f"{local}/{path.name}", metadata)
         epath.Path(f"{local}/{path.name}").copy(path)

@@ -34,7 +34,7 @@ from stages.files.run import run_main
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
 
-    from model import checkpoint, gguf, hf, weights
+    from model import checkpoint, checkpoint_writing, gguf, hf, weights
 
 HUB_FILES = (
     "README.md model*.safetensors model.safetensors.index.json *.json *.jinja tokenizer*".split()
@@ -157,7 +157,7 @@ def from_hf(args: FromHf):
         *weights.weight_files(folder),
         path / "config.json",
         path / "generation_config.json",
-        *(path / name for name in checkpoint.TOKENIZER_FILES),
+        *(path / name for name in checkpoint_writing.TOKENIZER_FILES),
     ]
 
     def read():
@@ -196,7 +196,7 @@ def write_checkpoint(
     with lock(folder):
         hashed = {role: an_input(path) for role, path in inputs.items()}
         origin = {"stage": "convert", "arguments": arguments, "inputs": hashed}
-        if checkpoint.is_taken(folder):
+        if checkpoint_writing.is_taken(folder):
             made = checkpoint.read_manifest(folder)
             if content(made["origin"]) != content(origin):
                 raise UserError(
@@ -205,7 +205,7 @@ def write_checkpoint(
             print(f"{folder} is finished already: {made['identity']}")
             return
         config, params, tokenizer, source = read()
-        identity = checkpoint.save(folder, config, params, tokenizer, origin, source=source)
+        identity = checkpoint_writing.save(folder, config, params, tokenizer, origin, source=source)
     count = checkpoint.read_manifest(folder)["parameters"]
     report(folder, count, f"published as {config.torch_dtype}, kept as float32", identity)
 

@@ -41,7 +41,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
     import jax.numpy as jnp
 
-    from model import batches, checkpoint, gates, logprobs, losses, placement
+    from model import batches, checkpoint, checkpoint_writing, gates, logprobs, losses, placement
     from model import tokenizer as tokenizers
     from model import train as training
     from sharding import mesh as meshes
@@ -276,7 +276,7 @@ def main(args: Args) -> None:
             manifest.results |= after
         manifest.seconds = round(time.monotonic() - begun, 1)
         origin = dataclasses.asdict(manifest)
-        identity = checkpoint.save(
+        identity = checkpoint_writing.save(
             args.out, config, state["params"], args.checkpoint, origin, **known
         )
         work.done()

@@ -36,7 +36,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, decoder, generate, placement
+    from model import checkpoint, decoder, generate, kv_cache
     from model import tokenizer as tokenizers
     from sharding import mesh as meshes
     from sharding import processes, table
@@ -220,11 +220,11 @@ def load_sampler(
     if dtype != jnp.float32:
         params = decoder.cast(params, dtype)
     length = longest + args.max_new_tokens
-    slot_bytes = decoder.cache_bytes(config, length, dtype)
+    slot_bytes = kv_cache.cache_bytes(config, length, dtype)
     slots = min(processes.from_all(count_slots(args, mesh, slot_bytes, args.n * prompts)))
     bar.write(f"{slots} slots, a KV cache of at most {slots * slot_bytes / 1e9:.2f} GB")
     tell = table.table if args.shardings else table.summary
-    bar.write(tell(mesh, placement.sampling(config, mesh, slots, length, dtype)))
+    bar.write(tell(mesh, generate.arrays_held(config, mesh, slots, length, dtype)))
     return generate.Sampler(config, params, tokenizer.decode, sampling, slots, longest, dtype)
 
 

@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from model import checkpoint, decoder
+from model import checkpoint_writing, decoder
 from model.config import DecoderConfig
 
 TEMPLATE = (
@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path, seed: int = 0, **changes) -> str:
     source = folder.parent / f"{folder.name}-tokenizer"
     write_tokenizer(source)
     c = config(**changes)
-    return checkpoint.save(str(folder), c, decoder.init(c, seed), str(source), {})
+    return checkpoint_writing.save(str(folder), c, decoder.init(c, seed), str(source), {})
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:

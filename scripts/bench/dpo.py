@@ -11,10 +11,18 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from etils import epy
 
 from scripts.bench.machine import Side, peak_memory, timed, two_formats
 from scripts.plan.slices import gemm_rate
 from sharding.errors import UserError
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    import jax
+
+    from model import checkpoint, decoder, losses, packing, placement, train
+    from model import tokenizer as tokenizers
+    from sharding import mesh as meshes
 
 
 @dataclasses.dataclass
@@ -43,12 +51,9 @@ def bench(args: Dpo) -> None:
     if not data.is_dir():
         raise UserError(f"{data} does not exist: set ALIGN_TEST_DATA to the tests' data")
     with tempfile.TemporaryDirectory() as temporary:
-        from model import checkpoint  # here: --help must not wait for JAX
-        from model.tokenizer import ChatTokenizer
-
         folder, hf_folder = two_formats(args.checkpoint, temporary)
         config = checkpoint.load_config(folder)
-        tokenizer = ChatTokenizer.from_folder(folder, config.eos_token_ids)
+        tokenizer = tokenizers.ChatTokenizer.from_folder(folder, config.eos_token_ids)
         rows = _rows(data, tokenizer, args)
         ours = Side(our_worker, folder, rows, args)
         facts = ours.ask("begin")
@@ -121,27 +126,21 @@ def _rows(data: Path, tokenizer, args: Dpo) -> list[dict]:
 
 
 def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
-    import jax  # here: --help must not wait for JAX
-
-    from model import checkpoint, decoder, losses, placement, train
-    from model.packing import Sequence, pack
-    from sharding.mesh import make_mesh, replicated, tree_shardings
-
     pipe.recv()
     config = checkpoint.load_config(folder)
-    mesh = make_mesh()
+    mesh = meshes.make_mesh()
     shapes = decoder.abstract(config)
-    shardings = tree_shardings(mesh, decoder.logical_axes(config), shapes)
+    shardings = meshes.tree_shardings(mesh, decoder.logical_axes(config), shapes)
     optimization = train.Optimization(5e-7, "linear", 0.0, "adamw", 0.0, 1.0)
     loss = partial(losses.pair_loss, loss=losses.Loss(), config=config, dtype=np.float32)
     pair_logprobs = jax.jit(
         partial(losses.pair_logprobs, config=config, pairs=args.pairs, dtype=np.float32),
-        out_shardings=replicated(mesh),
+        out_shardings=meshes.replicated(mesh),
     )
     batches = [
-        pack(
+        packing.pack(
             [
-                Sequence(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]])
+                packing.Sequence(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]])
                 for row in rows[at : at + args.pairs]
             ]
         )

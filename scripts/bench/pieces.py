@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import decoder, generate, packing
+from model import generate, kv_cache, packing
 from model.rankers import deberta, deberta_tpu
 from scripts.bench import kernel_profile, shapes
 from scripts.bench.measuring import (
@@ -66,7 +66,7 @@ def decode(given: Given) -> Iterator[Row]:
     sizes, config = given.sizes, given.sizes.model
     copy, limit = given.rate("copy", copy_rate), memory_limit()
     weights_bytes = 2 * shapes.parameters(config)
-    slot_bytes = decoder.cache_bytes(config, sizes.length, jnp.bfloat16)
+    slot_bytes = kv_cache.cache_bytes(config, sizes.length, jnp.bfloat16)
     needed = weights_bytes + sizes.slots[0] * slot_bytes
     if needed > limit:
         raise Skip(f"{needed / 1e9:.1f} GB do not fit into {limit / 1e9:.1f}: pass --layers")
@@ -130,7 +130,7 @@ def _decode_steps(given: Given, params, slots, read_bytes, copy, profile: bool) 
         raise RuntimeError(f"{drawn} tokens were drawn in a call, not {steps}")
     step = statistics.median(took[1:] or took)
     # Positions from length - steps on, and one more at each step.
-    live = slots * decoder.cache_bytes(config, 1, jnp.bfloat16) * (sizes.length - (steps - 1) / 2)
+    live = slots * kv_cache.cache_bytes(config, 1, jnp.bfloat16) * (sizes.length - (steps - 1) / 2)
     memory = program.memory_analysis()
     yield {
         "name": f"{slots} slots",

@@ -11,12 +11,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from etils import epy
 
 from model.rankers.comparisons import strategy
 from scripts.bench.machine import Side, peak_memory, timed
 from scripts.plan.slices import gemm_rate
 from sharding.errors import UserError
 from stages.files.rows import Sample, read
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    import jax.numpy as jnp
+
+    from model.rankers import deberta, pairrm, pairwise, ranking
+    from scripts import random_pairrm
 
 
 @dataclasses.dataclass
@@ -83,15 +90,16 @@ def bench(args: Rank) -> None:
 
 
 def _write_random(folder: Path, rows) -> str:
-    # here: it needs torch and transformers, and only a run without --ranker needs it
-    from scripts.random_pairrm import LARGE, LARGE_VOCABULARY, sentencepiece_model, write_pairrm
-
     print("no --ranker: writing a PairRM of random weights (1.7 GB, twice)", flush=True)
     # A tokenizer of these very texts, so that they are about as long as with PairRM's own.
     texts = tuple(text for source, answers in rows for text in (source, *answers))
     lines = tuple(line for text in texts for line in text.splitlines() if line.strip())
     with contextlib.redirect_stdout(io.StringIO()):
-        write_pairrm(folder, LARGE, sentencepiece_model(16000, lines, LARGE_VOCABULARY))
+        random_pairrm.write_pairrm(
+            folder,
+            random_pairrm.LARGE,
+            random_pairrm.sentencepiece_model(16000, lines, random_pairrm.LARGE_VOCABULARY),
+        )
     return str(folder)
 
 
@@ -151,25 +159,21 @@ class Tally:
 
 
 def our_worker(pipe, folder: str):
-    import jax.numpy as jnp  # here: --help must not wait for JAX
-
-    from model.rankers import deberta, pairrm
-    from model.rankers.pairwise import PairwiseRanker
-    from model.rankers.ranking import Request
-
     model = pairrm.PairRM(folder)
     config, params = model.config.encoder, model.copies[0]["encoder"]
-    ranker = PairwiseRanker(model, "full", "max_logits")
+    ranker = pairwise.PairwiseRanker(model, "full", "max_logits")
     facts = {"flops": 0.0, "padded": 0, "tokens": 0}
 
     def rank(group) -> list:
         requests = [
-            Request("", str(number), source, [{"role": "user", "content": source}], answers, [])
+            ranking.Request(
+                "", str(number), source, [{"role": "user", "content": source}], answers, []
+            )
             for number, (source, answers) in enumerate(group)
         ]
         found = {
-            request.prompt_id: ranking
-            for request, ranking in ranker.rank_all(requests, lambda n: None)
+            request.prompt_id: ranked
+            for request, ranked in ranker.rank_all(requests, lambda n: None)
         }
         return [found[request.prompt_id] for request in requests]
 

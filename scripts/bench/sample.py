@@ -11,11 +11,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from etils import epy
 
 from scripts.bench.machine import Side, peak_memory, timed, two_formats
 from scripts.plan.slices import gemm_rate, read_rate
 from sharding.errors import UserError
 from stages.files.rows import Prompt, read
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    import jax
+    import jax.numpy as jnp
+
+    from model import checkpoint, decoder, generate, kv_cache
+    from model import tokenizer as tokenizers
 
 
 @dataclasses.dataclass
@@ -135,13 +143,8 @@ def _account(pieces: dict) -> None:
 
 
 def our_worker(pipe, folder: str, args: Sample):
-    import jax  # here: --help must not wait for JAX
-
-    from model import checkpoint, generate
-    from model.tokenizer import ChatTokenizer
-
     config, params = checkpoint.load(folder)
-    tokenizer = ChatTokenizer.from_folder(folder, config.eos_token_ids)
+    tokenizer = tokenizers.ChatTokenizer.from_folder(folder, config.eos_token_ids)
     sampling = generate.Sampling(
         args.n, args.temperature, args.top_p, max_new_tokens=args.max_new_tokens
     )
@@ -186,11 +189,6 @@ def our_worker(pipe, folder: str, args: Sample):
 
 def _step(config, params, sampling, slots: int, length: int) -> dict:
     """A decode step and its pieces: {name: (seconds, operations of products, bytes read)}."""
-    import jax  # here: --help must not wait for JAX
-    import jax.numpy as jnp
-
-    from model import decoder, generate
-
     steps = generate.STEPS_PER_CALL
     state = generate._empty(config, slots, length, sampling, jnp.float32)
     state |= {
@@ -212,13 +210,13 @@ def _step(config, params, sampling, slots: int, length: int) -> dict:
         times.append((time.perf_counter() - begun) / drawn)
     assert drawn <= steps
     tokens_b, uniform_b = state["tokens"][:, 0], jnp.full(slots, 0.5)
-    cache, short = state["cache"], decoder.empty_cache(config, slots, 32)
+    cache, short = state["cache"], kv_cache.empty_cache(config, slots, 32)
 
     def best(function, *given):
         jax.block_until_ready(function(*given))
         return min(timed(lambda: jax.block_until_ready(function(*given)))[0] for _ in range(5))
 
-    decode = jax.jit(partial(decoder.decode, config=config), donate_argnames="cache")
+    decode = jax.jit(partial(kv_cache.decode, config=config), donate_argnames="cache")
 
     def decode_time(cache, at):
         took, positions_b = [], jnp.full(slots, at)
@@ -240,7 +238,7 @@ def _step(config, params, sampling, slots: int, length: int) -> dict:
     weights = sum(x.size for x in jax.tree.leaves(params["layers"]))
     vocabulary = config.vocab_size * config.hidden_size
     heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    size = decoder.cache_bytes(config, length)
+    size = kv_cache.cache_bytes(config, length)
     return {
         "slots": slots,
         "length": length,

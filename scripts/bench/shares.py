@@ -6,6 +6,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from etils import epy
+
 from scripts.bench import dpo, sample
 from scripts.bench.machine import Side, two_formats
 from scripts.plan.arithmetic import DecoderCost, Lengths, seconds
@@ -15,6 +17,10 @@ from scripts.plan.slices import gemm_rate, parse, read_rate
 from sharding.errors import UserError
 from stages.files.rows import Prompt
 from stages.files.rows import read as read_rows
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    from model import checkpoint
+    from model import tokenizer as tokenizers
 
 
 @dataclasses.dataclass
@@ -36,9 +42,6 @@ def bench(args: Shares) -> None:
         raise UserError(f"--rounds is {args.rounds}: it must be at least 1")
     if not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out {args.out}: its folder does not exist: make it first")
-    from model import checkpoint  # here: --help must not wait for JAX
-    from model.tokenizer import ChatTokenizer
-
     recipe = read("demo")
     drawn, pairs = recipe.sample, recipe.dpo.micro_batch_size
     rows = read_rows(str(RECIPES / "demo" / "train_1.jsonl"), Prompt)
@@ -46,7 +49,7 @@ def bench(args: Shares) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = two_formats(None, temporary)[0]
         config = checkpoint.load_config(folder)
-        tokenizer = ChatTokenizer.from_folder(folder, config.eos_token_ids)
+        tokenizer = tokenizers.ChatTokenizer.from_folder(folder, config.eos_token_ids)
         prompts = [tokenizer.prompt_ids([{"role": "user", "content": text}]) for text in texts]
         sampler = Side(
             sample.our_worker,

@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from model import checkpoint, losses, packing, placement, train
+from model import checkpoint_writing, losses, packing, placement, train
 from scripts.bench import shapes
 from scripts.bench.measuring import (
     Given,
@@ -82,7 +82,7 @@ def checkpointing(given: Given) -> Iterator[Row]:
             raise Skip(f"{folder} has {free / 1e9:.1f} GB free, the state needs {size / 1e9:.1f}")
         jax.block_until_ready(state)
         begun = time.perf_counter()
-        finish = checkpoint.save_state(f"{folder}/state", state)
+        finish = checkpoint_writing.save_state(f"{folder}/state", state)
         held = time.perf_counter() - begun
         finish()
         saving = time.perf_counter() - begun
@@ -96,7 +96,7 @@ def checkpointing(given: Given) -> Iterator[Row]:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
         begun = time.perf_counter()
-        loaded = jax.block_until_ready(checkpoint.load_state(f"{folder}/state", abstract))
+        loaded = jax.block_until_ready(checkpoint_writing.load_state(f"{folder}/state", abstract))
         seconds = time.perf_counter() - begun
     same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), state, loaded)
     yield {

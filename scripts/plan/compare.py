@@ -3,10 +3,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epy
+
 from scripts.plan.arithmetic import seconds
 from scripts.plan.schedule import Plan
 from sharding.errors import UserError
 from stages.files.output import read_manifest
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    from model import checkpoint
 
 # The file whose manifest tells, in each folder of the run.
 FILES = {
@@ -37,8 +42,6 @@ def _seconds(file: Path) -> float | None:
     if not file.is_dir():
         there = read_manifest(str(file))
         return there and there.seconds
-    from model import checkpoint
-
     return checkpoint.read_manifest(str(file))["origin"].get("seconds")
 
 

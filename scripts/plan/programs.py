@@ -18,9 +18,21 @@ from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
+from etils import epy
 
 from scripts.plan.slices import Slice
-from sharding.errors import UserError
+from sharding.errors import UserError, first_line
+
+with epy.lazy_imports():  # loaded in the compiler's process alone
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    from model import config as configs
+    from model import generate, kv_cache, losses, packing, placement, train, weights
+    from model.rankers import deberta, deberta_tpu
+    from sharding import mesh as meshes
+    from sharding import table
 
 INSTALL = (
     "package libtpu, the TPU compiler, is not installed: pip install libtpu (0.0.42.1 goes with "
@@ -87,8 +99,6 @@ def compiled(on: Slice, work: dict) -> list[Memory]:
 
 def devices(topology: str):
     """The devices of a TPU slice that is not there: v5p:2x2x1. One chip is taken out of four."""
-    from jax.experimental import topologies
-
     name, _, shape = topology.partition(":")
     sides = shape.split("x")
     one = all(side == "1" for side in sides)
@@ -110,19 +120,15 @@ def parts(program, **known: int) -> dict[str, int]:
 def sampling(config, mesh, slots: int, length: int, prefill: int, dtype: str, flags: dict):
     """(name, compiled program, its parts) of a decode step and of a row of prompts of `prefill`
     tokens; length: positions of the cache; flags: of generate.Sampling."""
-    import jax
-    import jax.numpy as jnp
-
-    from model import generate, placement
-    from sharding.mesh import abstract, replicated
-    from sharding.table import bytes_a_device
-
-    dtype, drawing, whole = jnp.dtype(dtype), generate.Sampling(**flags), replicated(mesh)
+    dtype, drawing, whole = jnp.dtype(dtype), generate.Sampling(**flags), meshes.replicated(mesh)
     params = placement.unstacked(placement.parameters(config, mesh, dtype))
     state = jax.eval_shape(partial(generate._empty, config, slots, length, drawing, dtype))
-    state = abstract(state, jax.tree.map(lambda _: whole, state))
-    state |= {"cache": placement.cache(config, mesh, slots, length, dtype)}
-    sizes = {"parameters": bytes_a_device(params), "cache": bytes_a_device(state["cache"])}
+    state = meshes.abstract(state, jax.tree.map(lambda _: whole, state))
+    state |= {"cache": kv_cache.abstract_cache(config, mesh, slots, length, dtype)}
+    sizes = {
+        "parameters": table.bytes_a_device(params),
+        "cache": table.bytes_a_device(state["cache"]),
+    }
     at = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
     with jax.set_mesh(mesh):
         advance = partial(generate._advance, config=config, sampling=drawing, dtype=dtype)
@@ -134,7 +140,7 @@ def sampling(config, mesh, slots: int, length: int, prefill: int, dtype: str, fl
         prompts = prompts.lower(params, row=row).compile()
         # The program has no use for the vocabulary's matrix, so the compiler leaves it out.
         used = {name: x for name, x in params.items() if name != "unembed"}
-        beside = parts(prompts, parameters=bytes_a_device(used)) | sizes
+        beside = parts(prompts, parameters=table.bytes_a_device(used)) | sizes
         yield f"sample: {prefill} tokens of prompts", prompts, beside
 
 
@@ -152,18 +158,10 @@ def training(
     """(name, compiled program, its parts) of one micro-batch of so many pairs, each of a prompt
     and two responses up to `length`, and of the update. recipe: the fields of train.Optimization;
     several: whether a step has more micro-batches, whose gradients are summed."""
-    import jax
-    import jax.numpy as jnp
-
-    from model import losses, placement, train
-    from model.packing import Sequence, pack
-    from sharding.mesh import batch_shards, replicated
-    from sharding.table import bytes_a_device
-
     optimization = train.Optimization(**recipe)
-    pair = Sequence([3] * prompt, [[4] * (length - prompt), [5] * (length - prompt)])
-    params, whole = placement.parameters(config, mesh), replicated(mesh)
-    batch = pack([pair] * pairs, batch_shards(mesh))
+    pair = packing.Sequence([3] * prompt, [[4] * (length - prompt), [5] * (length - prompt)])
+    params, whole = placement.parameters(config, mesh), meshes.replicated(mesh)
+    batch = packing.pack([pair] * pairs, meshes.batch_shards(mesh))
     held = train.arrays_held(optimization, params, batch)
     state, batch = held["optimizer state"], held["batch"]
     names = (
@@ -181,8 +179,8 @@ def training(
         losses.pair_loss, loss=losses.Loss(), config=config, dtype=jnp.dtype(dtype), remat=remat
     )
     trainer = train.Trainer(loss, optimization, 100, params)
-    known = {"parameters": bytes_a_device(params), "gradients": bytes_a_device(params)}
-    moments = bytes_a_device(state)
+    known = {"parameters": table.bytes_a_device(params), "gradients": table.bytes_a_device(params)}
+    moments = table.bytes_a_device(state)
     with jax.set_mesh(mesh):
         before = params if several else None
         accumulate = trainer.accumulate.lower(params, before, batch | sides, scalar).compile()
@@ -195,21 +193,13 @@ def training(
 def pairrm_layer(config, device, dtype: str, rows: int, length: int):
     """(name, compiled program, its parts) of a layer over so many comparisons, as deberta.py
     calls it for one layer after the other, the other layers' weights beside it."""
-    import jax
-    import jax.numpy as jnp
-
-    from model.rankers import deberta, deberta_tpu
-    from model.weights import table_slots
-    from sharding.mesh import make_mesh, replicated
-    from sharding.table import bytes_a_device
-
-    dtype, whole = jnp.dtype(dtype), replicated(make_mesh(1, 1, 1, devices=[device]))
+    dtype, whole = jnp.dtype(dtype), meshes.replicated(meshes.make_mesh(1, 1, 1, devices=[device]))
 
     def placed(shape, kind=dtype):
         return jax.ShapeDtypeStruct(shape, kind, sharding=whole)
 
     params: dict = {"layers": [{} for _ in range(config.num_hidden_layers)]}
-    for slot in table_slots(deberta.TABLE, config.num_hidden_layers).values():
+    for slot in weights.table_slots(deberta.TABLE, config.num_hidden_layers).values():
         parent = params
         for step in slot.path[:-1]:
             parent = parent[step]
@@ -221,28 +211,22 @@ def pairrm_layer(config, device, dtype: str, rows: int, length: int):
     real_bt = placed((rows, length), jnp.bool_)
     kernel = deberta_tpu.runs_on(device.device_kind)
     layer = deberta.layer.lower(ready["layers"][0], config, x_btd, real_bt, kernel=kernel).compile()
-    found = parts(layer, parameters=bytes_a_device(ready["layers"][0]))
-    found["parameters"] = bytes_a_device(ready)
+    found = parts(layer, parameters=table.bytes_a_device(ready["layers"][0]))
+    found["parameters"] = table.bytes_a_device(ready)
     yield f"rank: a layer over {rows} comparisons of {length} tokens", layer, found
 
 
 def _stage(stage: str, given: dict, there) -> Iterator[tuple]:
-    from model.config import DecoderConfig
-    from model.rankers.deberta import DebertaConfig
-    from sharding.mesh import make_mesh
-
     config = given.pop("config")
     if stage == "rank":
-        return pairrm_layer(DebertaConfig(**config), there[0], **given)
+        return pairrm_layer(deberta.DebertaConfig(**config), there[0], **given)
     config["eos_token_ids"] = tuple(config["eos_token_ids"])
-    mesh = make_mesh(*given.pop("mesh"), devices=there)
+    mesh = meshes.make_mesh(*given.pop("mesh"), devices=there)
     build = {"sample": sampling, "dpo": training}[stage]
-    return build(DecoderConfig(**config), mesh, **given)
+    return build(configs.DecoderConfig(**config), mesh, **given)
 
 
 def main() -> None:
-    import jax
-
     asked = json.load(sys.stdin)
     begun = time.monotonic()
 
@@ -254,7 +238,7 @@ def main() -> None:
     try:
         there = devices(asked["topology"])
     except (ValueError, jax.errors.JaxRuntimeError) as error:
-        return tell(error=f"no such slice for the compiler: {_first_line(error)}")
+        return tell(error=f"no such slice for the compiler: {first_line(error)[:200]}")
     if len(there) != asked["size"]:
         return tell(error=f"the compiler knows {len(there)} devices of it, not {asked['size']}")
     for stage, given in asked["work"].items():
@@ -264,12 +248,7 @@ def main() -> None:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            tell(program=f"{stage}: its program", parts={}, refused=_first_line(error))
-
-
-def _first_line(error: Exception) -> str:
-    line = next((s.strip() for s in str(error).splitlines() if s.strip()), repr(error))
-    return line[:200]
+            tell(program=f"{stage}: its program", parts={}, refused=first_line(error)[:200])
 
 
 if __name__ == "__main__":

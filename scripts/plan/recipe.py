@@ -11,12 +11,17 @@ import tempfile
 from pathlib import Path
 
 import tyro
+from etils import epy
 
 from sharding.errors import UserError
 from stages import dpo, pairs, rank, sample
 from stages.evaluate.kl import Kl
 from stages.files.rows import Prompt
 from stages.files.rows import read as read_rows
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    from model import config as configs
+    from model import gguf, hf, weights
 
 RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
 # Run in the project's folder; gives the variables, and what `start_model` would call. Prompts that
@@ -141,14 +146,12 @@ MISTRAL_7B = {
 
 def model_config(source: list[str]):
     """The DecoderConfig of what a recipe's start model is made of (`LoopRecipe.start`)."""
-    from model import config, gguf, hf, weights
-
     name = source[4] if source[:3] == ["python", "-m", "scripts.convert"] else source[-2]
     try:
         if "from-gguf" in source:
             return gguf.read_config(gguf.find(name))
         if name == "mistralai/Mistral-7B-Instruct-v0.2":
-            return config.from_hf(MISTRAL_7B)
+            return configs.from_hf(MISTRAL_7B)
         return hf.read_config(
             weights.local_folder(name, ["config.json", "generation_config.json"])[0]
         )

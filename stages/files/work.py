@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from model import checkpoint
+from model import checkpoint, checkpoint_writing
 from sharding import processes
 from sharding.errors import UserError
 from stages.files.lock import lock
@@ -31,7 +31,7 @@ LOGGED = {"metrics.jsonl": b'{"step": ', "set_aside.jsonl": b'{"file": '}  # and
 
 def is_finished(out: str, manifest: Manifest) -> bool:
     """Whether `out` is the checkpoint that this run makes. UserError: it is something else."""
-    if not checkpoint.is_taken(out):
+    if not checkpoint_writing.is_taken(out):
         return False
     try:
         made = Manifest(**checkpoint.read_manifest(out)["origin"])
@@ -88,7 +88,7 @@ class Work:
 
     def _begin(self) -> None:
         """Refuse what is in the way, then make OUT.work and remove what a cut-off save left."""
-        if checkpoint.is_taken(self.out):
+        if checkpoint_writing.is_taken(self.out):
             raise UserError(f"{self.out} was finished by another process just now")
         for folder in (self.folder, epath.Path(self.log_folder)):
             if folder.exists() and not folder.is_dir():
@@ -124,7 +124,7 @@ class Work:
 
     def states(self) -> list[int]:
         """The steps whose state is whole, ascending."""
-        whole = filter(checkpoint.is_whole_state, self.folder.glob("state-*"))
+        whole = filter(checkpoint_writing.is_whole_state, self.folder.glob("state-*"))
         return sorted(int(step) for path in whole if (step := _step_of(path)) is not None)
 
     def load_state(self, shapes) -> tuple[int, dict] | None:
@@ -133,13 +133,13 @@ class Work:
         step = int(processes.from_first(np.array(max(self.states(), default=-1))))
         if step < 0:
             return None
-        return step, checkpoint.load_state(str(self.folder / f"state-{step}"), shapes)
+        return step, checkpoint_writing.load_state(str(self.folder / f"state-{step}"), shapes)
 
     def save_state(self, step: int, state: dict) -> None:
         """Begin to save; the next call, or `finish_saving`, waits for its end."""
         self.finish_saving()
         if not processes.from_first(np.array(step in self.states())):
-            self._finish = checkpoint.save_state(str(self.folder / f"state-{step}"), state)
+            self._finish = checkpoint_writing.save_state(str(self.folder / f"state-{step}"), state)
 
     def finish_saving(self) -> None:
         """Wait until the state is whole; then the oldest ones go."""

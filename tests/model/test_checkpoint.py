@@ -3,6 +3,7 @@
 import pytest
 
 from model import checkpoint
+from model import checkpoint_writing as writing
 from sharding.errors import UserError
 from tests import tiny
 
@@ -10,14 +11,14 @@ from tests import tiny
 @pytest.fixture(params=["disk", "object store"])
 def store(request, monkeypatch) -> str:
     """In an object store a folder is written in its place; a local one stands in for it."""
-    monkeypatch.setattr(checkpoint, "_in_object_store", lambda path: request.param != "disk")
+    monkeypatch.setattr(writing, "_in_object_store", lambda path: request.param != "disk")
     return request.param
 
 
 def test_a_folder_of_the_user_s_own_is_taken(tmp_path, store):
     (tmp_path / "C").mkdir()
     (tmp_path / "C" / "notes.txt").write_text("mine")
-    assert checkpoint.is_taken(str(tmp_path / "C"))
+    assert writing.is_taken(str(tmp_path / "C"))
     with pytest.raises(UserError, match="C exists: choose another folder"):
         tiny.write_checkpoint(tmp_path / "C")
     assert (tmp_path / "C" / "notes.txt").read_text() == "mine"
@@ -30,20 +31,20 @@ def test_what_a_killed_process_left_is_replaced(tmp_path, store, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "fingerprint", killed)  # the parameters are written, no more
+        patched.setattr(writing, "fingerprint", killed)  # the parameters are written, no more
         with pytest.raises(KeyboardInterrupt):
             tiny.write_checkpoint(folder)
     assert (tmp_path / "C.unfinished").exists() == (store == "disk")
-    assert not checkpoint.is_taken(str(folder))
+    assert not writing.is_taken(str(folder))
     identity = tiny.write_checkpoint(folder)
     assert checkpoint.identity(str(folder)) == identity
-    assert not (folder / checkpoint.MARK).exists() and not (tmp_path / "C.unfinished").exists()
+    assert not (folder / writing.MARK).exists() and not (tmp_path / "C.unfinished").exists()
 
 
 def test_a_whole_checkpoint_is_never_replaced_whatever_its_mark(tmp_path, store):
     tiny.write_checkpoint(tmp_path / "C")
-    (tmp_path / "C" / checkpoint.MARK).touch()  # killed before the mark was removed
-    assert checkpoint.is_taken(str(tmp_path / "C"))
+    (tmp_path / "C" / writing.MARK).touch()  # killed before the mark was removed
+    assert writing.is_taken(str(tmp_path / "C"))
 
 
 def test_a_link_or_file_in_the_way_is_the_user_s(tmp_path):
@@ -51,4 +52,4 @@ def test_a_link_or_file_in_the_way_is_the_user_s(tmp_path):
     (tmp_path / "own" / "notes.txt").write_text("mine")
     (tmp_path / "C.unfinished").symlink_to(tmp_path / "own")
     with pytest.raises(UserError, match=r"C\.unfinished is in the way"):
-        checkpoint.is_taken(str(tmp_path / "C"))
+        writing.is_taken(str(tmp_path / "C"))

@@ -1,7 +1,8 @@
 import pytest
 import transformers
 
-from model.config import DecoderConfig, from_hf, to_hf
+from model.config import DecoderConfig, from_hf
+from model.hf_config import to_hf
 from sharding.errors import UserError
 
 # mistralai/Mistral-7B-Instruct-v0.2's config.json, complete; v0.1 differs in two values.

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
-from model import decoder, hf
+from model import decoder, hf, kv_cache
 from model.config import from_hf
+from model.forward import forward
 from sharding.mesh import make_mesh, tree_shardings
 
 TOLERANCE = 1e-4
@@ -84,7 +85,7 @@ def full_logits(params, config, tokens_bt, valid_bt=None, **kwargs):
     if valid_bt is not None:
         positions_bt = jnp.maximum(jnp.cumsum(valid_bt, axis=1) - 1, 0)
         allowed_bts = valid_bt[:, None, :]
-    hidden_btd = decoder.forward(
+    hidden_btd = forward(
         params, config, jnp.asarray(tokens_bt), positions_bt, allowed_bts, **kwargs
     )
     return decoder.logits(params, config, hidden_btd)
@@ -161,19 +162,19 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
     prompts_bt = np.where(
         np.arange(prompt_length) < lengths_b[:, None], tokens_bt[:, :prompt_length], 0
     )
-    prefill = jax.jit(lambda tokens_bt: decoder.prefill(params, pair.config, tokens_bt))
+    prefill = jax.jit(lambda tokens_bt: kv_cache.prefill(params, pair.config, tokens_bt))
     hidden_btd, kv = prefill(jnp.asarray(prompts_bt))
     prefilled = np.asarray(decoder.logits(params, pair.config, hidden_btd))
     cache = [
         (k.at[..., :prompt_length].set(new_k), v.at[:, :, :prompt_length].set(new_v))
         for (k, v), (new_k, new_v) in zip(
-            decoder.empty_cache(pair.config, 3, prompt_length + steps), kv
+            kv_cache.empty_cache(pair.config, 3, prompt_length + steps), kv
         )
     ]
     for row, length in enumerate(lengths_b):
         assert_close(prefilled[row, :length], expected[row, :length])
 
-    decode = jax.jit(lambda cache, t, p: decoder.decode(params, pair.config, cache, t, p))
+    decode = jax.jit(lambda cache, t, p: kv_cache.decode(params, pair.config, cache, t, p))
     for step in range(steps):
         positions_b = lengths_b + step
         fed_b = tokens_bt[np.arange(3), positions_b]
@@ -185,8 +186,8 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
 def test_each_row_writes_one_position_and_the_last_one_for_those_beyond_the_cache():
     pair = make_pair("grouped")
     params = decoder.unstack_layers(jax.tree.map(lambda x: x, pair.params))
-    cache = [(k + 1, v + 1) for k, v in decoder.empty_cache(pair.config, 2, 4)]
-    decode = jax.jit(lambda cache, t, p: decoder.decode(params, pair.config, cache, t, p))
+    cache = [(k + 1, v + 1) for k, v in kv_cache.empty_cache(pair.config, 2, 4)]
+    decode = jax.jit(lambda cache, t, p: kv_cache.decode(params, pair.config, cache, t, p))
     _, after = decode(cache, jnp.array([3, 3]), jnp.array([1, 4]))
     for before, now in zip(cache, after):
         for b, n, positions in zip(before, now, (3, 2)):

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from model import decoder, generate
+from model.forward import forward
 from model.generate import Sampler, Sampling
 from model.logprobs import response_logprobs
 from model.packing import Sequence, pack
@@ -98,7 +99,7 @@ def test_greedy_answers_are_the_argmax_of_the_full_forward_pass():
         assert len(drawn) == 12
         row = np.zeros((1, 96), np.int32)  # one shape for all: what comes later is not seen
         row[0, : len(prompt) + 12] = prompt + drawn
-        logits = decoder.logits(params, config, decoder.forward(params, config, jnp.array(row)))[0]
+        logits = decoder.logits(params, config, forward(params, config, jnp.array(row)))[0]
         for i, token in enumerate(drawn):
             assert token == int(jnp.argmax(logits[len(prompt) + i - 1]))
 

@@ -13,6 +13,7 @@ import transformers
 
 from model import checkpoint, decoder, hf
 from model.config import DecoderConfig
+from model.forward import forward
 from model.generate import Sampler, Sampling
 from model.gguf import half_split, read_gguf
 from model.tokenizer import ChatTokenizer
@@ -63,7 +64,7 @@ def test_logits_of_real_prompts_equal_transformers(model, theirs):
         ids = their_prompt_ids(tokenizer, messages)
         with torch.no_grad():
             reference = theirs(torch.tensor([ids])).logits[0].numpy()
-        hidden_btd = decoder.forward(params, config, jnp.array([ids]))
+        hidden_btd = forward(params, config, jnp.array([ids]))
         ours = np.asarray(decoder.logits(params, config, hidden_btd))[0]
         assert np.abs(ours - reference).max() < 1e-3
 

@@ -13,7 +13,8 @@ import tokenizers
 import torch
 import transformers
 
-from model import checkpoint, decoder, hf
+from model import checkpoint, checkpoint_writing, decoder, hf
+from model.checkpoint_writing import fingerprint
 from scripts import convert
 from sharding.errors import UserError
 from stages.files.run import run_main
@@ -128,7 +129,7 @@ def test_sharded_folders_are_read(tmp_path, source):
     assert len(list(Path(sharded).glob("*.safetensors"))) == 3
     (config, params), (other_config, other_params) = hf.read_hf(source), hf.read_hf(sharded)
     assert config == other_config
-    assert checkpoint.fingerprint(params) == checkpoint.fingerprint(other_params)
+    assert fingerprint(params) == fingerprint(other_params)
 
 
 def test_the_dtype_is_that_of_the_tensors_not_of_the_config(tmp_path, source):
@@ -152,7 +153,7 @@ def test_harmless_extra_tensors_are_accepted(tmp_path):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     rewrite(source, add)
-    assert checkpoint.fingerprint(hf.read_hf(source)[1]) == checkpoint.fingerprint(expected)
+    assert fingerprint(hf.read_hf(source)[1]) == fingerprint(expected)
 
 
 def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path):
@@ -252,7 +253,7 @@ def train_by_hand(model: str, folder: Path) -> tuple[str, int, int]:
     params["final_norm"][:3] += 1e-4  # 1 + 1e-4 rounds to 1
     params["final_norm"][3] = 1.25
     params["layers"]["q"][2, 0, 0, 0] = 3.0
-    checkpoint.save(str(folder), config, params, model, {"stage": "by hand"})
+    checkpoint_writing.save(str(folder), config, params, model, {"stage": "by hand"})
     return str(folder), 3, 5
 
 
@@ -320,13 +321,13 @@ def test_an_interrupted_conversion_is_made_anew(tmp_path, source, model, which, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "finish_folder", killed)
+        patched.setattr(checkpoint_writing, "finish_folder", killed)
         with pytest.raises(KeyboardInterrupt):
             convert.main(args[which])
     leftover = tmp_path / "out.unfinished"
     assert leftover.exists() and not out.exists()
     convert.main(args[which])
-    assert not leftover.exists() and not (out / checkpoint.MARK).exists()
+    assert not leftover.exists() and not (out / checkpoint_writing.MARK).exists()
     assert (out / "config.json").exists()
 
 
@@ -362,7 +363,7 @@ def test_a_hub_id_is_found_in_the_local_cache(tmp_path, source, monkeypatch, cap
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert command("from-hf", "some-org/tiny-model", str(tmp_path / "C")) == 0
     _, params = hf.read_hf(source)
-    assert checkpoint.identity(str(tmp_path / "C")) == checkpoint.fingerprint(params)
+    assert checkpoint.identity(str(tmp_path / "C")) == fingerprint(params)
     assert checkpoint.read_manifest(str(tmp_path / "C"))["origin"]["arguments"]["commit"] == commit
 
     capsys.readouterr()

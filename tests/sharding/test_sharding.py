@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from model import placement, train
+from model import generate, placement, train
 from model.config import DecoderConfig
 from model.packing import Sequence, pack
 from sharding import table
@@ -60,7 +60,7 @@ def test_the_table_of_a_mistral_7b_training_on_four_chips():
 def test_the_table_of_a_sampling_counts_the_cache_and_its_copies():
     config = tiny.config(num_attention_heads=6, num_key_value_heads=3)
     mesh = abstract_mesh((1, 2, 2))  # 3 key heads over 2 devices stay whole
-    sections = placement.sampling(config, mesh, slots=4, length=64, dtype="bfloat16")
+    sections = generate.arrays_held(config, mesh, slots=4, length=64, dtype="bfloat16")
     (keys, values) = table.rows(sections["cache"])
     for row in (keys, values):
         assert (row.count, row.copies, row.dtype) == (2, 2, "bfloat16")

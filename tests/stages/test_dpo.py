@@ -304,7 +304,7 @@ def stopped(base, tmp_path, monkeypatch, capsys):
 SAVE = """
 import os, signal, sys
 from orbax.checkpoint._src.path import atomicity
-from model import checkpoint
+from model import checkpoint_writing
 import jax.numpy as jnp
 how = sys.argv[2]
 
@@ -317,7 +317,7 @@ else:
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
-    checkpoint.save_state(sys.argv[1], {"params": {"a": jnp.ones((100, 100))}})()
+    checkpoint_writing.save_state(sys.argv[1], {"params": {"a": jnp.ones((100, 100))}})()
 except OSError as error:
     assert error.filename == sys.argv[1] and "too large" in error.strerror
     sys.exit(3)
@@ -357,11 +357,11 @@ def test_a_full_disk_ends_a_training_with_one_line_and_it_goes_on(base, tmp_path
     out = tmp_path / "out"
     limited = (
         "import resource, sys; from stages import dpo; from stages.files.run import run_main\n"
-        "from model import checkpoint; save = checkpoint.save_state\n"
+        "from model import checkpoint_writing; save = checkpoint_writing.save_state\n"
         "def full(folder, state):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, -1))\n"
         "    return save(folder, state)\n"
-        "checkpoint.save_state = full; sys.exit(run_main(dpo.main, dpo.Args, sys.argv[1:]))"
+        "checkpoint_writing.save_state = full; sys.exit(run_main(dpo.main, dpo.Args, sys.argv[1:]))"
     )
     argv = dpo_argv(base, out, "--save-every", "3")
     done = subprocess.run([sys.executable, "-c", limited, *argv], capture_output=True, text=True)

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from model import checkpoint, decoder
+from model.checkpoint_writing import save
 from scripts import convert
 from stages import rank, sample
 from stages.evaluate import __main__ as evaluate
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
     tiny.write_tokenizer(folder / "other-tokenizer")
     config = checkpoint.load_config(str(folder / "model"))
     params = jax.tree.map(lambda x: 1.05 * x, decoder.init(config, 0))
-    checkpoint.save(str(folder / "other"), config, params, str(folder / "other-tokenizer"), {})
+    save(str(folder / "other"), config, params, str(folder / "other-tokenizer"), {})
     (folder / "reward.py").write_text(REWARD)
     prompts = tiny.write_jsonl(folder / "prompts.jsonl", tiny.PROMPTS)
     sample.main(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from model import checkpoint
+from model import checkpoint, checkpoint_writing
 from stages import dpo, rank, sample
 from stages.files.output import read_manifest
 from stages.files.run import run_main
@@ -193,7 +193,7 @@ def test_processes_on_one_mesh_train_what_one_trains(folder, processes, mesh):
     np.testing.assert_allclose(losses(folder, out), losses(folder, "alone"), rtol=0, atol=1e-5)
     start, alone, found = (flat(folder / name) for name in ("model", "alone", out))
     assert np.linalg.norm(found - alone) < 1e-3 * np.linalg.norm(alone - start)
-    assert checkpoint.identity(str(folder / out)) == checkpoint.fingerprint(
+    assert checkpoint.identity(str(folder / out)) == checkpoint_writing.fingerprint(
         checkpoint.load(str(folder / out))[1]
     )
     assert not (folder / f"{out}.work").exists()

@@ -1,0 +1,143 @@
+"""The forward pass through a KV cache, for sampling.
+
+`prefill` goes through prompts and returns their keys and values; `decode` goes through one token
+per row. Both take parameters from `decoder.unstack_layers`: the compiler unrolls a loop over
+separate arrays, whereas a scan would copy every layer's weights at every token.
+
+Axis letters as in model/decoder.py, and s cache position.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from model.attention import attention, visible
+from model.config import DecoderConfig
+from model.decoder import (
+    Params,
+    block,
+    cache_layout,
+    embed,
+    rms_norm,
+    rope_and_mask,
+    rope_angles,
+)
+from sharding.mesh import abstract, constrain, tree_shardings
+
+
+def prefill(
+    params: Params,
+    config: DecoderConfig,
+    tokens_bt: jax.Array,
+    positions_bt: jax.Array | None = None,
+    allowed_bts: jax.Array | None = None,
+    dtype=jnp.float32,
+):
+    """As `forward.forward`, with the keys and values: (hidden, [(k_bkht, v_bkth) of each layer]).
+
+    params: unstacked. Padding behind a sequence needs no mask: nothing before it sees it. Outside
+    jit, one compiled layer is called for all layers, which is quicker when lengths vary.
+    """
+    rope, seen_bts = rope_and_mask(config, tokens_bt, positions_bt, allowed_bts)
+    x_btd, cache = embed(params, tokens_bt, dtype), []
+    for w in params["layers"]:
+        x_btd, kv = _prefill_layer(w, config, x_btd, rope, seen_bts)
+        cache.append(kv)
+    return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps), cache
+
+
+@partial(jax.jit, static_argnames="config")
+def _prefill_layer(w: Params, config: DecoderConfig, x_btd, rope, seen_bts):
+    def attend(q_btnh, k_btkh, v_btkh):
+        kv = cache_layout(k_btkh, v_btkh)
+        return attention(q_btnh, *kv, seen_bts), kv
+
+    return block(w, config, x_btd, rope, attend)
+
+
+def empty_cache(config: DecoderConfig, rows: int, length: int, dtype=jnp.float32) -> list:
+    """A KV cache for `rows` sequences of up to `length` positions: (k_bkhs, v_bksh) per layer."""
+
+    @jax.jit  # on a mesh, each device makes its own share
+    def one_layer():
+        b, k, h = rows, config.num_key_value_heads, config.head_dim
+        return constrain_cache(
+            jnp.zeros((b, k, h, length), dtype), jnp.zeros((b, k, length, h), dtype)
+        )
+
+    return [one_layer() for _ in range(config.num_hidden_layers)]
+
+
+def cache_bytes(config: DecoderConfig, length: int, dtype=jnp.float32) -> int:
+    """Bytes of the keys and values of one sequence of up to `length` positions."""
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return numbers * length * jnp.dtype(dtype).itemsize
+
+
+# Logical axes of a layer's keys and values.
+CACHE_AXES = (
+    ("batch", "kv_heads", "head_dim", "length"),
+    ("batch", "kv_heads", "length", "head_dim"),
+)
+
+
+def constrain_cache(k_bkhs: jax.Array, v_bksh: jax.Array):
+    return tuple(constrain(x, *axes) for x, axes in zip((k_bkhs, v_bksh), CACHE_AXES))
+
+
+def abstract_cache(config: DecoderConfig, mesh, rows: int, length: int, dtype=jnp.float32) -> list:
+    """What `empty_cache` makes, as shapes with their shardings. Nothing is allocated, and the mesh
+    may be one without devices."""
+    shapes = jax.eval_shape(lambda: empty_cache(config, rows, length, dtype))
+    return abstract(shapes, tree_shardings(mesh, [CACHE_AXES] * len(shapes), shapes))
+
+
+def decode(
+    params: Params,
+    config: DecoderConfig,
+    cache: list,
+    tokens_b: jax.Array,
+    positions_b: jax.Array,
+    dtype=jnp.float32,
+):
+    """One token per row, written into the cache at its row's position: (hidden_bd after the last
+    norm, cache).
+
+    params: unstacked. tokens_b, positions_b: int [b]; a row's cache is filled below its position. A
+    position beyond the cache overwrites the cache's last one: that row's answer cannot go on.
+    """
+    length = cache[0][0].shape[-1]
+    rope = rope_angles(positions_b[:, None], config.head_dim, config.rope_theta)
+    keys_bs = jnp.broadcast_to(jnp.arange(length), (tokens_b.shape[0], length))
+    seen_bts = visible(positions_b[:, None], keys_bs, None, config.sliding_window)
+
+    @jax.jit  # traced and lowered once for all layers
+    def layer(w, x_btd, k_bkhs, v_bksh):
+        def attend(q_btnh, k_btkh, v_btkh):
+            k, v = constrain_cache(
+                _write(k_bkhs, k_btkh[:, 0], positions_b, axis=2),
+                _write(v_bksh, v_btkh[:, 0], positions_b, axis=1),
+            )
+            return attention(q_btnh, k, v, seen_bts), (k, v)
+
+        return block(w, config, x_btd, rope, attend)
+
+    x_btd, new_cache = embed(params, tokens_b[:, None], dtype), []
+    for w, kv in zip(params["layers"], cache):
+        x_btd, kv = layer(w, x_btd, *kv)
+        new_cache.append(kv)
+    hidden_btd = rms_norm(x_btd, params["final_norm"], config.rms_norm_eps)
+    return hidden_btd[:, 0], new_cache
+
+
+def _write(cache, new, positions_b, axis: int):
+    """The cache with one position of each row replaced, in place if the caller donates it. `axis`
+    is that of the positions within a row. (For an indexed scatter, TPU compilers would choose
+    another layout of the cache and hold it twice.)"""
+
+    def one_row(row, new, position):
+        new = jnp.expand_dims(new, axis)
+        return jax.lax.dynamic_update_slice_in_dim(row, new, position, axis)
+
+    return jax.vmap(one_row)(cache, new, positions_b)
