@@ -7,6 +7,7 @@ stores (gs://…) do not rename: there the folder is written in its place, and M
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 
 import jax
@@ -94,6 +95,8 @@ def is_taken(folder: str) -> bool:
     that we did not make stands where the folder would be written."""
     path, unfinished = epath.Path(folder), _unfinished(folder)
     if unfinished != path:
+        if os.path.islink(folder) and not path.exists():
+            raise UserError(f"{folder} is a link to nothing: remove it, or choose another name")
         if unfinished.exists() and not _is_leftover(unfinished):
             raise UserError(
                 f"{unfinished} is in the way: move it, or choose another name than {folder}"

@@ -5,6 +5,15 @@ class UserError(ValueError):
     """The caller's mistake: one line that says what, where and how to mend it. Exit code 2."""
 
 
+def check_scheme(path: str, name: str = "") -> None:
+    """Raise UserError for every scheme but gs://. name: the flag, for that line."""
+    scheme, separator, _ = str(path).partition("://")
+    if separator and scheme != "gs":
+        raise UserError(
+            f"{name} {path}: {scheme}:// is not supported: give a local path or gs://…".lstrip()
+        )
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's text that is not blank; its repr if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from sharding import watch
 from sharding.errors import UserError
 from stages.files.output import Manifest, Output, an_input, read_lineage
+from stages.files.paths import check_distinct
 from stages.files.rows import Prompt, read
 from stages.files.run import STOPPED_TOGETHER, run_main, stop_signal
 
@@ -100,6 +101,7 @@ def main(args: Args) -> None:
         parse_bytes(args.cache_memory, "--cache-memory")
     names = [field.name for field in dataclasses.fields(generate.Sampling)]
     sampling = generate.Sampling(**{name: getattr(args, name) for name in names})
+    check_distinct({"--checkpoint": args.checkpoint}, {"--out": args.out})
     processes.start(args)
     config = checkpoint.load_config(args.checkpoint)
     tokenizer = tokenizers.ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)

@@ -20,11 +20,12 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
-from sharding.errors import UserError
+from sharding.errors import UserError, check_scheme
 from stages.files.paths import (
     check_distinct,
     file_sha256,
     local_path,
+    naming,
     normalised,
     publish,
     try_lock,
@@ -73,6 +74,7 @@ def manifest_path(path: str) -> str:
 
 def read_manifest(path: str) -> Manifest | None:
     """The manifest beside the file `path`; None where there is none (a user's own file)."""
+    check_scheme(path)
     file = epath.Path(manifest_path(path))
     if not file.exists():
         return None
@@ -304,6 +306,7 @@ class Output:
         self.manifest.counts |= {k: n for k, n in counts.items() if k != "in"} | dict(aside)
         whole, set_aside = f"{self.partial}.sorted", f"{self.partial}.set_aside"
         with (
+            naming(self.path),
             open(self.partial, "rb") as rows,
             open(whole, "wb") as file,
             open(set_aside, "wb") as aside_file,

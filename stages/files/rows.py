@@ -202,6 +202,7 @@ class RowFile(Generic[Kind]):
         self.path, self._kind = path, kind
         self.counts: Counter[str] = Counter()
         self._file = open_input(path)
+        self._stamp = self._modified()
         self._places: dict[str, tuple[int, int, bytes]] = {}  # offset, line number, digest
         content, offset = hashlib.sha256(), 0
         for number, line in enumerate(self._file, 1):
@@ -211,7 +212,7 @@ class RowFile(Generic[Kind]):
                 if self._is_new(row, offset, number) and each is not None:
                     each(row)
             offset += len(line)
-        self.sha256, self._stamp = content.hexdigest(), self._modified()
+        self.sha256 = content.hexdigest()
 
     @property
     def ids(self) -> list[str]:
