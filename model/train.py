@@ -191,10 +191,16 @@ class Trainer:
 
 
 def for_each(
-    compute: Callable[[dict], tuple], mesh, batcher: Batcher, examples: list[Example], title: str
+    compute: Callable[[dict], tuple],
+    mesh,
+    batcher: Batcher,
+    examples: list[Example],
+    title: str,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """What `compute(batch)` gives for each example, fp32 [examples, 2]. `compute` gives a pair of
-    arrays, each with one value per example of a micro-batch. `title` names the progress bar."""
+    arrays, each with one value per example of a micro-batch. `title` names the progress bar;
+    `check_stop` is called before each micro-batch and may raise."""
     from tqdm import tqdm  # here: a bare image, where scripts.bench measures, has none
 
     values = np.zeros((len(examples), 2), np.float32)
@@ -204,6 +210,7 @@ def for_each(
     for (indices, batch), _ in tqdm(
         packed, desc=title, unit=" batches", total=len(cut), disable=silent
     ):
+        check_stop()
         for column, x in enumerate(jax.device_get(compute(put_batch(mesh, batch)))):
             values[indices, column] = x[: len(indices)]
     return values

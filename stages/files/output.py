@@ -163,8 +163,9 @@ class Output:
     ) -> "Output":
         """Begin the file, or go on with it, under a lock; or find it finished.
 
-        overwrite: replace a finished file, and an unfinished one of other arguments. What is there
-        stays until the new file is whole; an unfinished file of the same arguments goes on.
+        overwrite: replace a file of other arguments, finished or not, and an edited one. What is
+        there stays until the new file is whole. A file of this very run goes on or is finished, so
+        that the same command can be given again.
         share (i, n): write only this process's share; shares.py makes `path` of all of them.
         Raises UserError.
         """
@@ -173,7 +174,7 @@ class Output:
         inputs = {role: entry["path"] for role, entry in manifest.inputs.items()}
         check_distinct(inputs, {"--out": path})
         output = cls(path, manifest)
-        if epath.Path(path).exists() and not overwrite:
+        if epath.Path(path).exists() and not (overwrite and output._is_another()):
             output._recognise()
             return output
         if share[1] > 1:
@@ -185,6 +186,15 @@ class Output:
                 raise UserError(f"{folder} cannot be made ({error.strerror})") from None
         output._begin(overwrite)
         return output
+
+    def _is_another(self) -> bool:
+        """Whether the file that is there is not what this run would write."""
+        try:
+            theirs = read_manifest(self.path)
+        except UserError:
+            return True
+        same = theirs is not None and theirs.key() == self.manifest.key()
+        return not same or theirs.results.get("sha256") != file_sha256(self.path)
 
     def _recognise(self) -> None:
         """Check that the file that is there is this very run's, finished."""

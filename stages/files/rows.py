@@ -54,9 +54,8 @@ class Prompt:
 
     @property
     def prompt(self) -> str:
-        """What a reward function sees as the prompt: `prompt`, or the last user turn."""
-        prompt = self.fields.get("prompt")
-        return prompt if isinstance(prompt, str) else self.messages[-1]["content"]
+        """What a reward function sees as the prompt: the turn that is answered."""
+        return self.messages[-1]["content"]
 
     def digest(self) -> bytes:
         """Equal for rows of the same content."""
@@ -119,7 +118,7 @@ class Ranked(Sample):
 
     scores: list[float]
 
-    COMPARED = ("responses", "scores")
+    COMPARED = ("responses", "scores", "comparisons")
 
     @classmethod
     def _further(cls, fields: Fields, where: str) -> dict:
@@ -148,7 +147,7 @@ class Pair(Prompt):
     rejected: Response
     unusable: str | None
 
-    COMPARED = ("chosen", "rejected")
+    COMPARED = ("chosen", "rejected", "chosen_token_ids", "rejected_token_ids")
 
     @classmethod
     def parse(cls, fields: Fields, where: str) -> Self:
@@ -162,6 +161,8 @@ class Pair(Prompt):
             known = fields | {"text": answer["content"]}
             sides[side] = Response.parse(known, where, prefix=f"{side}_")
         messages, unusable = cls._conversation(fields, where, *before)
+        if not messages[-1]["content"].strip():
+            unusable = "the prompt is empty"
         prompt_id = _identify(fields, where)
         return cls(where, prompt_id, messages, fields, **sides, unusable=unusable)
 

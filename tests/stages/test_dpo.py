@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from model import checkpoint, gates, logprobs
+from model.batches import Batcher
 from model.tokenizer import ChatTokenizer
 from scripts import cards
 from sharding.errors import UserError
@@ -511,3 +512,19 @@ def test_pairs_whose_answers_are_to_other_conversations_are_set_aside_and_counte
     assert counts["in"] == 5 and sum(counts.values()) == 5 + 4  # one merged, three set aside
     aside = tiny.read_jsonl(f"{tmp_path / 'out'}.log/set_aside.jsonl")
     assert [row["prompt_id"] for row in aside] == ["2", "3", "4"]
+
+
+def test_a_signal_during_the_reference_pass_stops_at_its_next_batch(base, tmp_path, monkeypatch):
+    made = []
+
+    def signalled(self, examples, indices, pack=Batcher.pack):
+        made.append(indices)
+        if len(made) == 2:  # the first is the longest micro-batch, for the table of arrays
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pack(self, examples, indices)
+
+    monkeypatch.setattr(Batcher, "pack", signalled)
+    assert run_dpo(base, tmp_path / "out") == 75
+    assert not list(tmp_path.glob("out.work/reference/*"))
+    monkeypatch.undo()
+    assert run_dpo(base, tmp_path / "out") == 0

@@ -682,3 +682,37 @@ def test_inputs_that_swap_their_roles_are_another_run(tmp_path):
     one = Manifest("x", {}, {"train": an_input(str(a)), "test": an_input(str(b))}, {})
     other = Manifest("x", {}, {"train": an_input(str(b)), "test": an_input(str(a))}, {})
     assert one.key() != other.key()
+
+
+def test_overwriting_a_file_of_this_very_run_leaves_it_and_an_edited_one_is_made_again(
+    capsys, prompts, out
+):
+    run(capsys, prompts, out)
+    before = out.read_bytes()
+    code, stdout, _ = run(capsys, prompts, out, "--overwrite")
+    assert code == 0 and "finished already" in stdout
+    out.write_bytes(before.replace(b"PLAIN", b"EDITED"))
+    assert run(capsys, prompts, out, "--overwrite")[0] == 0
+    assert out.read_bytes() == before
+
+
+def test_the_turn_that_is_answered_is_what_a_reward_function_sees():
+    row = rows.Prompt.parse({"prompt": "first", "messages": talk("first", "a", "second")}, "here")
+    assert row.prompt == "second"
+
+
+def test_pairs_of_other_token_ids_are_not_merged(tmp_path):
+    pair = {
+        "prompt_id": "x",
+        "prompt": "hi",
+        "chosen": talk("hi", "a"),
+        "rejected": talk("hi", "b"),
+    }
+    path = jsonl(tmp_path / "p.jsonl", pair, pair | {"chosen_token_ids": [5]})
+    with pytest.raises(UserError, match="or other chosen_token_ids"):
+        rows.read(str(path), rows.Pair)
+
+
+def test_a_pair_of_an_empty_prompt_is_unusable():
+    row = {"prompt": " ", "chosen": talk(" ", "a"), "rejected": talk(" ", "b")}
+    assert rows.Pair.parse(row, "here").unusable == "the prompt is empty"
