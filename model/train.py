@@ -10,6 +10,7 @@ Axis letter: e example.
 
 import dataclasses
 import math
+import resource
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -21,7 +22,8 @@ import optax
 
 from model.ahead import ahead
 from model.batches import Batcher, Example, MicroBatch
-from sharding.mesh import abstract, batch_shardings, peak_flops, peak_memory, put_batch, replicated
+from sharding import chips
+from sharding.mesh import abstract, batch_shardings, put_batch, replicated
 
 # (parameters, batch) → (losses [e], {name: values [e]}). The batch holds the arrays of
 # model/packing.py and the sides of its examples (model/batches.py).
@@ -225,6 +227,13 @@ def speed(params, batches: list[MicroBatch], seconds: float) -> dict[str, float]
         "model_flops_per_second": flops / seconds,
         "peak_memory_gb": peak_memory(mesh) / 1e9,
     }
-    if peak := peak_flops(mesh):
-        metrics["mfu"] = flops / seconds / peak
+    if chip := chips.of_kind(mesh.devices.flat[0].device_kind):
+        metrics["mfu"] = flops / seconds / (chip.bf16 * mesh.size)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def peak_memory(mesh) -> int:
+    """The most bytes that one device of this process ever held; on CPU, the process."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(d.memory_stats()["peak_bytes_in_use"] for d in mesh.local_devices)

@@ -257,7 +257,10 @@ def nvidia_smi() -> dict:
     if shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return {}
     if done.returncode or not done.stdout.strip():
         return {}
     name, driver = done.stdout.splitlines()[0].rsplit(",", 1)

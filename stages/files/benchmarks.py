@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from etils import epath, epy
 
-from sharding.errors import UserError
+from sharding.errors import UserError, check_scheme
 from stages.files.paths import open_input
 from stages.files.rows import Fields, Prompt, Sample, canonical, field, json_rows, messages_of
 
@@ -38,6 +38,7 @@ def local_file(benchmark: str) -> str:
     """The file of a benchmark: a path, alpaca_eval.json in a folder, or the hub's for the name
     "alpaca_eval" (its JSON file, since `datasets` no longer runs its loading script)."""
     if benchmark != "alpaca_eval":
+        check_scheme(benchmark, "benchmark")
         folder = epath.Path(benchmark)
         return str(folder / HUB_FILE) if folder.is_dir() else benchmark
     try:

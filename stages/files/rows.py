@@ -12,7 +12,6 @@ it is refused.
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import sys
 from collections import Counter
@@ -129,7 +128,7 @@ class Ranked(Sample):
         if len(scores) != n:
             raise UserError(f"{where}: {len(scores)} scores for {n} responses: give one for each")
         for i, score in enumerate(scores):
-            if type(score) not in (int, float) or not _is_finite(score):
+            if type(score) not in (int, float) or not abs(score) <= sys.float_info.max:
                 raise UserError(
                     f"{where}, scores[{i}]: {score!r} is no finite number: correct the line"
                 )
@@ -203,6 +202,7 @@ class RowFile(Generic[Kind]):
         self.path, self._kind = path, kind
         self.counts: Counter[str] = Counter()
         self._file = open_input(path)
+        self._stamp = self._modified()
         self._places: dict[str, tuple[int, int, bytes]] = {}  # offset, line number, digest
         content, offset = hashlib.sha256(), 0
         for number, line in enumerate(self._file, 1):
@@ -212,7 +212,7 @@ class RowFile(Generic[Kind]):
                 if self._is_new(row, offset, number) and each is not None:
                     each(row)
             offset += len(line)
-        self.sha256, self._stamp = content.hexdigest(), self._modified()
+        self.sha256 = content.hexdigest()
 
     @property
     def ids(self) -> list[str]:
@@ -233,12 +233,9 @@ class RowFile(Generic[Kind]):
         return self._row(line, number)
 
     def _modified(self) -> tuple[int, int] | None:
-        """When the open file was last changed, and its size; None in an object store, where an
-        object does not change."""
-        if is_remote(self.path):
-            return None
-        status = os.fstat(self._file.fileno())
-        return status.st_mtime_ns, status.st_size
+        """When the file was last changed, and its size; None in an object store: objects stay."""
+        status = None if is_remote(self.path) else os.fstat(self._file.fileno())
+        return status and (status.st_mtime_ns, status.st_size)
 
     def _row(self, line: bytes, number: int) -> Kind | None:
         where = f"{self.path}, line {number}"
@@ -323,13 +320,6 @@ def field(fields: Fields, name: str, kind: type | tuple[type, ...], where: str):
             f"{where}: field {name!r} is {type(value).__name__}, not {wanted}: correct the line"
         )
     return value
-
-
-def _is_finite(number: int | float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:  # an int beyond every float
-        return False
 
 
 # ---------------------------------------------------------------------- conversations

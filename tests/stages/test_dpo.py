@@ -198,6 +198,13 @@ def test_pairs_that_cannot_be_trained_on_are_set_aside_with_their_reason(base, t
     assert counts["in"] == len(rows) and counts["set aside: chosen equals rejected"] == 1
 
 
+@pytest.mark.parametrize("comparisons", [{"a": 1}, [{"0": 1}, {}], [[0]], "xx"])
+def test_a_ranking_that_does_not_fit_its_pair_is_told_in_one_line(comparisons):
+    fields = {"chosen_index": 0, "rejected_index": 1, "all_rm_scores": [1, 0]}
+    with pytest.raises(UserError, match=r"^here: .* do not fit together"):
+        reading._win_probability(fields | {"comparisons": comparisons}, "here")
+
+
 def test_pairs_of_another_model_are_refused_unless_the_flag_says_otherwise(base, tmp_path, capsys):
     out = tmp_path / "out"
     refused(capsys, run_dpo(base, out, model="other"), "another model", "--allow-other-model")
@@ -345,22 +352,22 @@ def test_a_save_that_was_cut_off_is_removed_and_the_run_goes_on(base, stopped, c
     assert not os.path.exists(work)
 
 
-def test_a_full_disk_ends_a_training_with_one_line_and_it_goes_on(base, tmp_path, capsys):
-    """Each save of a state, then of the log, then of the model."""
+@pytest.mark.parametrize("save,path", [("save_state", ".work/state-3"), ("save", "")])
+def test_a_full_disk_ends_a_training_with_one_line_and_it_goes_on(base, tmp_path, save, path):
     out = tmp_path / "out"
     limited = (
         "import resource, sys; from stages import dpo; from stages.files.run import run_main\n"
-        "from model import checkpoint_writing; save = checkpoint_writing.save_state\n"
-        "def full(folder, state):\n"
+        f"from model import checkpoint_writing as writing; save = writing.{save}\n"
+        "def full(*args, **more):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, -1))\n"
-        "    return save(folder, state)\n"
-        "checkpoint_writing.save_state = full; sys.exit(run_main(dpo.main, dpo.Args, sys.argv[1:]))"
+        "    return save(*args, **more)\n"
+        f"writing.{save} = full; sys.exit(run_main(dpo.main, dpo.Args, sys.argv[1:]))"
     )
     argv = dpo_argv(base, out, "--save-every", "3")
     done = subprocess.run([sys.executable, "-c", limited, *argv], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-2000:]
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error:")]
-    assert "state-3" in line and "File too large" in line and "Traceback" not in done.stderr
+    assert f"{out}{path}: " in line and "File too large" in line and "Traceback" not in done.stderr
     assert run_dpo(base, out) == 0
 
 
@@ -424,7 +431,14 @@ def test_what_is_in_the_way_is_refused_before_the_work_and_kept(base, tmp_path, 
     (tmp_path / "mine.work").mkdir()
     (tmp_path / "mine.work" / "thesis.tex").write_text("mine")
     (tmp_path / "file.log").write_text("mine")
+    for name in ("metrics", "set_aside"):
+        (tmp_path / f"{name}.log").mkdir()
+        (tmp_path / f"{name}.log" / f"{name}.jsonl").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for out, *words in (
+        (tmp_path / "metrics", "metrics.jsonl", "not of this stage"),
+        (tmp_path / "set_aside", "set_aside.jsonl", "not of this stage"),
+        (tmp_path / "link", "is a link to nothing"),
         (tmp_path / "folder", "is no checkpoint of this stage"),
         (base / "model", "is the input", "--checkpoint"),
         (tmp_path / "mine", "mine.work", "not of this stage"),
@@ -437,6 +451,8 @@ def test_what_is_in_the_way_is_refused_before_the_work_and_kept(base, tmp_path, 
             refused(capsys, run_dpo(base, out), *words)
     assert (tmp_path / "mine.work" / "thesis.tex").read_text() == "mine"
     assert (tmp_path / "file.log").read_text() == "mine"
+    for name in ("metrics", "set_aside"):
+        assert (tmp_path / f"{name}.log" / f"{name}.jsonl").read_text() == "mine"
 
 
 def test_two_processes_do_not_write_one_out(base, tmp_path, capsys):
