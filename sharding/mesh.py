@@ -131,7 +131,7 @@ def abstract(arrays, shardings):
 
 
 def batch_shardings(mesh: Mesh, batch: dict) -> dict:
-    """Of the arrays of a batch, whose rows are their first axis."""
+    """The shardings of a batch's arrays. Their first axis counts the rows of the batch."""
     axes = {name: ("batch", *(None,) * (x.ndim - 1)) for name, x in batch.items()}
     return tree_shardings(mesh, axes, batch)
 

@@ -91,7 +91,7 @@ def read_instructions(path: str, counts: Counter) -> list[Fields]:
     """The instructions of a benchmark, or of any file of prompts, as rows of prompts.jsonl:
     {prompt or messages, prompt_id, dataset}, each instruction once. Adds to `counts`.
 
-    Of MT-Bench's turns only the first is asked, since a second one asks about an answer.
+    MT-Bench's first turns alone are asked, since a second turn asks about an answer.
     """
     rows: list[Fields] = []
     seen: dict[str, str] = {}
