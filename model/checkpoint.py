@@ -18,13 +18,14 @@ from model import config as model_config
 from model import decoder
 from model.config import DecoderConfig
 from model.orbax_settings import orbax
-from sharding.errors import UserError, first_line
+from sharding.errors import UserError, check_scheme, first_line
 
 MANIFEST = "manifest.json"
 
 
 def read_manifest(folder: str) -> dict:
     """The manifest of a complete checkpoint; UserError names what is missing."""
+    check_scheme(folder, "checkpoint")
     path = epath.Path(folder)
     if not path.exists():
         raise UserError(f"checkpoint {folder} does not exist")

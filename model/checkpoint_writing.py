@@ -7,6 +7,7 @@ stores (gs://…) do not rename: there the folder is written in its place, and M
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 
 import jax
@@ -17,10 +18,11 @@ from etils import epath
 from model.checkpoint import MANIFEST
 from model.config import DecoderConfig
 from model.decoder import Params
+from model.disk_errors import as_os_error
 from model.hf_config import to_hf
 from model.orbax_settings import orbax
 from sharding import processes
-from sharding.errors import UserError, as_os_error, first_line
+from sharding.errors import UserError, first_line
 from sharding.mesh import constrain
 
 # What a tokenizer may consist of; copied into every checkpoint as it is.
@@ -93,6 +95,8 @@ def is_taken(folder: str) -> bool:
     that we did not make stands where the folder would be written."""
     path, unfinished = epath.Path(folder), _unfinished(folder)
     if unfinished != path:
+        if os.path.islink(folder) and not path.exists():
+            raise UserError(f"{folder} is a link to nothing: remove it, or choose another name")
         if unfinished.exists() and not _is_leftover(unfinished):
             raise UserError(
                 f"{unfinished} is in the way: move it, or choose another name than {folder}"

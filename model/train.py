@@ -10,6 +10,7 @@ Axis letter: e example.
 
 import dataclasses
 import math
+import resource
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -21,7 +22,8 @@ import optax
 
 from model.ahead import ahead
 from model.batches import Batcher, Example, MicroBatch
-from sharding.mesh import abstract, batch_shardings, peak_flops, peak_memory, put_batch, replicated
+from sharding import chips
+from sharding.mesh import abstract, batch_shardings, put_batch, replicated
 
 # (parameters, batch) → (losses [e], {name: values [e]}). The batch holds the arrays of
 # model/packing.py and the sides of its examples (model/batches.py).
@@ -189,10 +191,16 @@ class Trainer:
 
 
 def for_each(
-    compute: Callable[[dict], tuple], mesh, batcher: Batcher, examples: list[Example], title: str
+    compute: Callable[[dict], tuple],
+    mesh,
+    batcher: Batcher,
+    examples: list[Example],
+    title: str,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """What `compute(batch)` gives for each example, fp32 [examples, 2]. `compute` gives a pair of
-    arrays, each with one value per example of a micro-batch. `title` names the progress bar."""
+    arrays, each with one value per example of a micro-batch. `title` names the progress bar;
+    `check_stop` is called before each micro-batch and may raise."""
     from tqdm import tqdm  # here: a bare image, where scripts.bench measures, has none
 
     values = np.zeros((len(examples), 2), np.float32)
@@ -202,6 +210,7 @@ def for_each(
     for (indices, batch), _ in tqdm(
         packed, desc=title, unit=" batches", total=len(cut), disable=silent
     ):
+        check_stop()
         for column, x in enumerate(jax.device_get(compute(put_batch(mesh, batch)))):
             values[indices, column] = x[: len(indices)]
     return values
@@ -225,6 +234,13 @@ def speed(params, batches: list[MicroBatch], seconds: float) -> dict[str, float]
         "model_flops_per_second": flops / seconds,
         "peak_memory_gb": peak_memory(mesh) / 1e9,
     }
-    if peak := peak_flops(mesh):
-        metrics["mfu"] = flops / seconds / peak
+    if chip := chips.of_kind(mesh.devices.flat[0].device_kind):
+        metrics["mfu"] = flops / seconds / (chip.bf16 * mesh.size)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def peak_memory(mesh) -> int:
+    """The most bytes that one device of this process ever held; on CPU, the process."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(d.memory_stats()["peak_bytes_in_use"] for d in mesh.local_devices)

@@ -26,7 +26,8 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sharding.errors import UserError, as_os_error, first_line
+from model.disk_errors import as_os_error
+from sharding.errors import UserError, first_line
 
 STORED_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 

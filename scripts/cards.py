@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from etils import epath, epy
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
-from sharding.errors import UserError
+from sharding.errors import UserError, check_scheme
 from stages.files.output import Manifest, read_manifest
 from stages.files.paths import text_sha256, write_atomically
 from stages.files.provenance import Entry, provenance, short_name, with_roles
@@ -208,6 +208,7 @@ def _results(files: list[str], chain: list[dict]) -> list[str]:
     names = {made["identity"]: f"iteration {k}" for k, made in enumerate(chain)}
     names |= {chain[0]["identity"]: "the base model"} | {identity: "this model"}
     for file in files:
+        check_scheme(file, "--results")
         if not epath.Path(file).exists():
             raise UserError(f"--results {file} does not exist")
         manifest = read_manifest(file)

@@ -11,13 +11,11 @@ this file knows which mesh axis each of them lies on. The mesh always has three 
 import math
 import os
 import re
-import resource
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sharding import chips
 from sharding.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -133,7 +131,7 @@ def abstract(arrays, shardings):
 
 
 def batch_shardings(mesh: Mesh, batch: dict) -> dict:
-    """Of the arrays of a batch, whose rows are their first axis."""
+    """The shardings of a batch's arrays. Their first axis counts the rows of the batch."""
     axes = {name: ("batch", *(None,) * (x.ndim - 1)) for name, x in batch.items()}
     return tree_shardings(mesh, axes, batch)
 
@@ -171,19 +169,6 @@ def available_memory() -> int:
     with open("/proc/meminfo") as file:
         line = next(line for line in file if line.startswith("MemAvailable"))
     return 1024 * int(line.split()[1])
-
-
-def peak_flops(mesh: Mesh) -> float | None:
-    """bf16 FLOP/s of the mesh's devices together; None where they are not in the table."""
-    chip = chips.of_kind(mesh.devices.flat[0].device_kind)
-    return chip.bf16 * mesh.size if chip else None
-
-
-def peak_memory(mesh: Mesh) -> int:
-    """The most bytes that one device of this process ever held; on CPU, the process."""
-    if mesh.devices.flat[0].platform == "cpu":
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max(d.memory_stats()["peak_bytes_in_use"] for d in mesh.local_devices)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -25,7 +25,7 @@ class Row:
     spec: PartitionSpec
     count: int
     bytes: int  # of all of them, each there once
-    bytes_a_device: int
+    bytes_per_device: int
     copies: int  # how often the mesh holds each
 
 
@@ -47,14 +47,14 @@ def _row(name, shape, dtype, sharding, count) -> Row:
     return Row(name, tuple(shape), dtype.name, sharding.spec, count, whole, part, copies)
 
 
-def bytes_a_device(tree) -> int:
-    return sum(row.bytes_a_device for row in rows(tree))
+def bytes_per_device(tree) -> int:
+    return sum(row.bytes_per_device for row in rows(tree))
 
 
 def summary(mesh, sections: dict) -> str:
     """One line: the mesh, what a device holds, and how much of it other devices hold too."""
     sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    held = {title: bytes_a_device(tree) for title, tree in sections.items()}
+    held = {title: bytes_per_device(tree) for title, tree in sections.items()}
     once = sum(row.bytes for tree in sections.values() for row in rows(tree))
     total = sum(held.values())
     text = ", ".join(f"{title} {size(n)}" for title, n in held.items())
@@ -63,23 +63,15 @@ def summary(mesh, sections: dict) -> str:
 
 
 def table(mesh, sections: dict) -> str:
-    """A line an array, and the summary under them."""
+    """One line per array, and the summary under them."""
     lines: list[tuple[str, ...]] = []
     for title, tree in sections.items():
         lines.append((title, "shape", "dtype", "cut along", "copies", "a device"))
         for row in rows(tree):
             name = row.name if row.count == 1 else f"{row.count} × {row.name}"
             shape = "×".join(map(str, row.shape)) or "–"
-            lines.append(
-                (
-                    f"  {name}",
-                    shape,
-                    row.dtype,
-                    _text(row.spec),
-                    str(row.copies),
-                    size(row.bytes_a_device),
-                )
-            )
+            places = _text(row.spec), str(row.copies), size(row.bytes_per_device)
+            lines.append((f"  {name}", shape, row.dtype, *places))
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = [
         "  ".join(

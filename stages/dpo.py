@@ -199,23 +199,24 @@ def main(args: Args) -> None:
     def load(folder: str):
         return checkpoint.load(folder, jax.tree.map(lambda x: x.sharding, shapes))[1]
 
-    def logprobs_of(params, role: str, title: str) -> np.ndarray:
+    def logprobs_of(params, role: str, *title_and_check) -> np.ndarray:
         """The summed log-probs of every pair's chosen and rejected response, fp32 [pairs, 2]."""
         compute = partial(pair_logprobs, params)
-        return training.for_each(compute, mesh, batcher, examples[role], title)
+        return training.for_each(compute, mesh, batcher, examples[role], *title_and_check)
 
     with (
         jax.set_mesh(mesh),
-        working.Work(args.out, manifest, total_steps, args.keep_states, aside) as work,
         stop_signal() as check_stop,
+        working.Work(args.out, manifest, total_steps, args.keep_states, aside) as work,
     ):
         # ------------------------------------------------------------ reference log-probs
         params = None  # of the reference, where they are needed
+        check_together = partial(processes.all_check, check_stop, STOPPED_TOGETHER)
 
         def compute(role: str) -> np.ndarray:
             nonlocal params
             params = load(reference) if params is None else params
-            return logprobs_of(params, role, f"reference, {role}")
+            return logprobs_of(params, role, f"reference, {role}", check_together)
 
         reference_p2 = reference_logprobs(args, loss, manifest, work, examples, compute)
         if loss.needs_reference and all(on_policy):
@@ -227,7 +228,7 @@ def main(args: Args) -> None:
             return reading.sides([examples[role][i] for i in indices], reference_p2[role][indices])
 
         # ----------------------------------------------------------------- start or resume
-        processes.all_check(check_stop, STOPPED_TOGETHER)
+        check_together()
         if saved := work.load_state({"params": shapes, "optimizer": trainer.optimizer_state}):
             step, state = saved
             print(f"{work.folder}: going on after step {step} of {total_steps}")

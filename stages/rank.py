@@ -41,6 +41,7 @@ from model.rankers.ranking import Ranking, Request
 from sharding import watch
 from sharding.errors import UserError
 from stages.files.output import Manifest, Output, an_input, read_lineage, read_manifest
+from stages.files.paths import check_distinct
 from stages.files.rows import RowFile, Sample, read
 from stages.files.run import run_main, stop_signal
 
@@ -87,6 +88,7 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ flags, input, ranker
     pairwise = is_pairwise(args.ranker)
     options = ranker_options(args, pairwise)
+    check_distinct({"--ranker": ranker_path(args.ranker)}, {"--out": args.out})
     share, shares = sharing.join(args, on_host=options.get("device") == "host")
     samples = read(args.samples, Sample)
     ranker = open_ranker(args.ranker, **options)
@@ -122,7 +124,13 @@ def main(args: Args) -> None:
 
 def is_pairwise(ranker: str) -> bool:
     """Whether --ranker names a model that compares answers, not FILE.py:FUNCTION."""
-    return not ranker.rpartition(":")[0].endswith(".py")
+    return not ranker_path(ranker).endswith(".py")
+
+
+def ranker_path(ranker: str) -> str:
+    """The file or folder that --ranker names, or a hub id."""
+    file = ranker.rpartition(":")[0]
+    return file if file.endswith(".py") else ranker
 
 
 def ranker_options(args: Args, pairwise: bool) -> dict:

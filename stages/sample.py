@@ -28,6 +28,7 @@ from tqdm import tqdm
 from sharding import watch
 from sharding.errors import UserError
 from stages.files.output import Manifest, Output, an_input, read_lineage
+from stages.files.paths import check_distinct
 from stages.files.rows import Prompt, read
 from stages.files.run import STOPPED_TOGETHER, run_main, stop_signal
 
@@ -100,6 +101,7 @@ def main(args: Args) -> None:
         parse_bytes(args.cache_memory, "--cache-memory")
     names = [field.name for field in dataclasses.fields(generate.Sampling)]
     sampling = generate.Sampling(**{name: getattr(args, name) for name in names})
+    check_distinct({"--checkpoint": args.checkpoint}, {"--out": args.out})
     processes.start(args)
     config = checkpoint.load_config(args.checkpoint)
     tokenizer = tokenizers.ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
@@ -146,24 +148,17 @@ def main(args: Args) -> None:
     if processes.is_first():
         output = Output.open(args.out, manifest, args.overwrite, (share, shares))
     mine = prompts.ids[share::shares]
-    if processes.from_first(np.array(output is not None and output.finished)):
-        mine_left = None
-    else:
-        done = processes.from_first(np.array([output is not None and output.has(i) for i in mine]))
-        mine_left = [i for i, is_done in zip(mine, done) if not is_done]
+    is_finished = processes.from_first(np.array(output is not None and output.finished))
 
     # ------------------------------------------------------------------ sample
-    if mine_left is not None:
-        bar = tqdm(
-            total=len(mine),
-            initial=len(mine) - len(mine_left),
-            unit=" prompts",
-            desc="sample",
-            disable=output is None,
-        )
+    if not is_finished:
+        done = processes.from_first(np.array([output is not None and output.has(i) for i in mine]))
+        left = [i for i, is_done in zip(mine, done) if not is_done]
+        style = {"unit": " prompts", "desc": "sample", "disable": output is None}
+        bar = tqdm(total=len(mine), initial=len(mine) - len(left), **style)
 
         def to_answer() -> Iterator[tuple[str, list[int]]]:
-            for prompt_id in mine_left:
+            for prompt_id in left:
                 ids = np.frombuffer(token_ids[prompt_id], np.int32).tolist()
                 if len(ids) <= most:
                     yield prompt_id, ids
@@ -201,17 +196,9 @@ def main(args: Args) -> None:
         merging.merge(args.out, manifest, shares, lambda merged: merged.finish(*whole))
 
 
-def load_sampler(
-    args: Args,
-    config: "decoder.DecoderConfig",
-    tokenizer: "tokenizers.ChatTokenizer",
-    sampling: "generate.Sampling",
-    mesh,
-    longest: int,
-    prompts: int,
-    bar: tqdm,
-) -> "generate.Sampler":
-    """The engine, with the checkpoint's weights. longest: tokens of the longest prompt."""
+def load_sampler(args: Args, config, tokenizer, sampling, mesh, longest: int, prompts: int, bar):
+    """The engine (generate.Sampler) with the checkpoint's weights, for so many prompts. longest:
+    tokens of the longest one."""
     shardings = meshes.tree_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
     params = checkpoint.load(args.checkpoint, shardings)[1]
     dtype = jnp.dtype(args.dtype)

@@ -180,7 +180,6 @@ class Report:
         """Known once a process has come up."""
         self.told["machine"] |= facts
         if self.out is None and self.keep:
-            RESULTS.mkdir(exist_ok=True)
             self.out = unused(RESULTS / f"{file_name(self.card)}-{time.strftime('%Y-%m-%d')}.json")
         self.write()
 
@@ -196,13 +195,16 @@ class Report:
     def write(self) -> None:
         if self.out is None:
             return
-        for path, text in (
-            (self.out, json.dumps(self.told, indent=1) + "\n"),
-            (self.out.with_suffix(".md"), self.table()),
-        ):
-            temporary = path.with_name(f"{path.name}.tmp")
-            temporary.write_text(text)
-            temporary.replace(path)
+        texts = json.dumps(self.told, indent=1) + "\n", self.table()
+        try:
+            self.out.parent.mkdir(exist_ok=True)
+            for path, text in zip((self.out, self.out.with_suffix(".md")), texts):
+                temporary = path.with_name(f"{path.name}.tmp")
+                temporary.write_text(text)
+                temporary.replace(path)
+        except OSError as error:  # the measuring goes on
+            print(f"{self.out} cannot be written ({error.strerror}): nothing is kept")
+            self.out = None
 
     def table(self) -> str:
         machine = self.told["machine"]
@@ -257,7 +259,10 @@ def nvidia_smi() -> dict:
     if shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return {}
     if done.returncode or not done.stdout.strip():
         return {}
     name, driver = done.stdout.splitlines()[0].rsplit(",", 1)

@@ -194,15 +194,15 @@ def forward_operations(c: DecoderConfig, tokens: int, texts: list[int], words: i
 
 
 def pairs_operations(c: DecoderConfig, sequences: list[Sequence]) -> int:
-    """Of a forward pass over pairs: a prompt's products are computed once for both responses."""
+    """The operations of a forward pass over pairs. The responses share their prompt's products."""
     texts = [len(s.prompt) + len(r) for s in sequences for r in s.responses]
     words = sum(len(r) for s in sequences for r in s.responses)
     return forward_operations(c, sum(map(len, sequences)), texts, words)
 
 
 def comparison_operations(c: DebertaConfig, tokens: int) -> int:
-    """Of one comparison, the last layer counted whole: products with the weights, content to
-    content, content to position both ways, and weights · values."""
+    """The operations of one comparison, the last layer counted whole: products with the weights,
+    content to content, content to position both ways, and weights · values."""
     d, t = c.hidden_size, tokens
     products = 2 * t * (4 * d * d + 2 * d * c.intermediate_size)
     attention = 2 * d * (2 * t * t + 2 * t * c.axis_sizes["p"])

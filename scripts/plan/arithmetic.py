@@ -445,7 +445,7 @@ class TrainingCost:
         return math.ceil(min(self.args.batch_size, self.pairs) / self.args.micro_batch_size)
 
     def sequences(self, count: int) -> list[Sequence]:
-        """`count` pairs of the assumed lengths, cut as stages/examples.py cuts them."""
+        """`count` pairs of the assumed lengths, cut as stages/files/examples.py cuts them."""
         a, mean = self.args, self.lengths.answer
         asked = self.lengths.draw_prompts(count, a.max_prompt_length)
         # The longest that the sampler made; --max-length cuts below.

@@ -126,8 +126,8 @@ def sampling(config, mesh, slots: int, length: int, prefill: int, dtype: str, fl
     state = meshes.abstract(state, jax.tree.map(lambda _: whole, state))
     state |= {"cache": kv_cache.abstract_cache(config, mesh, slots, length, dtype)}
     sizes = {
-        "parameters": table.bytes_a_device(params),
-        "cache": table.bytes_a_device(state["cache"]),
+        "parameters": table.bytes_per_device(params),
+        "cache": table.bytes_per_device(state["cache"]),
     }
     at = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
     with jax.set_mesh(mesh):
@@ -140,7 +140,7 @@ def sampling(config, mesh, slots: int, length: int, prefill: int, dtype: str, fl
         prompts = prompts.lower(params, row=row).compile()
         # The program has no use for the vocabulary's matrix, so the compiler leaves it out.
         used = {name: x for name, x in params.items() if name != "unembed"}
-        beside = parts(prompts, parameters=table.bytes_a_device(used)) | sizes
+        beside = parts(prompts, parameters=table.bytes_per_device(used)) | sizes
         yield f"sample: {prefill} tokens of prompts", prompts, beside
 
 
@@ -179,8 +179,11 @@ def training(
         losses.pair_loss, loss=losses.Loss(), config=config, dtype=jnp.dtype(dtype), remat=remat
     )
     trainer = train.Trainer(loss, optimization, 100, params)
-    known = {"parameters": table.bytes_a_device(params), "gradients": table.bytes_a_device(params)}
-    moments = table.bytes_a_device(state)
+    known = {
+        "parameters": table.bytes_per_device(params),
+        "gradients": table.bytes_per_device(params),
+    }
+    moments = table.bytes_per_device(state)
     with jax.set_mesh(mesh):
         before = params if several else None
         accumulate = trainer.accumulate.lower(params, before, batch | sides, scalar).compile()
@@ -211,8 +214,8 @@ def pairrm_layer(config, device, dtype: str, rows: int, length: int):
     real_bt = placed((rows, length), jnp.bool_)
     kernel = deberta_tpu.runs_on(device.device_kind)
     layer = deberta.layer.lower(ready["layers"][0], config, x_btd, real_bt, kernel=kernel).compile()
-    found = parts(layer, parameters=table.bytes_a_device(ready["layers"][0]))
-    found["parameters"] = table.bytes_a_device(ready)
+    found = parts(layer, parameters=table.bytes_per_device(ready["layers"][0]))
+    found["parameters"] = table.bytes_per_device(ready)
     yield f"rank: a layer over {rows} comparisons of {length} tokens", layer, found
 
 

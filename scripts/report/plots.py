@@ -3,10 +3,13 @@ plot follows the page from light to dark."""
 
 import io
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from etils import epy
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    import matplotlib
+    from matplotlib import figure as figures
+    from matplotlib import ticker
 
 SIZE = (4.0, 2.9)  # inches: the width of a phone's screen, where letters are then 11 pixels high
 SERIES = 7  # colours that the page defines; --series-0 is the start model's
@@ -47,7 +50,7 @@ def lines(title: str, xlabel: str, drawn: list[Line], level: tuple[float, str] |
     """Lines over one axis. level: a horizontal line and its meaning. A line of many points is drawn
     as their moving mean, with the points faint behind it."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE)
+        figure = figures.Figure(figsize=SIZE)
         axes = figure.subplots()
         if level is not None:
             axes.axhline(level[0], color=INK, linewidth=0.8, linestyle=":", label=level[1])
@@ -60,7 +63,7 @@ def lines(title: str, xlabel: str, drawn: list[Line], level: tuple[float, str] |
             axes.plot(x, y, style, color=colour, linewidth=1.6, markersize=4, label=label)
         axes.set_title(title)
         axes.set_xlabel(xlabel)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         if any(label and label[0] != "_" for label, *_ in drawn) or level:
             figure.legend(loc="outside lower left", ncols=3)
         return _svg(figure, title)
@@ -69,7 +72,7 @@ def lines(title: str, xlabel: str, drawn: list[Line], level: tuple[float, str] |
 def histograms(title: str, series: list[tuple[str, int, list[float]]]):
     """Histograms of (label, colour, values) below each other on one scale, with their means."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(SIZE[0], 0.75 + 0.62 * len(series)))
+        figure = figures.Figure(figsize=(SIZE[0], 0.75 + 0.62 * len(series)))
         rows = figure.subplots(len(series), sharex=True, squeeze=False)[:, 0]
         everything = np.concatenate([values for _, _, values in series])
         low, high = float(everything.min()), float(everything.max())
@@ -85,7 +88,7 @@ def histograms(title: str, series: list[tuple[str, int, list[float]]]):
         return _svg(figure, title)
 
 
-def _svg(figure: Figure, title: str) -> str:
+def _svg(figure, title: str) -> str:
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()

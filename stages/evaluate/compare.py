@@ -17,6 +17,7 @@ from stages.evaluate import winrates
 from stages.evaluate.answers import align, generator_of
 from stages.files.benchmarks import ModelOutput, read_difficulties, read_outputs
 from stages.files.output import Manifest, Output, an_input
+from stages.files.paths import check_distinct
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     from model.rankers import comparisons, opening
@@ -61,6 +62,7 @@ class Compare(watch.Flags):
 
 def main(args: Compare) -> None:
     # ------------------------------------------------------------------------------ inputs
+    check_distinct({"--ranker": rank.ranker_path(args.ranker)}, {"--out": args.out})
     share, shares = sharing.join(args)
     files = (args.outputs, args.baseline)
     ours, baseline = (read_outputs(path, args.response) for path in files)

@@ -20,6 +20,7 @@ from sharding import watch
 from sharding.errors import UserError
 from stages.evaluate.winrates import standard_error
 from stages.files.output import Manifest, Output, an_input, read_lineage
+from stages.files.paths import check_distinct
 from stages.files.rows import Response, Sample, field, read
 from stages.files.run import STOPPED_TOGETHER, stop_signal
 
@@ -79,6 +80,7 @@ def main(args: Kl) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    check_distinct({"--checkpoint": args.checkpoint}, {"--out": args.out})
     processes.start(args)
     config = checkpoint.load_config(args.checkpoint)
     tokenizer = tokenizers.ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)

@@ -25,6 +25,7 @@ from stages import rank, sample
 from stages.evaluate.judge import official_command
 from stages.files.benchmarks import conversation_key, local_file, read_instructions
 from stages.files.output import Manifest, Output, an_input, read_manifest
+from stages.files.paths import check_distinct
 from stages.files.rows import Prompt, Ranked, RowFile, Sample, read
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
@@ -94,6 +95,11 @@ def main(args: Outputs) -> None:
             opening.open_ranker(args.ranker)  # refuses before hours of sampling; loads no weights
         stem = args.out.removesuffix(".json")
         prompts, samples, ranked = (f"{stem}.{x}.jsonl" for x in ("prompts", "samples", "ranked"))
+        written = {"prompts": prompts, "samples": samples, "ranked": ranked}
+        check_distinct(
+            {"--checkpoint": args.checkpoint, "--benchmark": args.benchmark},
+            {"--out": args.out} | {f"{name} beside --out": path for name, path in written.items()},
+        )
 
         # -------------------------------------------------------------------------- prompts
         if is_first:

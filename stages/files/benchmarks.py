@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from etils import epath, epy
 
-from sharding.errors import UserError
+from sharding.errors import UserError, check_scheme
 from stages.files.paths import open_input
 from stages.files.rows import Fields, Prompt, Sample, canonical, field, json_rows, messages_of
 
@@ -38,6 +38,7 @@ def local_file(benchmark: str) -> str:
     """The file of a benchmark: a path, alpaca_eval.json in a folder, or the hub's for the name
     "alpaca_eval" (its JSON file, since `datasets` no longer runs its loading script)."""
     if benchmark != "alpaca_eval":
+        check_scheme(benchmark, "benchmark")
         folder = epath.Path(benchmark)
         return str(folder / HUB_FILE) if folder.is_dir() else benchmark
     try:
@@ -90,7 +91,7 @@ def read_instructions(path: str, counts: Counter) -> list[Fields]:
     """The instructions of a benchmark, or of any file of prompts, as rows of prompts.jsonl:
     {prompt or messages, prompt_id, dataset}, each instruction once. Adds to `counts`.
 
-    Of MT-Bench's turns only the first is asked, since a second one asks about an answer.
+    MT-Bench's first turns alone are asked, since a second turn asks about an answer.
     """
     rows: list[Fields] = []
     seen: dict[str, str] = {}

@@ -174,7 +174,7 @@ def _win_probability(fields: dict, where: str) -> float | None:
         else:
             lead = scores[best] - scores[worst]
         return 1 / (1 + math.exp(-min(max(lead, -700), 700)))
-    except (TypeError, IndexError):
+    except (TypeError, IndexError, KeyError):
         raise UserError(
             f"{where}: chosen_index, rejected_index, all_rm_scores and comparisons do not fit "
             "together: correct the line"

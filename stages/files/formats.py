@@ -22,7 +22,7 @@ from etils import epath, epy
 from sharding.errors import UserError
 from stages.files.lock import lock
 from stages.files.output import Manifest, Output, an_input
-from stages.files.paths import MARK, file_sha256, local_path, publish, text_sha256
+from stages.files.paths import MARK, file_sha256, local_path, naming, publish, text_sha256
 from stages.files.provenance import provenance
 from stages.files.rows import Fields, Pair, field, json_rows
 from stages.files.run import stop_signal
@@ -71,7 +71,8 @@ def write_split(pairs: str, directory: str, split: str, overwrite: bool = False)
         metadata = {SOURCE: source, PROVENANCE: json.dumps(provenance(pairs)).encode()}
         temporary = f"{local_path(path)}{MARK}"
         rows = 0
-        with pq.ParquetWriter(temporary, SCHEMA.with_metadata(metadata)) as writer:
+        schema = SCHEMA.with_metadata(metadata)
+        with naming(path), pq.ParquetWriter(temporary, schema) as writer:
             for table in _tables(pairs):
                 writer.write_table(table)
                 rows += table.num_rows
@@ -304,6 +305,8 @@ class Shards:
     def _read(self, file: str) -> Iterator[dict]:
         self.builder.config.data_files = {self.name: [file]}
         self.builder.info.features = None
+        if hasattr(self.builder.config, "batch_size"):  # of Parquet; else a file without rows fails
+            self.builder.config.batch_size = ROWS_AT_ONCE
         stream = self.builder.as_streaming_dataset(self.name)
         # Images and sounds stay as they are stored: their libraries are not installed.
         yield from stream.decode(False) if stream.features else stream

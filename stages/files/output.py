@@ -20,11 +20,12 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
-from sharding.errors import UserError
+from sharding.errors import UserError, check_scheme
 from stages.files.paths import (
     check_distinct,
     file_sha256,
     local_path,
+    naming,
     normalised,
     publish,
     try_lock,
@@ -49,13 +50,9 @@ class Manifest:
 
     def key(self) -> dict:
         """What must agree for two runs to be the same run. Paths do not matter, roles do."""
-        content = {
-            "stage": self.stage,
-            "arguments": self.arguments,
-            "inputs": {role: sha256_of(entry) for role, entry in self.inputs.items()},
-            "identities": self.identities,
-        }
-        return json.loads(json.dumps(content))
+        inputs = {role: sha256_of(entry) for role, entry in self.inputs.items()}
+        key = {"stage": self.stage, "arguments": self.arguments, "inputs": inputs}
+        return json.loads(json.dumps(key | {"identities": self.identities}))
 
     def write(self, path: str) -> None:
         write_atomically(path, json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False))
@@ -77,6 +74,7 @@ def manifest_path(path: str) -> str:
 
 def read_manifest(path: str) -> Manifest | None:
     """The manifest beside the file `path`; None where there is none (a user's own file)."""
+    check_scheme(path)
     file = epath.Path(manifest_path(path))
     if not file.exists():
         return None
@@ -165,19 +163,18 @@ class Output:
     ) -> "Output":
         """Begin the file, or go on with it, under a lock; or find it finished.
 
-        overwrite: replace a finished file, and an unfinished one of other arguments. What is there
-        stays until the new file is whole; an unfinished file of the same arguments goes on.
+        overwrite: replace a file of other arguments, finished or not, and an edited one. What is
+        there stays until the new file is whole. A file of this very run goes on or is finished, so
+        that the same command can be given again.
         share (i, n): write only this process's share; shares.py makes `path` of all of them.
         Raises UserError.
         """
         if path.endswith("/") or epath.Path(normalised(path, "--out")).is_dir():
             raise UserError(f"{path} is a folder: give the path of the file to write")
-        check_distinct(
-            {role: e["path"] for role, e in manifest.inputs.items()},
-            {"--out": path},
-        )
+        inputs = {role: entry["path"] for role, entry in manifest.inputs.items()}
+        check_distinct(inputs, {"--out": path})
         output = cls(path, manifest)
-        if epath.Path(path).exists() and not overwrite:
+        if epath.Path(path).exists() and not (overwrite and output._is_another()):
             output._recognise()
             return output
         if share[1] > 1:
@@ -189,6 +186,15 @@ class Output:
                 raise UserError(f"{folder} cannot be made ({error.strerror})") from None
         output._begin(overwrite)
         return output
+
+    def _is_another(self) -> bool:
+        """Whether the file that is there is not what this run would write."""
+        try:
+            theirs = read_manifest(self.path)
+        except UserError:
+            return True
+        same = theirs is not None and theirs.key() == self.manifest.key()
+        return not same or theirs.results.get("sha256") != file_sha256(self.path)
 
     def _recognise(self) -> None:
         """Check that the file that is there is this very run's, finished."""
@@ -305,14 +311,12 @@ class Output:
         out = len(self._offsets) - len(self._reasons)
         gone = sum(n for name, n in counts.items() if name.startswith(("merged", "split off")))
         if counts["in"] != out + aside.total() + gone:
-            raise RuntimeError(
-                f"{self.path}: rows were lost: {counts['in']} in, but {out} out and {dict(aside)}, "
-                f"{dict(counts)}"
-            )
+            raise RuntimeError(f"{self.path}: rows were lost: {counts}, {out} out, {aside}")
         self.manifest.counts = {"in": counts["in"], "out": out}
         self.manifest.counts |= {k: n for k, n in counts.items() if k != "in"} | dict(aside)
         whole, set_aside = f"{self.partial}.sorted", f"{self.partial}.set_aside"
         with (
+            naming(self.path),
             open(self.partial, "rb") as rows,
             open(whole, "wb") as file,
             open(set_aside, "wb") as aside_file,
@@ -328,8 +332,6 @@ class Output:
                 opened.flush()
                 os.fsync(opened.fileno())
         self._publish(whole, set_aside if aside else None, file_sha256(whole), results)
-        if not aside:
-            os.unlink(set_aside)
         self._done()
 
     def finish_as(self, content: dict | list, counts: dict[str, int], results: dict | None = None):
@@ -362,7 +364,8 @@ class Output:
         print(f"{self.path}: {counts_line(self.manifest.counts)}")
 
     def _remove_partial(self) -> None:
-        for leftover in (manifest_path(self.partial), self.partial):
+        aside = f"{self.partial}.set_aside"
+        for leftover in (aside, manifest_path(self.partial), self.partial):
             epath.Path(leftover).unlink(missing_ok=True)
 
 

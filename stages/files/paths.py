@@ -5,15 +5,17 @@ A path is normalised once, where it enters; two paths are the same file if the f
 Whatever is written for a while only has MARK in its name, so that no file of a user's is replaced.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import io
 import os
 import stat
+from collections.abc import Iterator
 
 from etils import epath
 
-from sharding.errors import UserError
+from sharding.errors import UserError, check_scheme
 
 MARK = ".iterative-alignment-tmp"  # ends the name of every temporary file
 GZIP = b"\x1f\x8b"
@@ -27,9 +29,7 @@ def is_remote(path: str) -> bool:
 def normalised(path: str, flag: str) -> str:
     """`path` without slashes at its end. Raises UserError for an empty one, and for every scheme
     but gs://; `flag` names the flag in that line."""
-    scheme, separator, _ = str(path).partition("://")
-    if separator and scheme != "gs":
-        raise UserError(f"{flag} {path}: {scheme}:// is not supported: give a local path or gs://…")
+    check_scheme(path, flag)
     if not path:
         raise UserError(f"{flag} is empty: give a path")
     return str(path).rstrip("/") or "/"
@@ -40,10 +40,17 @@ def check_distinct(inputs: dict[str, str], outputs: dict[str, str]) -> None:
 
     inputs, outputs: path by flag or role. The file system decides whether two paths are the same
     file: symbolic links, hard links and `./` do not hide it. The files that grow beside an output
-    belong to it.
+    belong to it, an input's manifest and the files of a folder to the input.
     """
-    taken = {_identity(path): (flag, path) for flag, path in inputs.items()}
+    taken = {_identity(f"{path}{MANIFEST}"): (flag, path) for flag, path in inputs.items()}
+    taken |= {_identity(path): (flag, path) for flag, path in inputs.items()}
     for flag, path in outputs.items():
+        for other, folder in inputs.items():
+            if _is_part(path, folder):
+                raise UserError(
+                    f"{flag} {path}: it is a part of the input {folder} ({other}): give another "
+                    "path to write to"
+                )
         for written in (path, *(f"{path}{end}" for end in BESIDE)):
             other, other_path = taken.get(_identity(written), (None, None))
             if other in inputs:
@@ -61,13 +68,14 @@ class Busy(UserError):
 
 
 # What stages/files/output.py writes beside a file.
-BESIDE = (".manifest.json", ".set_aside.jsonl", ".partial", ".partial.manifest.json")
+MANIFEST = ".manifest.json"
+BESIDE = (MANIFEST, ".set_aside.jsonl", ".partial", ".partial.manifest.json")
 
 
 def _identity(path: str):
     """Equal for two paths of one file."""
     if is_remote(path):
-        return path
+        return str(epath.Path(path)) if path.startswith("gs://") else path
     try:
         status = os.stat(path)
         return status.st_dev, status.st_ino
@@ -75,12 +83,22 @@ def _identity(path: str):
         return os.path.realpath(path)
 
 
+def _is_part(path: str, folder: str) -> bool:
+    """Whether `path` is there, below `folder`, and was not written by a stage of ours."""
+    if is_remote(path) or not os.path.isdir(folder) or not os.path.isfile(path):
+        return False
+    parents = os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
+    return parents and not os.path.exists(f"{path}{MANIFEST}")
+
+
 # ---------------------------------------------------------------------- reading
 
 
 def open_input(path: str) -> io.BufferedReader:
     """The file, open for reading bytes. Raises UserError where there is none, where it is a folder
-    or a pipe (a stage reads its input more than once), or compressed."""
+    or a pipe (a stage reads its input more than once), or compressed, and for other schemes than
+    gs://."""
+    check_scheme(path)
     file = epath.Path(path)
     if not file.exists():
         raise UserError(f"{path} does not exist: give the path of a file")
@@ -144,6 +162,17 @@ def publish(local: str, path: str) -> None:
         os.replace(local, path)
 
 
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Add the path to an OSError that does not name one, as those of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), path) from error
+
+
 def write_atomically(path: str, content: str | bytes) -> None:
     """Write a whole file, or leave what was there."""
     if isinstance(content, str):
@@ -153,7 +182,7 @@ def write_atomically(path: str, content: str | bytes) -> None:
         epath.Path(path).write_bytes(content)
         return
     temporary = f"{path}{MARK}"
-    with open(temporary, "wb") as file:
+    with naming(path), open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

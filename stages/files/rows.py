@@ -12,7 +12,6 @@ it is refused.
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import sys
 from collections import Counter
@@ -55,9 +54,8 @@ class Prompt:
 
     @property
     def prompt(self) -> str:
-        """What a reward function sees as the prompt: `prompt`, or the last user turn."""
-        prompt = self.fields.get("prompt")
-        return prompt if isinstance(prompt, str) else self.messages[-1]["content"]
+        """What a reward function sees as the prompt: the turn that is answered."""
+        return self.messages[-1]["content"]
 
     def digest(self) -> bytes:
         """Equal for rows of the same content."""
@@ -120,7 +118,7 @@ class Ranked(Sample):
 
     scores: list[float]
 
-    COMPARED = ("responses", "scores")
+    COMPARED = ("responses", "scores", "comparisons")
 
     @classmethod
     def _further(cls, fields: Fields, where: str) -> dict:
@@ -129,7 +127,7 @@ class Ranked(Sample):
         if len(scores) != n:
             raise UserError(f"{where}: {len(scores)} scores for {n} responses: give one for each")
         for i, score in enumerate(scores):
-            if type(score) not in (int, float) or not _is_finite(score):
+            if type(score) not in (int, float) or not abs(score) <= sys.float_info.max:
                 raise UserError(
                     f"{where}, scores[{i}]: {score!r} is no finite number: correct the line"
                 )
@@ -149,7 +147,7 @@ class Pair(Prompt):
     rejected: Response
     unusable: str | None
 
-    COMPARED = ("chosen", "rejected")
+    COMPARED = ("chosen", "rejected", "chosen_token_ids", "rejected_token_ids")
 
     @classmethod
     def parse(cls, fields: Fields, where: str) -> Self:
@@ -163,6 +161,8 @@ class Pair(Prompt):
             known = fields | {"text": answer["content"]}
             sides[side] = Response.parse(known, where, prefix=f"{side}_")
         messages, unusable = cls._conversation(fields, where, *before)
+        if not messages[-1]["content"].strip():
+            unusable = "the prompt is empty"
         prompt_id = _identify(fields, where)
         return cls(where, prompt_id, messages, fields, **sides, unusable=unusable)
 
@@ -203,6 +203,7 @@ class RowFile(Generic[Kind]):
         self.path, self._kind = path, kind
         self.counts: Counter[str] = Counter()
         self._file = open_input(path)
+        self._stamp = self._modified()
         self._places: dict[str, tuple[int, int, bytes]] = {}  # offset, line number, digest
         content, offset = hashlib.sha256(), 0
         for number, line in enumerate(self._file, 1):
@@ -212,7 +213,7 @@ class RowFile(Generic[Kind]):
                 if self._is_new(row, offset, number) and each is not None:
                     each(row)
             offset += len(line)
-        self.sha256, self._stamp = content.hexdigest(), self._modified()
+        self.sha256 = content.hexdigest()
 
     @property
     def ids(self) -> list[str]:
@@ -233,12 +234,9 @@ class RowFile(Generic[Kind]):
         return self._row(line, number)
 
     def _modified(self) -> tuple[int, int] | None:
-        """When the open file was last changed, and its size; None in an object store, where an
-        object does not change."""
-        if is_remote(self.path):
-            return None
-        status = os.fstat(self._file.fileno())
-        return status.st_mtime_ns, status.st_size
+        """When the file was last changed, and its size; None in an object store: objects stay."""
+        status = None if is_remote(self.path) else os.fstat(self._file.fileno())
+        return status and (status.st_mtime_ns, status.st_size)
 
     def _row(self, line: bytes, number: int) -> Kind | None:
         where = f"{self.path}, line {number}"
@@ -323,13 +321,6 @@ def field(fields: Fields, name: str, kind: type | tuple[type, ...], where: str):
             f"{where}: field {name!r} is {type(value).__name__}, not {wanted}: correct the line"
         )
     return value
-
-
-def _is_finite(number: int | float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:  # an int beyond every float
-        return False
 
 
 # ---------------------------------------------------------------------- conversations

@@ -1,4 +1,4 @@
-"""Several processes each do every so-manieth row of a file; process 0 puts their parts together."""
+"""Several processes share a file: of n, each does every nth row; process 0 joins their parts."""
 
 import json
 from collections import Counter

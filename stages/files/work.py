@@ -26,6 +26,7 @@ from stages.files.output import Manifest, refuse_other
 from stages.files.paths import is_remote, local_path, write_atomically
 
 STATE = re.compile(r"state-(\d+)")
+LOGGED = {"metrics.jsonl": b'{"step": ', "set_aside.jsonl": b'{"file": '}  # and how they begin
 
 
 def is_finished(out: str, manifest: Manifest) -> bool:
@@ -92,6 +93,10 @@ class Work:
         for folder in (self.folder, epath.Path(self.log_folder)):
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder} is in the way: choose another --out, or move it")
+        for name, begins in LOGGED.items():
+            file = self.log_folder / name
+            if file.exists() and not _begins(file, begins):
+                raise UserError(f"{file} is not of this stage: choose another --out, or move it")
         file, states = self.folder / "manifest.json", self.states()
         if file.exists():
             try:
@@ -188,6 +193,15 @@ def _remove(out: str) -> None:
     folder = epath.Path(f"{out}.work")
     if (folder / "manifest.json").exists():
         folder.rmtree()
+
+
+def _begins(file: Path, begins: bytes) -> bool:
+    """Whether the file is empty or begins so, if in a line that was cut off."""
+    if not file.is_file():
+        return False
+    with open(file, "rb") as opened:
+        start = opened.read(len(begins))
+    return begins.startswith(start)
 
 
 def _step_of(path: epath.Path) -> int | None:

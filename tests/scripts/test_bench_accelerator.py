@@ -252,6 +252,16 @@ def test_results_are_never_replaced(tmp_path):
     assert accelerator.unused(name).name == "NVIDIA-H100-80GB-HBM3-2026-01-01-2.json"
 
 
+def test_a_folder_that_cannot_be_written_does_not_end_the_measuring(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    args = accelerator.parse(["--minutes=0.001"])
+    report = accelerator.Report(args)
+    report.out = tmp_path / "file" / "x.json"
+    accelerator.measure(args, report)
+    assert "x.json cannot be written (File exists)" in capsys.readouterr().out
+    assert {piece["status"] for piece in report.told["pieces"].values()} == {"out of time"}
+
+
 # ----------------------------------------------------------------------------------- pieces
 
 

@@ -71,6 +71,7 @@ def test_a_place_that_is_none_is_refused_by_its_argument(tmp_path, source, model
         (("to-hf", model, ""), "DST is empty"),
         (("to-hf", model, tmp_path / "D", "--base", "az://b/c"), "--base az://b/c: az:// is not"),
         (("from-parquet", tmp_path, "s3://b/p.jsonl"), "OUT s3://b/p.jsonl: s3:// is not"),
+        (("to-hf", model, tmp_path / "D", "--results", "s3://b/c.json"), "s3://b/c.json: s3:// is"),
     ):
         assert message in refused(capsys, *argv)
     assert list(tmp_path.iterdir()) == []
@@ -84,6 +85,12 @@ def test_an_output_that_is_an_input_is_refused_by_whatever_name(tmp_path, source
     assert "input" in refused(capsys, "to-hf", model, tmp_path / "linked" / ".." / "model")
     assert "input" in refused(capsys, "to-hf", model, f"{tmp_path}/linked/")
     assert (files_of(Path(source)), files_of(Path(model))) == before
+
+
+def test_a_link_to_nothing_is_refused_before_the_work(tmp_path, source, model, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "is a link to nothing" in refused(capsys, "from-hf", source, tmp_path / "link")
+    assert "is a link to nothing" in refused(capsys, "to-hf", model, tmp_path / "link")
 
 
 def test_folders_of_the_users_beside_an_output_stay(tmp_path, source, model):

@@ -14,7 +14,7 @@ from scripts.report import __main__ as report
 from scripts.report import gather, graph, tables
 from stages import pairs, rank
 from stages.evaluate import compare
-from stages.files.output import Manifest, Output
+from stages.files.output import Manifest, Output, an_input
 from stages.files.paths import file_sha256, text_sha256
 from stages.files.run import run_main
 from tests import tiny
@@ -31,8 +31,8 @@ LOSSES = {"iteration_1": [0.693, 0.6], "iteration_2": [0.693, 0.5]}
 def samples(path, texts: list[list[str]], identity: str) -> str:
     """As stages.sample writes them."""
     identities = {"model": identity, "tokenizer": "t", "chat_template": "c"}
-    prompts = {str(path.parents[1] / "prompts.jsonl"): text_sha256("prompts")}
-    manifest = Manifest("sample", {"n": len(texts[0])}, prompts, identities)
+    prompts = an_input(str(path.parents[1] / "prompts.jsonl"), text_sha256("prompts"))
+    manifest = Manifest("sample", {"n": len(texts[0])}, {"prompts": prompts}, identities)
     output = Output.open(str(path), manifest)
     for prompt, answers in zip(PROMPTS, texts):
         responses = [

@@ -45,9 +45,9 @@ def test_the_table_of_a_mistral_7b_training_on_four_chips():
         ("gradients", 1, 0),
         ("optimizer state", 2, 8),
     ):
-        assert table.bytes_a_device(sections[title]) == times * a_device + counters
+        assert table.bytes_per_device(sections[title]) == times * a_device + counters
     found = {row.name: row for row in table.rows(sections["parameters"])}
-    assert found["layers/down"].bytes_a_device == 32 * 14336 * 1024 * 4
+    assert found["layers/down"].bytes_per_device == 32 * 14336 * 1024 * 4
     assert (found["layers/down"].copies, found["final_norm"].copies) == (1, 4)
     lines = [line.split("  ") for line in table.table(mesh, sections).splitlines()]
     words = {tuple(word.strip() for word in line if word.strip()) for line in lines}
@@ -64,7 +64,7 @@ def test_the_table_of_a_sampling_counts_the_cache_and_its_copies():
     (keys, values) = table.rows(sections["cache"])
     for row in (keys, values):
         assert (row.count, row.copies, row.dtype) == (2, 2, "bfloat16")
-        assert row.bytes == 2 * row.bytes_a_device == 2 * 4 * 3 * 8 * 64 * 2
+        assert row.bytes == 2 * row.bytes_per_device == 2 * 4 * 3 * 8 * 64 * 2
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from model import checkpoint, gates, logprobs
+from model.batches import Batcher
 from model.tokenizer import ChatTokenizer
 from scripts import cards
 from sharding.errors import UserError
@@ -196,6 +197,13 @@ def test_pairs_that_cannot_be_trained_on_are_set_aside_with_their_reason(base, t
     assert [r["reason"] for r in aside] == ["chosen equals rejected", "empty prompt or response"]
     counts = checkpoint.read_manifest(str(tmp_path / "out"))["origin"]["counts"]
     assert counts["in"] == len(rows) and counts["set aside: chosen equals rejected"] == 1
+
+
+@pytest.mark.parametrize("comparisons", [{"a": 1}, [{"0": 1}, {}], [[0]], "xx"])
+def test_a_ranking_that_does_not_fit_its_pair_is_told_in_one_line(comparisons):
+    fields = {"chosen_index": 0, "rejected_index": 1, "all_rm_scores": [1, 0]}
+    with pytest.raises(UserError, match=r"^here: .* do not fit together"):
+        reading._win_probability(fields | {"comparisons": comparisons}, "here")
 
 
 def test_pairs_of_another_model_are_refused_unless_the_flag_says_otherwise(base, tmp_path, capsys):
@@ -424,7 +432,14 @@ def test_what_is_in_the_way_is_refused_before_the_work_and_kept(base, tmp_path, 
     (tmp_path / "mine.work").mkdir()
     (tmp_path / "mine.work" / "thesis.tex").write_text("mine")
     (tmp_path / "file.log").write_text("mine")
+    for name in ("metrics", "set_aside"):
+        (tmp_path / f"{name}.log").mkdir()
+        (tmp_path / f"{name}.log" / f"{name}.jsonl").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for out, *words in (
+        (tmp_path / "metrics", "metrics.jsonl", "not of this stage"),
+        (tmp_path / "set_aside", "set_aside.jsonl", "not of this stage"),
+        (tmp_path / "link", "is a link to nothing"),
         (tmp_path / "folder", "is no checkpoint of this stage"),
         (base / "model", "is the input", "--checkpoint"),
         (tmp_path / "mine", "mine.work", "not of this stage"),
@@ -437,6 +452,8 @@ def test_what_is_in_the_way_is_refused_before_the_work_and_kept(base, tmp_path, 
             refused(capsys, run_dpo(base, out), *words)
     assert (tmp_path / "mine.work" / "thesis.tex").read_text() == "mine"
     assert (tmp_path / "file.log").read_text() == "mine"
+    for name in ("metrics", "set_aside"):
+        assert (tmp_path / f"{name}.log" / f"{name}.jsonl").read_text() == "mine"
 
 
 def test_two_processes_do_not_write_one_out(base, tmp_path, capsys):
@@ -495,3 +512,19 @@ def test_pairs_whose_answers_are_to_other_conversations_are_set_aside_and_counte
     assert counts["in"] == 5 and sum(counts.values()) == 5 + 4  # one merged, three set aside
     aside = tiny.read_jsonl(f"{tmp_path / 'out'}.log/set_aside.jsonl")
     assert [row["prompt_id"] for row in aside] == ["2", "3", "4"]
+
+
+def test_a_signal_during_the_reference_pass_stops_at_its_next_batch(base, tmp_path, monkeypatch):
+    made = []
+
+    def signalled(self, examples, indices, pack=Batcher.pack):
+        made.append(indices)
+        if len(made) == 2:  # the first is the longest micro-batch, for the table of arrays
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pack(self, examples, indices)
+
+    monkeypatch.setattr(Batcher, "pack", signalled)
+    assert run_dpo(base, tmp_path / "out") == 75
+    assert not list(tmp_path.glob("out.work/reference/*"))
+    monkeypatch.undo()
+    assert run_dpo(base, tmp_path / "out") == 0

@@ -110,6 +110,17 @@ def test_best_of_n_keeps_the_rankers_best_and_all_answers(folder, tmp_path):
     assert (tmp_path / "m.json").read_bytes() == text
 
 
+def test_the_benchmark_is_never_written_over(folder, tmp_path, capsys):
+    for name in ("m.samples.jsonl", "m.ranked.jsonl", "m.prompts.jsonl"):
+        benchmark = tmp_path / name
+        tiny.write_jsonl(benchmark, tiny.PROMPTS)
+        before = benchmark.read_bytes()
+        more = ("--benchmark", benchmark, "--overwrite")
+        assert run(*argv(folder, tmp_path / "m.json", *more)) == 2
+        assert "is the input (--benchmark)" in error_line(capsys)
+        assert benchmark.read_bytes() == before
+
+
 def test_an_instruction_without_an_answer_fails(folder, tmp_path, capsys):
     prompts = [*tiny.PROMPTS, {"prompt": "words " * 90}]  # beyond the context of 256 tokens
     tiny.write_jsonl(tmp_path / "prompts.jsonl", prompts)

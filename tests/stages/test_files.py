@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sharding.errors import UserError
-from stages.files import rows
+from stages.files import paths, rows
 from stages.files.output import Manifest, Output, an_input, read_lineage, read_manifest
 from stages.files.paths import file_sha256, local_path, text_sha256
 from stages.files.rows import prompt_key
@@ -456,6 +456,33 @@ def test_the_input_is_never_written_over_whatever_it_is_called(capsys, prompts, 
     assert prompts.read_bytes() == before
 
 
+def test_an_inputs_manifest_and_the_files_of_an_input_folder_are_never_written_over(tmp_path):
+    folder, file = tmp_path / "C", tmp_path / "s.jsonl"
+    folder.mkdir()
+    for path in (folder / "manifest.json", file, tmp_path / "s.jsonl.manifest.json"):
+        path.write_text("{}")
+    (tmp_path / "link").symlink_to(folder)
+    for source, out in (
+        (folder, folder / "manifest.json"),
+        (folder, tmp_path / "link" / "manifest.json"),
+        (tmp_path / "link", folder / "manifest.json"),
+        (file, f"{file}.manifest.json"),
+    ):
+        with pytest.raises(UserError, match=r"--out .* the input .*--in"):
+            paths.check_distinct({"--in": str(source)}, {"--out": str(out)})
+    # What a stage wrote into a checkpoint's folder is finished, or overwritten.
+    answers = folder / "answers.jsonl"
+    paths.check_distinct({"--in": str(folder)}, {"--out": str(answers)})
+    answers.write_text("")
+    (folder / "answers.jsonl.manifest.json").write_text("{}")
+    paths.check_distinct({"--in": str(folder)}, {"--out": str(answers)})
+
+
+def test_two_spellings_of_an_object_are_one_file():
+    with pytest.raises(UserError, match="is the input"):
+        paths.check_distinct({"--in": "gs://b/./x//y"}, {"--out": "gs://b/x/y"})
+
+
 @pytest.mark.parametrize("end", [".manifest.json", ".set_aside.jsonl", ".partial"])
 def test_an_input_with_the_name_of_a_file_beside_the_output_is_kept(capsys, prompts, out, end):
     out.parent.mkdir()
@@ -529,6 +556,8 @@ def test_what_cannot_be_read_twice_or_is_compressed_is_refused_by_name(capsys, p
         code, _, stderr = run(capsys, prompts, target)
         scheme = target.partition("://")[0]
         assert code == 2 and f"{scheme}:// is not supported" in stderr
+        code, _, stderr = run(capsys, target, out)
+        assert code == 2 and f"{scheme}:// is not supported" in stderr
     assert not list(tmp_path.glob("o.jsonl*"))
 
 
@@ -539,6 +568,20 @@ def test_an_output_that_ends_with_a_slash_is_refused_before_the_work(
     code, _, stderr = run(capsys, prompts, str(tmp_path / "x") + "/" + out.format("y"))
     assert code == 2 and "is a folder: give the path of the file to write" in stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    code = f"""
+import resource
+from stages.files.paths import write_atomically
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    write_atomically("{tmp_path}/x", "x" * 1000)
+except OSError as error:
+    print(error.filename, error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/x File too large\n"
 
 
 def test_a_full_or_forbidding_disk_is_one_line(capsys, prompts, tmp_path):
@@ -613,6 +656,15 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
         prompts[first]
 
 
+def test_a_file_that_changes_while_it_is_read_for_the_first_time_is_named(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", {"prompt": "one"}, {"prompt": "two"})
+    prompts = rows.read(
+        str(path), rows.Prompt, lambda row: jsonl(path, {"prompt": "six"}, {"prompt": "two!"})
+    )
+    with pytest.raises(UserError, match="has changed while it was read"):
+        list(prompts)
+
+
 def test_a_manifest_of_an_earlier_version_is_the_same_run(capsys, prompts, out):
     run(capsys, prompts, out)
     file = Path(f"{out}.manifest.json")
@@ -630,3 +682,37 @@ def test_inputs_that_swap_their_roles_are_another_run(tmp_path):
     one = Manifest("x", {}, {"train": an_input(str(a)), "test": an_input(str(b))}, {})
     other = Manifest("x", {}, {"train": an_input(str(b)), "test": an_input(str(a))}, {})
     assert one.key() != other.key()
+
+
+def test_overwriting_a_file_of_this_very_run_leaves_it_and_an_edited_one_is_made_again(
+    capsys, prompts, out
+):
+    run(capsys, prompts, out)
+    before = out.read_bytes()
+    code, stdout, _ = run(capsys, prompts, out, "--overwrite")
+    assert code == 0 and "finished already" in stdout
+    out.write_bytes(before.replace(b"PLAIN", b"EDITED"))
+    assert run(capsys, prompts, out, "--overwrite")[0] == 0
+    assert out.read_bytes() == before
+
+
+def test_the_turn_that_is_answered_is_what_a_reward_function_sees():
+    row = rows.Prompt.parse({"prompt": "first", "messages": talk("first", "a", "second")}, "here")
+    assert row.prompt == "second"
+
+
+def test_pairs_of_other_token_ids_are_not_merged(tmp_path):
+    pair = {
+        "prompt_id": "x",
+        "prompt": "hi",
+        "chosen": talk("hi", "a"),
+        "rejected": talk("hi", "b"),
+    }
+    path = jsonl(tmp_path / "p.jsonl", pair, pair | {"chosen_token_ids": [5]})
+    with pytest.raises(UserError, match="or other chosen_token_ids"):
+        rows.read(str(path), rows.Pair)
+
+
+def test_a_pair_of_an_empty_prompt_is_unusable():
+    row = {"prompt": " ", "chosen": talk(" ", "a"), "rejected": talk(" ", "b")}
+    assert rows.Pair.parse(row, "here").unusable == "the prompt is empty"

@@ -285,6 +285,16 @@ def test_ids_become_texts_and_shards_need_not_have_the_same_columns(tmp_path):
     assert len(rows.read(str(tmp_path / "o.jsonl"), rows.Pair)) == 5  # as the next stage reads it
 
 
+@pytest.mark.parametrize("reader", [formats.read_dataset, formats.read_prompts_dataset])
+def test_a_shard_without_rows_is_none(tmp_path, reader):
+    (tmp_path / "d" / "data").mkdir(parents=True)
+    table = pa.Table.from_pylist([pair("a"), pair("b")])
+    for i, shard in enumerate((table.slice(0, 0), table.slice(0, 1), table.slice(0, 0))):
+        pq.write_table(shard, tmp_path / "d" / "data" / f"train-{i:05}-of-00003.parquet")
+    reader(str(tmp_path / "d"), str(tmp_path / "o.jsonl"))
+    assert [row["prompt"] for row in read(tmp_path / "o.jsonl")] == ["a"]
+
+
 def test_columns_nobody_needs_hold_what_they_like(tmp_path):
     day = datetime.datetime(2024, 5, 1, 12, 30)
     source = [

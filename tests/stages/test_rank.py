@@ -178,6 +178,21 @@ def test_a_wrong_ranker_or_flag_is_told_in_one_line(folder, capsys, ranker, flag
     assert not (folder / "never.jsonl").exists()
 
 
+def test_the_ranker_is_never_written_over(folder, tmp_path, capsys):
+    file = tmp_path / "reward.py"
+    file.write_text("def reward(p, r): return [0.0] * len(r)")
+    (tmp_path / "link.jsonl").symlink_to(file)
+    (tmp_path / "samples.jsonl").symlink_to(folder / "samples.jsonl")
+    for out in ("reward.py", "link.jsonl"):
+        assert run(tmp_path, out, "--overwrite", ranker=f"{file}:reward") == 2
+        assert "is the input (--ranker)" in capsys.readouterr().err
+    assert file.read_text().startswith("def reward")
+    before = (folder / "pairrm" / "config.json").read_bytes()
+    assert run(folder, "pairrm/config.json", "--overwrite") == 2
+    assert "a part of the input" in capsys.readouterr().err
+    assert (folder / "pairrm" / "config.json").read_bytes() == before
+
+
 def test_what_an_earlier_ranking_left_in_a_row_is_replaced(folder, tmp_path):
     (tmp_path / "reward.py").write_text("def reward(p, r): return [float(len(x)) for x in r]")
     rows = [

@@ -102,6 +102,20 @@ def test_the_cache_memory_decides_the_slots(base, tmp_path, capsys):
     refused(capsys, code, "raise --cache-memory")
 
 
+def test_a_file_of_the_checkpoint_is_never_written_over(base, capsys):
+    before = (base / "model" / "manifest.json").read_bytes()
+    code = run_sample(base, "--overwrite", out="model/manifest.json")
+    refused(capsys, code, "a part of the input", "--checkpoint")
+    assert (base / "model" / "manifest.json").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_scheme_is_refused_by_name(base, tmp_path, capsys):
+    for model in ("s3://bucket/model", "file:///model"):
+        argv = ["--checkpoint", model, "--prompts", str(base / "prompts.jsonl")]
+        code = run_main(sample.main, sample.Args, [*argv, "--out", str(tmp_path / "s.jsonl")])
+        refused(capsys, code, model, "is not supported")
+
+
 @pytest.mark.parametrize("text,size", [("8GiB", 8 << 30), ("1.5 MB", 1_500_000), ("77", 77)])
 def test_sizes_are_read_with_their_units(text, size):
     assert parse_bytes(text, "--cache-memory") == size

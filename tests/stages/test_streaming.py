@@ -33,7 +33,7 @@ def peak(code: str, *argv: str) -> int:
 
 def stage(name: str) -> str:
     return (
-        f"from stages import records, {name}\n"
+        f"from stages import {name}\nfrom stages.files.run import run_main\n"
         f"assert run_main({name}.main, {name}.Args, sys.argv[1:]) == 0"
     )
 
@@ -119,8 +119,8 @@ from model.tokenizer import ChatTokenizer
 from stages.files.examples import read_pairs
 tokenizer = ChatTokenizer.from_folder({str(tmp_path / "model")!r}, (2,))
 aside = []
-examples, counts = read_pairs(sys.argv[1], tokenizer, {tiny.VOCABULARY}, 1024, 512, aside)
-assert len(examples) == counts["in"] == int(sys.argv[2]) and not aside
+examples, file = read_pairs(sys.argv[1], tokenizer, {tiny.VOCABULARY}, 1024, 512, aside)
+assert len(examples) == file.counts["in"] == int(sys.argv[2]) and not aside
 """
     peaks = {"rank": [], "pairs": [], "dpo, pairs with tokens": []}
     for count in (FEW, MANY):
