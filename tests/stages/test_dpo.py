@@ -353,7 +353,13 @@ def test_a_save_that_was_cut_off_is_removed_and_the_run_goes_on(base, stopped, c
     assert not os.path.exists(work)
 
 
-@pytest.mark.parametrize("save,path", [("save_state", ".work/state-3"), ("save", "")])
+@pytest.mark.parametrize(
+    "save,path",
+    [
+        ("save_state", ".work/state-3"),
+        pytest.param("save", "", marks=pytest.mark.heavy),
+    ],
+)
 def test_a_full_disk_ends_a_training_with_one_line_and_it_goes_on(base, tmp_path, save, path):
     out = tmp_path / "out"
     limited = (
@@ -376,8 +382,11 @@ def test_a_full_disk_ends_a_training_with_one_line_and_it_goes_on(base, tmp_path
     "more",
     [
         ("--micro-batch-size", "2"),
-        ("--remat", "full", "--rows", "responses"),
-        ("--mesh", "1", "4", "1", "--save-every", "1", "--keep-states", "2", "--eval-every", "1"),
+        pytest.param(("--remat", "full", "--rows", "responses"), marks=pytest.mark.heavy),
+        pytest.param(
+            ("--mesh", "1", "4", "1", "--save-every", "1", "--keep-states", "2"),
+            marks=pytest.mark.heavy,
+        ),
     ],
     ids=lambda more: more[0],
 )
