@@ -17,7 +17,7 @@ class Chip:
     kinds: tuple[str, ...]  # how jax's device_kind begins
     memory: float  # bytes that a program may use
     bf16: float  # FLOP/s of matrix products
-    fp32: float  # the same where fp32 means fp32 (model/attention.py, matmul_precision)
+    fp32: float  # the same where fp32 means fp32 (model/precision.py)
     read: float  # bytes/s of memory
     links: float  # bytes/s over all links to other chips together, one way
     ports: int  # how many links, to neighbours on a torus; 0: a switch
