@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Print a recipe of earlier versions, a shell file, as the TOML that it corresponds to.
+#   bash scripts/from_shell.sh my.sh >my.toml
+# Its functions become comments: `model`, `prompts` and `heldout` are what they did.
+set -euo pipefail
+file=$(realpath "$1")
+cd "$(dirname "$0")/.."
+
+python() { :; }
+SEED=0 LIMIT=0 ITERATIONS=3 RANKER= SAMPLE= HELDOUT_SAMPLE= RANK= PAIRS= DPO= KL= EXPORT_DTYPE=
+# shellcheck source=/dev/null
+source "$file"
+
+value() {
+  if [[ $1 =~ ^-?[0-9]+(\.[0-9]+)?(e-?[0-9]+)?$ ]]; then echo "$1"; else echo "\"$1\""; fi
+}
+table() { # NAME FLAG…
+  (($# > 1)) || return 0
+  printf '\n[%s]\n' "$1"
+  shift
+  local key values
+  while (($#)); do
+    key=${1#--} values=
+    shift
+    if [[ $key == *=* ]]; then set -- "${key#*=}" "$@"; fi
+    key=${key%%=*} key=${key//-/_}
+    while (($#)) && [[ $1 != --* ]]; do
+      values+=", $(value "$1")"
+      shift
+    done
+    case $values in
+      '') echo "$key = true" ;;
+      ', '*', '*) echo "$key = [${values#, }]" ;;
+      *) echo "$key = ${values#, }" ;;
+    esac
+  done
+}
+
+echo "model = \"\" # gguf:FILE, checkpoint:FOLDER, or a hub id or folder; was:"
+declare -f start_model | sed 's/^/#   /'
+echo "ranker = \"$RANKER\""
+echo "iterations = $ITERATIONS"
+[[ -z $EXPORT_DTYPE ]] || echo "export_dtype = \"$EXPORT_DTYPE\""
+printf '\n[prompts]\nfile = "" # or dataset and split; "{iteration}" is 1, 2, …; was:\n'
+declare -f train_prompts | sed 's/^/#   /'
+printf '\n[heldout]\nfile = "" # was:\n'
+declare -f heldout_prompts | sed 's/^/#   /'
+# Splitting the lists of flags is meant.
+# shellcheck disable=SC2086
+{
+  table sample $SAMPLE
+  table rank $RANK
+  table pairs $PAIRS
+  table dpo $DPO
+  table evaluate.sample $HELDOUT_SAMPLE
+  table evaluate.kl $KL
+}
