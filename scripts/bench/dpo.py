@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 import threading
+from functools import partial
 
 import numpy as np
 from etils import epy
@@ -71,12 +72,13 @@ def bench(args: Dpo) -> None:
             # Both sides in memory at a time, a step of each in turn.
             theirs = Side(Theirs, hf_folder, rows, args, precompute, tuned=args.trl_tuned)
             sides = {
-                "ours": lambda number: ours.ask("step", number),
+                "ours": partial(ours.ask, "step"),
                 name: lambda _, theirs=theirs: theirs.ask("step"),
             }
             for warm in sides.values():
                 warm(0)
-            rates, results = in_turns("step", range(1, args.steps + 1), ours, sides)
+            steps = range(1, args.steps + 1)
+            results, rates = in_turns("step", steps, sides, gemm=partial(ours.ask, "gemm"))
             flops, seconds = facts["flops"][1:], {}
             shares += [f / took / rate for f, (took,), rate in zip(flops, results["ours"], rates)]
             for side_name, side in (("ours", ours), (name, theirs)):

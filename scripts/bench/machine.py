@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from etils import epy
@@ -153,20 +153,24 @@ def _serve(pipe, kind: type[Worker], args: tuple) -> None:
 
 
 def in_turns(
-    title: str, turns: Iterable, ours: Side, sides: dict[str, Callable[[object], tuple]]
-) -> tuple[list[float], dict[str, list[tuple]]]:
-    """Every side at each turn, one after the other: (the GEMM rate of this machine before each
-    turn, {side: its results}). Each result begins with its seconds."""
-    rates, results = [], {name: [] for name in sides}
-    turns = list(turns)
+    title: str,
+    turns: list,
+    sides: dict[str, Callable[[object], tuple]],
+    gemm: Callable[[], float] | None = None,
+) -> tuple[dict[str, list[tuple]], list[float]]:
+    """Every side at each turn, one after the other: ({side: its results}, what `gemm` gave before
+    each turn). Each result begins with its seconds."""
+    results, rates = {name: [] for name in sides}, []
     for number, turn in enumerate(turns, 1):
-        rates.append(ours.ask("gemm"))
+        rate = ""
+        if gemm is not None:
+            rates.append(gemm())
+            rate = f" (GEMM {rates[-1] / 1e9:.0f} GFLOP/s)"
         for name, work in sides.items():
             results[name].append(work(turn))
         told = ", ".join(f"{name} {done[-1][0]:.1f} s" for name, done in results.items())
-        gemm = f"GEMM {rates[-1] / 1e9:.0f} GFLOP/s"
-        print(f"{title} {number} of {len(turns)}: {told} ({gemm})", flush=True)
-    return rates, results
+        print(f"{title} {number} of {len(turns)}: {told}{rate}", flush=True)
+    return results, rates
 
 
 def report(name: str, side: Side, *figures: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import tempfile
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -48,15 +49,8 @@ def bench(args: Rank) -> None:
         folder = args.ranker or _write_random(Path(temporary) / "pairrm", rows)
         sides = {"llm-blender": Side(Theirs, folder), "ours": Side(Ours, folder)}
         sides["ours"].ask("warm", groups)
-        rates, results = in_turns(
-            "group",
-            groups,
-            sides["ours"],
-            {
-                name: lambda group, side=side: side.ask("rank", group)
-                for name, side in sides.items()
-            },
-        )
+        work = {name: partial(side.ask, "rank") for name, side in sides.items()}
+        results, rates = in_turns("group", groups, work, gemm=partial(sides["ours"].ask, "gemm"))
         seconds = {name: sum(result[0] for result in done) for name, done in results.items()}
         rate, made = float(np.mean(rates)), sum(len(a) * (len(a) - 1) for _, a in prompts)
         tokens, padded, flops = sides["ours"].ask("work", groups)

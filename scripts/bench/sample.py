@@ -72,7 +72,7 @@ def bench(args: Sample) -> None:
         ours, theirs = sides.values()
         first = ours.ask("sample")[0]
         work = {name: lambda _, side=side: side.ask("sample") for name, side in sides.items()}
-        _, results = in_turns("round", range(args.rounds), ours, work)
+        results, _ = in_turns("round", range(args.rounds), work)
         best = {name: min(done, key=lambda d: d[0] / d[1]) for name, done in results.items()}
         rates = {name: tokens / seconds for name, (seconds, tokens, *_) in best.items()}
         seconds, _, parts = best["ours"]

@@ -57,16 +57,13 @@ def test_training_steps_are_timed(tmp_path):
 
 
 def test_sides_take_turns(capsys):
-    class Idle:
-        def ask(self, what):
-            return 2e9
-
     order = []
 
     def work(name):
         return lambda turn: order.append((name, turn)) or (turn, name)
 
-    rates, results = in_turns("turn", [1, 2], Idle(), {name: work(name) for name in "ab"})
+    sides = {name: work(name) for name in "ab"}
+    results, rates = in_turns("turn", [1, 2], sides, gemm=lambda: 2e9)
     assert rates == [2e9, 2e9] and order == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert results == {"a": [(1, "a"), (2, "a")], "b": [(1, "b"), (2, "b")]}
     assert "turn 2 of 2: a 2.0 s, b 2.0 s (GEMM 2 GFLOP/s)" in capsys.readouterr().out
