@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import decoder, kv_cache, placement
+from model import decoder, kv_cache
 from model.config import DecoderConfig
 from model.packing import coarse_bucket
 from sharding.errors import UserError
@@ -233,7 +233,7 @@ class Sampler:
         dtype=jnp.float32,
     ):
         self.config, self.sampling, self.decode_text = config, sampling, decode_text
-        self.params = decoder.unstack_layers(params)
+        self.params = kv_cache.unstack_layers(params)
         self.slots, self.dtype = slots, dtype
         self.group = min(sampling.n, slots)  # answers that share one prefill
         self.longest_prompt = longest_prompt
@@ -457,7 +457,7 @@ def arrays_held(config: DecoderConfig, mesh, slots: int, length: int, dtype=jnp.
     of computation, and a cache of `slots` rows with `length` positions each."""
     keys, values = zip(*kv_cache.abstract_cache(config, mesh, slots, length, dtype))
     return {
-        "parameters": placement.parameters(config, mesh, dtype),
+        "parameters": decoder.abstract(config, mesh, dtype),
         "cache": {"keys": list(keys), "values": list(values)},
     }
 

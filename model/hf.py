@@ -11,13 +11,14 @@ h head width, f MLP width.
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from model import checkpoint, checkpoint_writing
+from model import checkpoint, checkpoint_writing, decoder
 from model import config as model_config
 from model.config import DecoderConfig
 from model.hf_config import to_hf
@@ -148,9 +149,7 @@ def write_hf(
         raise UserError(f"{dst} exists: choose another folder, or remove it")
     unfinished = checkpoint_writing.begin_folder(dst)
 
-    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    _, params = checkpoint.load(folder, cpu)
-    params = jax.tree.map(np.asarray, params)  # of CPU arrays: the same memory
+    params = jax.tree.map(np.asarray, checkpoint.load(folder)[1])  # of CPU arrays: the same memory
     shards = _split(config, dtype, max_shard_bytes)
     weight_map, total = {}, 0
     for i, shard in enumerate(shards, 1):
@@ -214,8 +213,7 @@ def rounded_away(folder: str, base: str, dtype: str) -> tuple[int, int]:
     if config.axis_sizes != before.axis_sizes or slots(config).keys() != slots(before).keys():
         raise UserError(f"{base} is another architecture than {folder}: give the one trained from")
     lost = changed = 0
-    for path in dict.fromkeys(slot.path for slot in slots(config).values()):
-        ours, theirs = (checkpoint.load_leaf(f, config, path) for f in (folder, base))
+    for ours, theirs in zip(_each_parameter(folder, config), _each_parameter(base, config)):
         for new, old in zip(ours, theirs):
             differs = new != old
             same = _rounded(new, dtype) == _rounded(old, dtype)
@@ -226,12 +224,23 @@ def rounded_away(folder: str, base: str, dtype: str) -> tuple[int, int]:
 
 def inexact(folder: str, dtype: str) -> tuple[int, int]:
     """(weights that `dtype` cannot hold exactly, all weights)."""
-    config, count, total = checkpoint.load_config(folder), 0, 0
-    for path in dict.fromkeys(slot.path for slot in slots(config).values()):
-        for weights in checkpoint.load_leaf(folder, config, path):
+    count = total = 0
+    for parameter in _each_parameter(folder, checkpoint.load_config(folder)):
+        for weights in parameter:
             count += int(np.count_nonzero(_rounded(weights, dtype) != weights))
             total += weights.size
     return count, total
+
+
+def _each_parameter(folder: str, config: DecoderConfig) -> Iterator[np.ndarray]:
+    """The parameters one after the other: the model may be too large to be loaded whole."""
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for path, shape in jax.tree_util.tree_leaves_with_path(decoder.abstract(config)):
+        tree = shape.update(sharding=first)
+        for key in reversed(path):
+            tree = {key.key: tree}
+        tree = checkpoint.load_params(folder, tree, partial=True)
+        yield np.asarray(jax.tree.leaves(tree)[0])
 
 
 def _rounded(weights: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,8 +1,8 @@
 """The forward pass through a KV cache, for sampling.
 
 `prefill` goes through prompts and returns their keys and values; `decode` goes through one token
-per row. Both take parameters from `decoder.unstack_layers`: the compiler unrolls a loop over
-separate arrays, whereas a scan would copy every layer's weights at every token.
+per row. Both take parameters from `unstack_layers`: the compiler unrolls a loop over separate
+arrays, whereas a scan would copy every layer's weights at every token.
 
 Axis letters as in model/decoder.py, and s cache position.
 """
@@ -23,7 +23,30 @@ from model.decoder import (
     rope_and_mask,
     rope_angles,
 )
-from sharding.mesh import abstract, constrain, tree_shardings
+from sharding.mesh import constrain, placed
+
+
+def unstack_layers(params: Params) -> Params:
+    """The parameters with `layers` a list with one dict per layer. Empties `params["layers"]`, so
+    that only one stacked array at a time exists twice."""
+    stacked = params["layers"]
+    layers: list[dict] = [{} for _ in range(stacked["q"].shape[0])]
+    for name in list(stacked):
+        weights = stacked.pop(name)
+        for i, layer in enumerate(layers):
+            layer[name] = weights[i]
+    return {**params, "layers": layers}
+
+
+def unstacked(params: Params) -> Params:
+    """Shapes with shardings (`decoder.abstract`) as `unstack_layers` leaves the parameters."""
+
+    def of_layer(x):
+        sharding = jax.NamedSharding(x.sharding.mesh, jax.P(*x.sharding.spec[1:]))
+        return x.update(shape=x.shape[1:], sharding=sharding)
+
+    count = params["layers"]["q"].shape[0]
+    return params | {"layers": [jax.tree.map(of_layer, params["layers"])] * count}
 
 
 def prefill(
@@ -75,6 +98,21 @@ def cache_bytes(config: DecoderConfig, length: int, dtype=jnp.float32) -> int:
     return numbers * length * jnp.dtype(dtype).itemsize
 
 
+def free_memory(mesh) -> int:
+    """Bytes that are free on the mesh's devices together; simulated ones share the machine's."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return available_memory()
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    return mesh.size * min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+
+
+def available_memory() -> int:
+    """Bytes that new work on this machine may take: what is free and what the kernel gives back."""
+    with open("/proc/meminfo") as file:
+        line = next(line for line in file if line.startswith("MemAvailable"))
+    return 1024 * int(line.split()[1])
+
+
 # Logical axes of a layer's keys and values.
 CACHE_AXES = (
     ("batch", "kv_heads", "head_dim", "length"),
@@ -90,7 +128,7 @@ def abstract_cache(config: DecoderConfig, mesh, rows: int, length: int, dtype=jn
     """What `empty_cache` makes, as shapes with their shardings. Nothing is allocated, and the mesh
     may be one without devices."""
     shapes = jax.eval_shape(lambda: empty_cache(config, rows, length, dtype))
-    return abstract(shapes, tree_shardings(mesh, [CACHE_AXES] * len(shapes), shapes))
+    return [tuple(map(placed, kv, CACHE_AXES, (mesh, mesh))) for kv in shapes]
 
 
 def decode(

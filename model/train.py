@@ -23,7 +23,7 @@ import optax
 from model.ahead import ahead
 from model.batches import Batcher, Example, MicroBatch
 from sharding import chips
-from sharding.mesh import abstract, batch_shardings, put_batch, replicated
+from sharding.mesh import placed_batch, put_batch, replicated
 
 # (parameters, batch) → (losses [e], {name: values [e]}). The batch holds the arrays of
 # model/packing.py and the sides of its examples (model/batches.py).
@@ -85,15 +85,13 @@ def _is_matrix(params):
 def optimizer_state(tx: optax.GradientTransformation, params):
     """Shapes and shardings of tx's state, nothing allocated: each moment lies as its parameter
     does, a counter lies whole on every device. params: shapes with shardings."""
-    shapes = jax.eval_shape(tx.init, params)
-    shardings = optax.tree_map_params(
+    return optax.tree_map_params(
         tx,
-        lambda _, x: x.sharding,
-        shapes,
+        lambda x, param: x.update(sharding=param.sharding),
+        jax.eval_shape(tx.init, params),
         params,
-        transform_non_params=lambda _: replicated(_mesh(params)),
+        transform_non_params=lambda x: x.update(sharding=replicated(_mesh(params))),
     )
-    return abstract(shapes, shardings)
 
 
 def arrays_held(optimization: Optimization, params, batch: dict) -> dict:
@@ -103,7 +101,7 @@ def arrays_held(optimization: Optimization, params, batch: dict) -> dict:
         "parameters": params,
         "gradients": params,
         "optimizer state": optimizer_state(optimizer(optimization, total_steps=1), params),
-        "batch": abstract(batch, batch_shardings(_mesh(params), batch)),
+        "batch": placed_batch(_mesh(params), batch),
     }
 
 
@@ -151,7 +149,7 @@ class Trainer:
     """
 
     def __init__(self, loss: LossFunction, optimization: Optimization, total_steps: int, params):
-        """params: shapes with shardings, e.g. of `placement.parameters`."""
+        """params: shapes with shardings, of `decoder.abstract`."""
         tx = optimizer(optimization, total_steps)
         self.params, self.mesh = params, _mesh(params)
         self.schedule = learning_rate(optimization, total_steps)

@@ -4,7 +4,7 @@
     embed            32000×4096      float32  tensor, fsdp       1   131.1 MB
 
 An array is anything with shape, dtype and a NamedSharding: real ones, or shapes on a mesh without
-devices. `sections` are trees of them by their titles, e.g. of model/placement.py.
+devices. `sections` are trees of them by their titles, e.g. of `decoder.abstract`.
 """
 
 import dataclasses

@@ -41,7 +41,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
     import jax.numpy as jnp
 
-    from model import batches, checkpoint, checkpoint_writing, gates, logprobs, losses, placement
+    from model import batches, checkpoint, checkpoint_writing, decoder, gates, logprobs, losses
     from model import tokenizer as tokenizers
     from model import train as training
     from sharding import mesh as meshes
@@ -181,7 +181,7 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------------------ mesh, model, optimizer
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(jax.device_count(), config))
-    shapes, dtype = placement.parameters(config, mesh), jnp.dtype(args.dtype)
+    shapes, dtype = decoder.abstract(config, mesh), jnp.dtype(args.dtype)
     batcher = batches.Batcher(
         args.seed, args.batch_size, args.micro_batch_size, args.rows, meshes.batch_shards(mesh)
     )
@@ -195,9 +195,6 @@ def main(args: Args) -> None:
     longest = batcher.pack(train, batcher.cut(train, range(len(train)))[0])
     tell = table.table if args.shardings else table.summary
     print(tell(mesh, training.arrays_held(optimization, shapes, longest)))
-
-    def load(folder: str):
-        return checkpoint.load(folder, jax.tree.map(lambda x: x.sharding, shapes))[1]
 
     def logprobs_of(params, role: str, *title_and_check) -> np.ndarray:
         """The summed log-probs of every pair's chosen and rejected response, fp32 [pairs, 2]."""
@@ -215,7 +212,7 @@ def main(args: Args) -> None:
 
         def compute(role: str) -> np.ndarray:
             nonlocal params
-            params = load(reference) if params is None else params
+            params = checkpoint.load(reference, mesh)[1] if params is None else params
             return logprobs_of(params, role, f"reference, {role}", check_together)
 
         reference_p2 = reference_logprobs(args, loss, manifest, work, examples, compute)
@@ -233,7 +230,7 @@ def main(args: Args) -> None:
             step, state = saved
             print(f"{work.folder}: going on after step {step} of {total_steps}")
         else:
-            params = load(args.checkpoint) if params is None else params
+            params = checkpoint.load(args.checkpoint, mesh)[1] if params is None else params
             step, state = 0, {"params": params, "optimizer": trainer.init_optimizer(params)}
         del params  # donated at the first step
 

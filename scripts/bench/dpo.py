@@ -20,7 +20,7 @@ from sharding.errors import UserError
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
 
-    from model import checkpoint, decoder, losses, packing, placement, train
+    from model import checkpoint, decoder, losses, packing, train
     from model import tokenizer as tokenizers
     from sharding import mesh as meshes
 
@@ -129,8 +129,7 @@ def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
     pipe.recv()
     config = checkpoint.load_config(folder)
     mesh = meshes.make_mesh()
-    shapes = decoder.abstract(config)
-    shardings = meshes.tree_shardings(mesh, decoder.logical_axes(config), shapes)
+    shapes = decoder.abstract(config, mesh)
     optimization = train.Optimization(5e-7, "linear", 0.0, "adamw", 0.0, 1.0)
     loss = partial(losses.pair_loss, loss=losses.Loss(), config=config, dtype=np.float32)
     pair_logprobs = jax.jit(
@@ -173,8 +172,8 @@ def our_worker(pipe, folder: str, rows: list[dict], args: Dpo):
         return logps, *jax.block_until_ready((params, state))
 
     with jax.set_mesh(mesh):
-        trainer = train.Trainer(loss, optimization, 100, placement.parameters(config, mesh))
-        params = checkpoint.load(folder, shardings)[1]
+        trainer = train.Trainer(loss, optimization, 100, shapes)
+        params = checkpoint.load(folder, mesh)[1]
         state = trainer.init_optimizer(params)
         for batch in batches:  # each shape is compiled before anything is timed
             found, params, state = step(batch, params, state)

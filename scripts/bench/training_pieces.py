@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from model import checkpoint_writing, losses, packing, placement, train
+from model import checkpoint_writing, decoder, losses, packing, train
 from scripts.bench import shapes
 from scripts.bench.measuring import (
     Given,
@@ -41,7 +41,7 @@ class Training:
         )
         loss = partial(losses.pair_loss, loss=losses.Loss(), **model)
         optimization = train.Optimization(5e-7, "linear", 0.1, "adamw", 0.0, 1.0)
-        placed = placement.parameters(config, self.mesh)
+        placed = decoder.abstract(config, self.mesh)
         self.trainer = train.Trainer(loss, optimization, 100, placed)
         shardings = jax.tree.map(lambda x: x.sharding, placed)
         self.params = jax.device_put(shapes.Random().weights(placed), shardings)
