@@ -127,8 +127,7 @@ def _example(
 def _prompt_ids(pair: Pair, tokenizer: ChatTokenizer) -> list[int]:
     if pair.fields.get("prompt_token_ids") is not None:
         ids = field(pair.fields, "prompt_token_ids", list, pair.where)
-        if not all(type(i) is int and i >= 0 for i in ids):
-            raise UserError(f"{pair.where}: field 'prompt_token_ids' must hold token ids only")
+        rows.check_token_ids(ids, "prompt_token_ids", pair.where)
         return ids
     try:
         return tokenizer.prompt_ids(pair.messages)

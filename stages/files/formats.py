@@ -401,7 +401,7 @@ def _pair(source_row: Fields, where: str) -> tuple[Fields, str | None]:
         return row, "an answer is empty"
     if answers[0] == answers[1]:
         return row, "chosen and rejected are the same text"
-    return row, Pair.parse(row, where).unusable  # refuses here what the next stage would refuse
+    return row, Pair(row, where).unusable  # refuses here what the next stage would refuse
 
 
 def _turns(row: Fields, name: str, where: str) -> list[dict]:
