@@ -167,17 +167,19 @@ def main(args: Args) -> None:
         inputs={role: an_input(file.path, file.sha256) for role, file in files.items()},
         identities=identities,
     )
-    for role, prefix in {"pairs": "", "test_pairs": "test "}.items():
-        counts = files[role].counts if role in files else {}
-        manifest.counts |= {f"{prefix}{name}": count for name, count in counts.items()}
+    for role, file in files.items():
+        prefix = "test " if role == "test_pairs" else ""
+        manifest.counts |= {f"{prefix}{name}": count for name, count in file.counts.items()}
     if not processes.agree(json.dumps(manifest.key())):
         raise UserError("the processes were given different pairs or checkpoints")
     if working.is_finished(args.out, manifest):
         print(f"{args.out} is finished already")
         return
     # For cards. Read before the training, at whose end these files may be gone.
-    made_of = provenance(args.pairs, files["pairs"].sha256)
-    known = {"parent": checkpoint.read_manifest(args.checkpoint), "data": made_of}
+    known = {
+        "parent": checkpoint.read_manifest(args.checkpoint),
+        "data": provenance(args.pairs, files["pairs"].sha256),
+    }
 
     # ------------------------------------------------------------ mesh, model, optimizer
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(jax.device_count(), config))
@@ -204,7 +206,7 @@ def main(args: Args) -> None:
     with (
         jax.set_mesh(mesh),
         stop_signal() as check_stop,
-        working.Work(args.out, manifest, total_steps, args.keep_states, aside) as work,
+        working.open_work(args.out, manifest, total_steps, args.keep_states, aside) as work,
     ):
         # ------------------------------------------------------------ reference log-probs
         params = None  # of the reference, where they are needed
@@ -215,9 +217,11 @@ def main(args: Args) -> None:
             params = checkpoint.load(reference, mesh)[1] if params is None else params
             return logprobs_of(params, role, f"reference, {role}", check_together)
 
-        reference_p2 = reference_logprobs(args, loss, manifest, work, examples, compute)
+        reference_p2 = {role: np.zeros((len(e), 2), np.float32) for role, e in examples.items()}
+        if loss.needs_reference:
+            reference_p2 |= reference_logprobs(args, manifest, work, examples, compute)
         if loss.needs_reference and all(on_policy):
-            check_sampler(args.pairs, train, reference_p2["pairs"], manifest)
+            manifest.results |= gates.check_sampler(args.pairs, train, reference_p2["pairs"])
         if not starts_at_reference:
             params = None  # frees them
 
@@ -348,35 +352,21 @@ def check_lineage(file: RowFile, identities: dict[str, str], args: Args) -> bool
     return model == identities["reference"]
 
 
-def check_sampler(
-    path: str, pairs: "list[reading.Example]", reference_p2, manifest: Manifest
-) -> None:
-    """The sampler's log-probs must be the trainer's, since the reference sampled these pairs."""
-    recorded = [i for i, pair in enumerate(pairs) if pair.sampled is not None]
-    if recorded:
-        sampled = np.array([pairs[i].sampled for i in recorded])
-        tokens = np.array([[len(pairs[i].chosen), len(pairs[i].rejected)] for i in recorded])
-        furthest = gates.check_sampler(path, sampled, reference_p2[recorded], tokens)
-        manifest.results["sampler_disagreement"] = furthest
-
-
 def reference_logprobs(
     args: Args,
-    loss: "losses.Loss",
     manifest: Manifest,
     work: "working.Work",
     examples: "dict[str, list[reading.Example]]",
     compute: Callable[[str], np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """The reference's log-probs of each file's pairs, fp32 [pairs, 2]: kept ones, else computed;
-    zeros where the loss needs no reference.
+    """The reference's log-probs of each file's pairs, fp32 [pairs, 2]: kept ones, else computed.
 
     They are kept beside the pairs, or, where nothing can be written there, in OUT.work, under a
     name made of everything that decides them.
     """
-    reference_p2 = {role: np.zeros((len(e), 2), np.float32) for role, e in examples.items()}
+    reference_p2 = {}
     for role, entry in manifest.inputs.items():
-        if not examples[role] or not loss.needs_reference:
+        if not examples[role]:
             continue
         flags = args.max_length, args.max_prompt_length, args.dtype
         makers = (manifest.identities[n] for n in ("reference", "tokenizer", "chat_template"))
@@ -384,10 +374,8 @@ def reference_logprobs(
         name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
         folders = f"{entry['path']}.reference", work.folder / "reference"
         places = [f"{folder}/{name}.npy" for folder in folders]
-        if (kept := working.read_array(places, reference_p2[role].shape)) is None:
-            kept = compute(role)
-            working.keep_array(places, kept)
-        reference_p2[role] = kept
+        shape = len(examples[role]), 2
+        reference_p2[role] = working.kept_array(places, shape, partial(compute, role))
     return reference_p2
 
 

@@ -40,14 +40,8 @@ def train(
     `eval_every` steps. Where a number is not finite, or a signal says stop, the state is saved
     before the exception leaves.
     """
-    total_steps = work.total_steps
-    progress = tqdm(
-        total=total_steps,
-        initial=step,
-        unit=" steps",
-        desc="train",
-        disable=not processes.is_first(),
-    )
+    total_steps, silent = work.total_steps, not processes.is_first()
+    progress = tqdm(total=total_steps, initial=step, unit=" steps", desc="train", disable=silent)
     try:
         for batches, waited in ahead(batches_of, range(step, total_steps)):
             start = time.monotonic() - waited
