@@ -69,20 +69,16 @@ class Batcher:
         """The micro-batches of step 0, 1, …, counted through the epochs: a function of the seed and
         the step alone. The last step of an epoch takes what is left.
 
-        sides(indices): what the loss needs beside the tokens, one value per index.
+        sides(indices): what the loss needs beside the tokens, one fp32 value per index.
         """
         epoch, number = divmod(step, self.steps_per_epoch(examples))
         order = epoch_order(self.seed, epoch, len(examples))
         indices = order[number * self.batch_size : (number + 1) * self.batch_size]
         made = []
         for part in self.cut(examples, indices):
-            full = {name: self._filled(x, 1.0) for name, x in sides(part).items()}
-            full["weights"] = self._filled(np.ones(len(part)), 0.0)
+            padding = 0, self.size - len(part)
+            values = {n: np.pad(x, padding, constant_values=1) for n, x in sides(part).items()}
+            values["weights"] = np.pad(np.ones(len(part), np.float32), padding)
             ids = [examples[i].prompt_id for i in part]
-            made.append(MicroBatch(ids, self.pack(examples, part), full))
+            made.append(MicroBatch(ids, self.pack(examples, part), values))
         return made
-
-    def _filled(self, x_e: np.ndarray, filler: float) -> np.ndarray:
-        """x_e made as long as a micro-batch, in fp32."""
-        missing = self.size - len(x_e)
-        return np.pad(x_e.astype(np.float32), (0, missing), constant_values=filler)

@@ -167,21 +167,6 @@ def embed(params: Params, tokens_bt: jax.Array, dtype) -> jax.Array:
     return constrain(x_btd, "batch", "length", "act_embed")
 
 
-def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
-    """fp32 logits [..., v] of final hidden states [..., d]."""
-    if config.tie_word_embeddings:
-        equation, w = "...d,vd->...v", params["embed"]
-    else:
-        equation, w = "...d,dv->...v", params["unembed"]
-    return jnp.einsum(
-        equation,
-        hidden,
-        w.astype(hidden.dtype),
-        precision=matmul_precision(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
-
-
 @partial(jax.jit, static_argnames="config")
 def rope_and_mask(config: DecoderConfig, tokens_bt, positions_bt, allowed_bts):
     """(cos and sin of the rotations, which keys a query sees) of whole sequences. positions_bt:

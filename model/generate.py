@@ -491,7 +491,7 @@ def _copy_prompts(k_bkhs, v_bksh, prompts_k, prompts_v, slots_g, starts_g):
 def _admit(params, state, hidden_1td, starting, *, config, sampling) -> dict:
     """The state (without the cache) after the first tokens of the starting answers are drawn."""
     slots_g, starts_g, lengths_g = (starting[name] for name in ("slots", "starts", "lengths"))
-    logits_gv = decoder.logits(params, config, hidden_1td[0, starts_g + lengths_g - 1])
+    logits_gv = kv_cache.logits(params, config, hidden_1td[0, starts_g + lengths_g - 1])
     first_g = jnp.zeros_like(slots_g)
     tokens_g, logprobs_g = draw(logits_gv, uniforms(starting["keys"], first_g), sampling)
     active_g = ~_is_eos(tokens_g, config) & (sampling.max_new_tokens > 1)
@@ -526,7 +526,7 @@ def _advance(params, state, stop_at_active, *, config, sampling, dtype) -> dict:
         hidden_bd, cache = kv_cache.decode(
             params, config, state["cache"], last_b, positions_b, dtype
         )
-        logits_bv = decoder.logits(params, config, hidden_bd)
+        logits_bv = kv_cache.logits(params, config, hidden_bd)
         tokens_b, logprobs_b = draw(logits_bv, uniforms(state["keys"], steps_b), sampling)
         at_b = jnp.where(active_b, steps_b, sampling.max_new_tokens)  # beyond: not written
         steps_b = steps_b + active_b

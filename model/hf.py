@@ -9,7 +9,6 @@ h head width, f MLP width.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 
@@ -20,8 +19,7 @@ from etils import epath
 
 from model import checkpoint, checkpoint_writing, decoder
 from model import config as model_config
-from model.config import DecoderConfig
-from model.hf_config import to_hf
+from model.config import DecoderConfig, to_hf
 from model.weights import (
     Slot,
     check_tensors,
@@ -167,16 +165,16 @@ def write_hf(
         del tensors, tensor  # before the next file's are made
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(unfinished / "model.safetensors.index.json", index)
+        checkpoint_writing.write_json(unfinished / "model.safetensors.index.json", index)
 
     checkpoint_writing.copy_tokenizer(folder, unfinished)
     hf = to_hf(config, dtype)
-    _write_json(unfinished / "config.json", hf)
+    checkpoint_writing.write_json(unfinished / "config.json", hf)
     if not (unfinished / "generation_config.json").exists():
         ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(unfinished / "generation_config.json", ids)
+        checkpoint_writing.write_json(unfinished / "generation_config.json", ids)
     if manifest is not None:
-        _write_json(unfinished / checkpoint.MANIFEST, manifest)
+        checkpoint_writing.write_json(unfinished / checkpoint.MANIFEST, manifest)
     if card is not None:
         (unfinished / "README.md").write_text(card)
     checkpoint_writing.finish_folder(unfinished, dst)
@@ -194,10 +192,6 @@ def _split(config: DecoderConfig, dtype: str, max_shard_bytes: int) -> list[dict
         shards[-1][name] = slot
         room -= size
     return shards
-
-
-def _write_json(path: epath.Path, content: dict):
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------------- what rounding takes away

@@ -23,6 +23,7 @@ from model.decoder import (
     rope_and_mask,
     rope_angles,
 )
+from model.precision import matmul_precision
 from sharding.mesh import constrain, placed
 
 
@@ -77,6 +78,21 @@ def _prefill_layer(w: Params, config: DecoderConfig, x_btd, rope, seen_bts):
         return attention(q_btnh, *kv, seen_bts), kv
 
     return block(w, config, x_btd, rope, attend)
+
+
+def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
+    """fp32 logits [..., v] of final hidden states [..., d]."""
+    if config.tie_word_embeddings:
+        equation, w = "...d,vd->...v", params["embed"]
+    else:
+        equation, w = "...d,dv->...v", params["unembed"]
+    return jnp.einsum(
+        equation,
+        hidden,
+        w.astype(hidden.dtype),
+        precision=matmul_precision(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def empty_cache(config: DecoderConfig, rows: int, length: int, dtype=jnp.float32) -> list:

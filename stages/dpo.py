@@ -176,10 +176,8 @@ def main(args: Args) -> None:
         print(f"{args.out} is finished already")
         return
     # For cards. Read before the training, at whose end these files may be gone.
-    known = {
-        "parent": checkpoint.read_manifest(args.checkpoint),
-        "data": provenance(args.pairs, files["pairs"].sha256),
-    }
+    made_of = provenance(args.pairs, files["pairs"].sha256)
+    known = {"parent": checkpoint.read_manifest(args.checkpoint), "data": made_of}
 
     # ------------------------------------------------------------ mesh, model, optimizer
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(jax.device_count(), config))
@@ -220,8 +218,8 @@ def main(args: Args) -> None:
         reference_p2 = {role: np.zeros((len(e), 2), np.float32) for role, e in examples.items()}
         if loss.needs_reference:
             reference_p2 |= reference_logprobs(args, manifest, work, examples, compute)
-        if loss.needs_reference and all(on_policy):
-            manifest.results |= gates.check_sampler(args.pairs, train, reference_p2["pairs"])
+            if all(on_policy):
+                manifest.results |= gates.check_sampler(args.pairs, train, reference_p2["pairs"])
         if not starts_at_reference:
             params = None  # frees them
 
@@ -261,25 +259,25 @@ def main(args: Args) -> None:
             state,
             batches_of=partial(batcher.of_step, train, partial(sides_of, "pairs")),
             metrics=metrics,
-            evaluate=evaluate if test else None,
+            evaluate=evaluate,
             check_stop=check_stop,
             steps_per_epoch=batcher.steps_per_epoch(train),
-            eval_every=args.eval_every,
+            eval_every=args.eval_every if test else 0,
             save_every=args.save_every,
         )
 
         # -------------------------------------------------------------------------- finish
-        seconds = round(time.monotonic() - loop_begun, 1)
-        manifest.results |= {"steps": total_steps, "train_seconds": seconds}
+        manifest.results["steps"] = total_steps
+        manifest.results["train_seconds"] = round(time.monotonic() - loop_begun, 1)
         del state["optimizer"]
         if test:
             after = evaluate(state["params"])
             work.log(total_steps, after)
             manifest.results |= after
         manifest.seconds = round(time.monotonic() - begun, 1)
-        origin = dataclasses.asdict(manifest)
+        known["origin"] = dataclasses.asdict(manifest)
         identity = checkpoint_writing.save(
-            args.out, config, state["params"], args.checkpoint, origin, **known
+            args.out, config, state["params"], args.checkpoint, **known
         )
         work.done()
     print(f"{args.out}: trained {total_steps} steps, identity {identity[:12]}")

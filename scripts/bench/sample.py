@@ -22,7 +22,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, decoder, generate, kv_cache
+    from model import checkpoint, generate, kv_cache
     from model import tokenizer as tokenizers
 
 
@@ -231,7 +231,7 @@ def _step(config, params, sampling, slots: int, length: int) -> dict:
 
     whole, hidden_bd = decode_time(cache, length - 1)
     products, _ = decode_time(short, 31)
-    logits = jax.jit(lambda params, hidden_bd: decoder.logits(params, config, hidden_bd))
+    logits = jax.jit(lambda params, hidden_bd: kv_cache.logits(params, config, hidden_bd))
     draw = jax.jit(lambda logits_bv, u_b: generate.draw(logits_bv, u_b, sampling))
     head = {k: v for k, v in params.items() if k != "layers"}
     logits_bv = logits(head, hidden_bd)

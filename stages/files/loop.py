@@ -26,7 +26,7 @@ def train(
     state: dict,
     batches_of: Callable[[int], list[MicroBatch]],
     metrics: Callable[[int, dict[str, np.ndarray]], dict[str, float]],
-    evaluate: Callable[[dict], dict[str, float]] | None,
+    evaluate: Callable[[dict], dict[str, float]],
     check_stop: Callable[[], None],
     *,
     steps_per_epoch: int,
@@ -63,7 +63,7 @@ def train(
             progress.set_postfix(shown, refresh=False)
             progress.update()
             is_last = step == total_steps
-            if evaluate and eval_every and step % eval_every == 0 and not is_last:
+            if eval_every and step % eval_every == 0 and not is_last:
                 work.log(step, evaluate(state["params"]))
             processes.all_check(check_stop, STOPPED_TOGETHER)
             if save_every and step % save_every == 0 and not is_last:

@@ -139,13 +139,13 @@ class Work:
         step = int(processes.from_first(np.array(max(self.states(), default=-1))))
         if step < 0:
             return None
-        return step, checkpoint_writing.load_state(self._state(step), shapes)
+        return step, checkpoint_writing.load_state(str(self._state(step)), shapes)
 
     def save_state(self, step: int, state: dict) -> None:
         """Begin to save; the next call, or `finish_saving`, waits for its end."""
         self.finish_saving()
         if not processes.from_first(np.array(step in self.states())):
-            self._finish = checkpoint_writing.save_state(self._state(step), state)
+            self._finish = checkpoint_writing.save_state(str(self._state(step)), state)
 
     def finish_saving(self) -> None:
         """Wait until the state is whole; then the oldest ones go."""
