@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import visible
 from model.config import DecoderConfig
 from model.precision import matmul_precision
 from sharding.mesh import constrain, placed
@@ -165,16 +164,6 @@ def block(w: Params, config: DecoderConfig, x_btd: jax.Array, rope, attend):
 def embed(params: Params, tokens_bt: jax.Array, dtype) -> jax.Array:
     x_btd = params["embed"].astype(dtype)[tokens_bt]
     return constrain(x_btd, "batch", "length", "act_embed")
-
-
-@partial(jax.jit, static_argnames="config")
-def rope_and_mask(config: DecoderConfig, tokens_bt, positions_bt, allowed_bts):
-    """(cos and sin of the rotations, which keys a query sees) of whole sequences. positions_bt:
-    None for 0, 1, …; allowed_bts as in `attention.visible`."""
-    if positions_bt is None:
-        positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
-    rope = rope_angles(positions_bt, config.head_dim, config.rope_theta)
-    return rope, visible(positions_bt, positions_bt, allowed_bts, config.sliding_window)
 
 
 def cache_layout(k_btkh: jax.Array, v_btkh: jax.Array):

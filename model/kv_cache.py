@@ -20,7 +20,6 @@ from model.decoder import (
     cache_layout,
     embed,
     rms_norm,
-    rope_and_mask,
     rope_angles,
 )
 from model.precision import matmul_precision
@@ -58,17 +57,31 @@ def prefill(
     allowed_bts: jax.Array | None = None,
     dtype=jnp.float32,
 ):
-    """As `forward.forward`, with the keys and values: (hidden, [(k_bkht, v_bkth) of each layer]).
+    """(final hidden states [b, t, d], after the last norm, of whole sequences; [(k_bkht, v_bkth) of
+    each layer]).
 
-    params: unstacked. Padding behind a sequence needs no mask: nothing before it sees it. Outside
-    jit, one compiled layer is called for all layers, which is quicker when lengths vary.
+    params: unstacked. positions_bt: each token's position in its own sequence (None: 0, 1, …).
+    allowed_bts: bool, which keys a query may see, at or before its position (None: all of its row);
+    other sequences in the row are not allowed. Padding behind a sequence needs no mask: nothing
+    before it sees it. Outside jit, one compiled layer is called for all layers, which is quicker
+    when lengths vary.
     """
-    rope, seen_bts = rope_and_mask(config, tokens_bt, positions_bt, allowed_bts)
+    rope, seen_bts = _rope_and_mask(config, tokens_bt, positions_bt, allowed_bts)
     x_btd, cache = embed(params, tokens_bt, dtype), []
     for w in params["layers"]:
         x_btd, kv = _prefill_layer(w, config, x_btd, rope, seen_bts)
         cache.append(kv)
     return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps), cache
+
+
+@partial(jax.jit, static_argnames="config")
+def _rope_and_mask(config: DecoderConfig, tokens_bt, positions_bt, allowed_bts):
+    """(cos and sin of the rotations, which keys a query sees) of whole sequences. positions_bt:
+    None for 0, 1, …; allowed_bts as in `attention.visible`."""
+    if positions_bt is None:
+        positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
+    rope = rope_angles(positions_bt, config.head_dim, config.rope_theta)
+    return rope, visible(positions_bt, positions_bt, allowed_bts, config.sliding_window)
 
 
 @partial(jax.jit, static_argnames="config")

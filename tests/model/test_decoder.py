@@ -14,6 +14,7 @@ from model import decoder, hf, kv_cache
 from model.config import from_hf
 from model.forward import forward
 from sharding.mesh import make_mesh
+from tests import tiny
 
 TOLERANCE = 1e-4
 SHAPES = {
@@ -81,14 +82,8 @@ class Pair:
 
 @partial(jax.jit, static_argnames=("config", "dtype", "remat"))
 def full_logits(params, config, tokens_bt, valid_bt=None, **kwargs):
-    positions_bt = allowed_bts = None
-    if valid_bt is not None:
-        positions_bt = jnp.maximum(jnp.cumsum(valid_bt, axis=1) - 1, 0)
-        allowed_bts = valid_bt[:, None, :]
-    hidden_btd = forward(
-        params, config, jnp.asarray(tokens_bt), positions_bt, allowed_bts, **kwargs
-    )
-    return kv_cache.logits(params, config, hidden_btd)
+    batch = tiny.rows_of_one(tokens_bt, valid_bt)
+    return kv_cache.logits(params, config, forward(params, config, batch, **kwargs))
 
 
 @cache

