@@ -1,24 +1,18 @@
 """The host's half of a training step: which examples it takes, in which micro-batches. Without JAX.
 
-An example is anything with a `sequence` (model/packing.py) and a `prompt_id`.
+An example is anything with a `sequence` (model/packing.py) and a `prompt_id`, such as those of
+stages/files/examples.py.
 """
 
 import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from model.packing import Sequence, pack
-
-
-class Example(Protocol):
-    prompt_id: str
-
-    @property
-    def sequence(self) -> Sequence: ...
 
 
 @dataclasses.dataclass
@@ -46,25 +40,25 @@ class Batcher:
     rows: Literal["packed", "pairs", "responses"]
     shards: int  # into how many parts the mesh cuts a batch
 
-    def cut(self, examples: list[Example], indices) -> list[np.ndarray]:
+    def cut(self, examples: list, indices) -> list[np.ndarray]:
         """The indices in micro-batches of about as many tokens each, so that few shapes are
         compiled."""
         by_length = sorted(indices, key=lambda i: (-len(examples[i].sequence), i))
         count = math.ceil(len(by_length) / self.size)
         return [np.array(by_length[m::count]) for m in range(count)]
 
-    def pack(self, examples: list[Example], indices) -> dict[str, np.ndarray]:
+    def pack(self, examples: list, indices) -> dict[str, np.ndarray]:
         """The arrays of model/packing.py for these examples."""
         sequences = [examples[i].sequence for i in indices]
         if self.rows == "responses":
             sequences = [Sequence(s.prompt, [r]) for s in sequences for r in s.responses]
         return pack(sequences, self.shards, alone=self.rows != "packed")
 
-    def steps_per_epoch(self, examples: list[Example]) -> int:
+    def steps_per_epoch(self, examples: list) -> int:
         return math.ceil(len(examples) / self.batch_size)
 
     def of_step(
-        self, examples: list[Example], sides: Callable[[np.ndarray], dict], step: int
+        self, examples: list, sides: Callable[[np.ndarray], dict], step: int
     ) -> list[MicroBatch]:
         """The micro-batches of step 0, 1, …, counted through the epochs: a function of the seed and
         the step alone. The last step of an epoch takes what is left.

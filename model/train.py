@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from model.ahead import ahead
-from model.batches import Batcher, Example, MicroBatch
+from model.batches import Batcher, MicroBatch
 from sharding import chips
 from sharding.mesh import placed_batch, put_batch, replicated
 
@@ -174,7 +174,7 @@ def for_each(
     compute: Callable[[dict], tuple],
     mesh,
     batcher: Batcher,
-    examples: list[Example],
+    examples: list,
     title: str,
     check_stop: Callable[[], None] = lambda: None,
 ) -> np.ndarray:

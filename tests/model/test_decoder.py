@@ -218,7 +218,7 @@ def test_gradients_equal_those_of_torch():
     ours = jax.tree.map(np.asarray, jax.jit(jax.grad(objective))(pair.params))
     for name, slot in hf.slots(pair.config).items():
         reference = grads[name]
-        found = hf.get(ours, pair.config, slot, np.float32)
+        found = slot.to_hf(pair.config, hf.place(ours, slot))
         np.testing.assert_allclose(found, reference, atol=1e-4 * np.abs(reference).max())
 
 

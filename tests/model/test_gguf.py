@@ -233,9 +233,11 @@ def test_an_untied_file_with_two_ends_is_read(tmp_path):
         ("self_attn.k_proj", "attn_k"),
         ("mlp.down_proj", "ffn_down"),
     ):
-        found = hf.get(params, config, slots[f"model.layers.1.{name}.weight"], np.float32)
+        slot = slots[f"model.layers.1.{name}.weight"]
+        found = slot.to_hf(config, hf.place(params, slot))
         np.testing.assert_array_equal(found, tensors[f"blk.1.{ours}.weight"])
-    head = hf.get(params, config, slots["lm_head.weight"], np.float32)
+    slot = slots["lm_head.weight"]
+    head = slot.to_hf(config, hf.place(params, slot))
     np.testing.assert_array_equal(head, tensors["output.weight"])
 
 
