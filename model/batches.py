@@ -7,12 +7,19 @@ stages/files/examples.py.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
-from typing import Literal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from model.packing import Sequence, pack
+
+T = TypeVar("T")
+Made = TypeVar("Made")
 
 
 @dataclasses.dataclass
@@ -76,3 +83,20 @@ class Batcher:
             ids = [examples[i].prompt_id for i in part]
             made.append(MicroBatch(ids, self.pack(examples, part), values))
         return made
+
+
+def ahead(
+    make: Callable[[T], Made], of: Iterable[T], depth: int = 2
+) -> Iterator[tuple[Made, float]]:
+    """Yields (make(x), seconds waited for it) for each x of `of`, in order. Up to `depth` results
+    are made ahead, in a thread, while the device computes. An exception of `make` is raised when
+    its result is asked for."""
+    of = iter(of)
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        making = deque(pool.submit(make, x) for x in islice(of, depth))
+        while making:
+            start = time.monotonic()
+            made = making.popleft().result()
+            waited = time.monotonic() - start
+            making.extend(pool.submit(make, x) for x in islice(of, 1))
+            yield made, waited

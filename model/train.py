@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from model.ahead import ahead
-from model.batches import Batcher, MicroBatch
+from model.batches import Batcher, MicroBatch, ahead
 from sharding import chips
 from sharding.mesh import placed_batch, put_batch, replicated
 

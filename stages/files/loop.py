@@ -10,8 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from model import gates
-from model.ahead import ahead
-from model.batches import MicroBatch
+from model.batches import MicroBatch, ahead
 from model.train import Trainer, speed
 from sharding import processes
 from sharding.errors import UserError
