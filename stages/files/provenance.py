@@ -4,6 +4,8 @@ A training keeps this list in its checkpoint and a published split in its Parque
 their cards can be written when the files themselves are gone.
 """
 
+import dataclasses
+
 from etils import epath
 
 from stages.files.output import read_manifest
@@ -24,17 +26,15 @@ def provenance(path: str, sha256: str | None = None) -> list[Entry]:
         return []
     sha256 = sha256 or file_sha256(path)
     inputs = with_roles(manifest.inputs)
-    entry = {
-        "file": short_name(path),
-        "sha256": sha256,
-        "edited": manifest.results.get("sha256", sha256) != sha256,
-        "inputs": {
-            short_name(role): made_of | {"path": short_name(made_of["path"])}
-            for role, made_of in inputs.items()
-        },
+    edited = manifest.results.get("sha256", sha256) != sha256
+    entry = {"file": short_name(path), "sha256": sha256, "edited": edited}
+    entry |= dataclasses.asdict(manifest)
+    entry["inputs"] = {
+        short_name(role): made_of | {"path": short_name(made_of["path"])}
+        for role, made_of in inputs.items()
     }
-    names = "stage", "arguments", "identities", "counts", "results"
-    entries = [entry | {name: getattr(manifest, name) for name in names}]
+    del entry["seconds"]
+    entries = [entry]
     for made_of in inputs.values():
         file, content = made_of["path"], made_of["sha256"]
         if not on_hub(file) and epath.Path(file).exists() and file_sha256(file) == content:
