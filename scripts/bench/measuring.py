@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from model import generate
+from model.kv_cache import available_memory
 from model.precision import matmul_precision
 from scripts.bench import shapes
 from scripts.bench.machine import timed
 from scripts.bench.shapes import Sizes
 from sharding.errors import first_line
-from sharding.mesh import available_memory
 
 Row = dict  # "name" and figures, their units in the keys
 

@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from model import checkpoint_writing, losses, packing, placement, train
+from model import checkpoint_writing, decoder, losses, packing, train
 from scripts.bench import shapes
 from scripts.bench.machine import timed
 from scripts.bench.measuring import (
@@ -33,7 +33,7 @@ class Training:
     """A DPO training: fp32 masters and moments, products in `dtype`."""
 
     def __init__(self, config, pairs: int, dtype, mesh, load=None):
-        """load: gives the parameters for their shardings; default: random ones."""
+        """load: gives the parameters on a mesh; default: random ones."""
         self.config, self.pairs, self.mesh, self.whole = config, pairs, mesh, replicated(mesh)
         model = {"config": config, "dtype": dtype}
         self.logprobs = jax.jit(
@@ -41,13 +41,13 @@ class Training:
         )
         loss = partial(losses.pair_loss, loss=losses.Loss(), **model)
         optimization = train.Optimization(5e-7, "linear", 0.1, "adamw", 0.0, 1.0)
-        placed = placement.parameters(config, mesh)
+        placed = decoder.abstract(config, mesh)
         self.trainer = train.Trainer(loss, optimization, 100, placed)
         shardings = jax.tree.map(lambda x: x.sharding, placed)
         if load is None:
             self.params = jax.device_put(shapes.Random().weights(placed), shardings)
         else:
-            self.params = load(shardings)
+            self.params = load(mesh)
         self.state = self.trainer.init_optimizer(self.params)
         self.accumulate = self.trainer.accumulate
 

@@ -29,7 +29,7 @@ with epy.lazy_imports():  # loaded in the compiler's process alone
     from jax.experimental import topologies
 
     from model import config as configs
-    from model import generate, kv_cache, losses, packing, placement, train, weights
+    from model import decoder, generate, kv_cache, losses, packing, train, weights
     from model.rankers import deberta, deberta_tpu
     from sharding import mesh as meshes
     from sharding import table
@@ -121,9 +121,9 @@ def sampling(config, mesh, slots: int, length: int, prefill: int, dtype: str, fl
     """(name, compiled program, its parts) of a decode step and of a row of prompts of `prefill`
     tokens; length: positions of the cache; flags: of generate.Sampling."""
     dtype, drawing, whole = jnp.dtype(dtype), generate.Sampling(**flags), meshes.replicated(mesh)
-    params = placement.unstacked(placement.parameters(config, mesh, dtype))
+    params = kv_cache.unstacked(decoder.abstract(config, mesh, dtype))
     state = jax.eval_shape(partial(generate._empty, config, slots, length, drawing, dtype))
-    state = meshes.abstract(state, jax.tree.map(lambda _: whole, state))
+    state = jax.tree.map(lambda x: x.update(sharding=whole), state)
     state |= {"cache": kv_cache.abstract_cache(config, mesh, slots, length, dtype)}
     sizes = {
         "parameters": table.bytes_per_device(params),
@@ -160,7 +160,7 @@ def training(
     several: whether a step has more micro-batches, whose gradients are summed."""
     optimization = train.Optimization(**recipe)
     pair = packing.Sequence([3] * prompt, [[4] * (length - prompt), [5] * (length - prompt)])
-    params, whole = placement.parameters(config, mesh), meshes.replicated(mesh)
+    params, whole = decoder.abstract(config, mesh), meshes.replicated(mesh)
     batch = packing.pack([pair] * pairs, meshes.batch_shards(mesh))
     held = train.arrays_held(optimization, params, batch)
     state, batch = held["optimizer state"], held["batch"]
