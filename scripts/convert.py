@@ -6,6 +6,7 @@ python -m scripts.convert to-hf C DST --base C0 --results compare.json
 python -m scripts.convert from-parquet DIR D.jsonl
 python -m scripts.convert to-parquet D.jsonl DIR --split train_iteration_1
 python -m scripts.convert prompts DIR P.jsonl --split train_iteration_1
+python -m scripts.convert join S.jsonl SLICE0 SLICE1 …    (of stages.sample --slice 0/2, 1/2, …)
 
 C is a checkpoint folder, DST a folder that transformers loads, DIR a data set as the hub holds it.
 """
@@ -24,7 +25,7 @@ from etils import epath, epy
 
 from scripts import cards
 from sharding.errors import UserError
-from stages.files import formats
+from stages.files import formats, slices
 from stages.files.lock import lock
 from stages.files.output import an_input
 from stages.files.paths import check_distinct, normalised
@@ -124,7 +125,17 @@ class Prompts:
     """Stop before this row; default: the end."""
 
 
-Command = FromHf | FromGguf | ToHf | FromParquet | ToParquet | Prompts
+@dataclasses.dataclass
+class Join:
+    """The samples of all slices (stages.sample --slice) become one samples.jsonl."""
+
+    out: tyro.conf.Positional[str]
+    """The samples.jsonl to write, as one run without --slice would write it."""
+    parts: tyro.conf.Positional[tuple[str, ...]]
+    """The samples.jsonl of each slice."""
+
+
+Command = FromHf | FromGguf | ToHf | FromParquet | ToParquet | Prompts | Join
 PATHS = "src file checkpoint dst base directory pairs out".split()  # fields
 
 
@@ -140,6 +151,7 @@ def main(args: Command):
         FromParquet: from_parquet,
         ToParquet: to_parquet,
         Prompts: prompts,
+        Join: join,
     }
     convert[type(args)](args)
 
@@ -306,6 +318,10 @@ def to_parquet(args: ToParquet):
 
 def prompts(args: Prompts):
     formats.read_prompts_dataset(args.directory, args.out, args.split, args.first, args.last)
+
+
+def join(args: Join):
+    slices.join(args.out, args.parts)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ from model.rankers.comparisons import strategy
 from scripts.bench.machine import Side, peak_memory, timed
 from scripts.plan.slices import gemm_rate
 from sharding.errors import UserError
+from sharding.mesh import put_batch
 from stages.files.rows import Sample, read
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
-    import jax.numpy as jnp
-
     from model.rankers import deberta, pairrm, pairwise, ranking
     from scripts import random_pairrm
 
@@ -160,7 +159,7 @@ class Tally:
 
 def our_worker(pipe, folder: str):
     model = pairrm.PairRM(folder)
-    config, params = model.config.encoder, model.copies[0]["encoder"]
+    config, params = model.config.encoder, model.params["encoder"]
     ranker = pairwise.PairwiseRanker(model, "full", "max_logits")
     facts = {"flops": 0.0, "padded": 0, "tokens": 0}
 
@@ -182,16 +181,16 @@ def our_worker(pipe, folder: str):
 
     def seen(comparisons):
         for batch, arrays in batches(comparisons):
-            shapes.append(arrays[0].shape)
+            shapes.append(arrays["tokens_bt"].shape)
             yield batch, arrays
 
     def compile_only(comparisons):
         """Each shape once, through two layers instead of all."""
         short = {**params, "layers": [params["layers"][0], params["layers"][-1]]}
         for _, arrays in batches(comparisons):
-            if arrays[0].shape not in shapes:
-                shapes.append(arrays[0].shape)
-                deberta.encode(short, config, *map(jnp.asarray, arrays))
+            if (shape := arrays["tokens_bt"].shape) not in shapes:
+                shapes.append(shape)
+                deberta.encode(short, config, *put_batch(model.mesh, arrays).values())
         return iter(())
 
     while True:

@@ -3,7 +3,6 @@
     python -m scripts.bench rank      PairRM: ours and llm-blender
     python -m scripts.bench sample    the sampling engine: ours and transformers' generate
     python -m scripts.bench dpo       training: ours and TRL's DPOTrainer (pip install trl)
-    python -m scripts.bench shares    what `scripts.plan demo --efficiency` divides by
     python -m scripts.bench gemm      the rate of fp32 matrix products
 
 Everything is timed in one run, side by side in turns, since machines are noisy: trust the ratios.
@@ -13,7 +12,7 @@ What a GPU or TPU reaches, measured where only jax is installed: python -m scrip
 
 import dataclasses
 
-from scripts.bench import dpo, rank, sample, shares
+from scripts.bench import dpo, rank, sample
 from scripts.plan.slices import gemm_rate
 from stages.files.run import run_main
 
@@ -23,7 +22,7 @@ class Gemm:
     """The rate of fp32 matrix products: what the other figures are shares of."""
 
 
-Command = rank.Rank | sample.Sample | dpo.Dpo | shares.Shares | Gemm
+Command = rank.Rank | sample.Sample | dpo.Dpo | Gemm
 
 
 def main(args: Command) -> None:
@@ -31,7 +30,6 @@ def main(args: Command) -> None:
         rank.Rank: rank.bench,
         sample.Sample: sample.bench,
         dpo.Dpo: dpo.bench,
-        shares.Shares: shares.bench,
     }
     if isinstance(args, Gemm):
         print(f"fp32 GEMM: {gemm_rate() / 1e9:.0f} GFLOP/s")

@@ -1,12 +1,7 @@
 """scripts/bench: its own side of each comparison, with small models."""
 
-import pytest
-
 from scripts.bench import dpo, rank, sample
 from scripts.bench.machine import Side
-from scripts.bench.shares import Shares
-from scripts.bench.side_by_side import main
-from sharding.errors import UserError
 from tests import tiny, tiny_pairrm
 
 
@@ -54,12 +49,3 @@ def test_training_steps_and_its_reference_are_timed(tmp_path):
     )
     assert all(logp < 0 for logp in facts["logps"]) and (facts["flops"] > 0).all()
     assert reference > 0 and step > 0 and gemm > 1e9
-
-
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [({"rounds": 0}, "--rounds is 0"), ({"out": "nowhere/shares.json"}, "--out nowhere")],
-)
-def test_a_mistake_in_what_takes_minutes_is_told_at_once(flags, reason):
-    with pytest.raises(UserError, match=reason):
-        main(Shares(**flags))
