@@ -39,7 +39,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
 
 BEAT = 0.5  # seconds between two signs of life
 ARRIVAL = 600  # seconds within which all must have come: one may still be installing packages
-GRACE = 3.0  # seconds in which another's death is surely known, where it made this process fail too
+GRACE = 6  # beats after which another's death is known, where it made this process fail too
 AGAIN = "run the same command again, on all, to go on"
 
 _others: "_Others | None" = None  # once this process has joined others
@@ -186,8 +186,10 @@ def fail(code: int, text: str) -> None:
     for the user; where another's death is the cause, that is said instead."""
     if _others is not None:
         if code != 75:
-            time.sleep(GRACE)
-            _others.name_the_dead(GRACE - BEAT)
+            beats = _others.said[1] + GRACE
+            while _others.said[1] < beats and _others.thread.is_alive():
+                time.sleep(BEAT / 5)
+            _others.name_the_dead((GRACE - 1) * BEAT)
         why = f"process {_others.me} ({_others.said[0]}): {text.splitlines()[-1]}"
         _others.end(code, text, why)
 
@@ -224,7 +226,7 @@ class _Others:
                 try:
                     self._say()
                     self._hear()
-                except RuntimeError:
+                except (RuntimeError, ValueError):
                     self.end(75, f"process 0 ({self.heard['0'][0][0]}) died: {AGAIN}")
                 self.name_the_dead(self.timeout)
 
@@ -255,7 +257,7 @@ class _Others:
         os.write(2, f"\n{text}\n".encode())  # below a progress bar
         self.said[2:] = code, why or text
         if self.client is not None:
-            with contextlib.suppress(RuntimeError):  # process 0 is gone
+            with contextlib.suppress(RuntimeError, ValueError):  # process 0 is gone
                 self._say()
                 time.sleep(4 * BEAT if self.me == 0 else 0)  # the store ends with process 0
         os._exit(code)

@@ -6,7 +6,7 @@ from collections import Counter
 from etils import epath
 
 from sharding.errors import UserError
-from stages.files.output import Manifest, Output, read_manifest, refuse_other
+from stages.files.output import Manifest, Output, manifest_path, read_manifest, refuse_other
 from stages.files.paths import check_distinct, file_sha256
 from stages.files.rows import Fields, json_rows
 
@@ -39,7 +39,6 @@ def join(out: str, paths: tuple[str, ...]) -> None:
     ]
     if len(set(order)) < len(order):
         raise UserError(f"{paths[0]} and the other slices hold a prompt twice: sample them again")
-    whole.seconds = None
     output = Output.open(out, whole)
     if output.finished:
         return
@@ -55,6 +54,9 @@ def join(out: str, paths: tuple[str, ...]) -> None:
     sums = {k: sum(s.get(k, 0) for s in sittings) for k in ("tokens", "seconds")}
     slots = max(s.get("slots", 0) for s in sittings)
     output.finish(order, counts, {"last_sitting": sums | {"slots": slots}})
+    # What was computed, not what putting it together took.
+    output.manifest.seconds = sum(manifest.seconds or 0 for _, manifest in parts.values())
+    output.manifest.write(manifest_path(out))
 
 
 def _slice_of(path: str, slices: int) -> tuple[Manifest, int]:
