@@ -7,6 +7,7 @@ python -m scripts.convert from-parquet DIR D.jsonl
 python -m scripts.convert to-parquet D.jsonl DIR --split train_iteration_1
 python -m scripts.convert prompts DIR P.jsonl --split train_iteration_1
 python -m scripts.convert prompts MINE.jsonl P.jsonl --last 1000
+python -m scripts.convert join S.jsonl SLICE0 SLICE1 …    (of stages.sample --slice 0/2, 1/2, …)
 
 C is a checkpoint folder, DST a folder that transformers loads, DIR a data set as the hub holds it.
 """
@@ -26,7 +27,7 @@ from etils import epath, epy
 
 from scripts import cards
 from sharding.errors import UserError
-from stages.files import formats, rows
+from stages.files import formats, rows, slices
 from stages.files.lock import lock
 from stages.files.output import Manifest, Output, an_input
 from stages.files.paths import check_distinct, normalised
@@ -127,7 +128,17 @@ class Prompts:
     """Stop before this row; default: the end."""
 
 
-Command = FromHf | FromGguf | ToHf | FromParquet | ToParquet | Prompts
+@dataclasses.dataclass
+class Join:
+    """The samples of all slices (stages.sample --slice) become one samples.jsonl."""
+
+    out: tyro.conf.Positional[str]
+    """The samples.jsonl to write, as one run without --slice would write it."""
+    parts: tyro.conf.Positional[tuple[str, ...]]
+    """The samples.jsonl of each slice."""
+
+
+Command = FromHf | FromGguf | ToHf | FromParquet | ToParquet | Prompts | Join
 PATHS = "src file checkpoint dst base directory pairs out".split()  # fields
 
 
@@ -143,6 +154,7 @@ def main(args: Command):
         FromParquet: from_parquet,
         ToParquet: to_parquet,
         Prompts: prompts,
+        Join: join,
     }
     convert[type(args)](args)
 
@@ -331,6 +343,10 @@ def some_rows(args: Prompts):
         if not output.has(prompt_id):
             output.write(file[prompt_id].fields)
     output.finish(ids, Counter({"in": len(ids)}))
+
+
+def join(args: Join):
+    slices.join(args.out, args.parts)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ this file knows which mesh axis each of them lies on. The mesh always has three 
 import math
 import os
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -120,3 +121,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def by_rows(function: Callable) -> Callable:
+    """`function(weights, *arrays)`, each device computing its rows of the arrays (axis 0) with all
+    weights: for what the compiler cannot cut, such as a kernel. No mesh set: the function itself.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+
+    def mapped(weights, *arrays):
+        rows = PartitionSpec(RULES["batch"])
+        specs = (PartitionSpec(), *[rows] * len(arrays))
+        cut = jax.shard_map(function, in_specs=specs, out_specs=rows, check_vma=False)
+        return cut(weights, *arrays)
+
+    return mapped

@@ -29,7 +29,7 @@ from typing import Literal
 import numpy as np
 from etils import epy
 
-from sharding import watch
+from sharding import processes
 from sharding.errors import UserError
 from stages.files.output import Manifest, an_input, counts_line, read_lineage
 from stages.files.paths import check_distinct, normalised
@@ -45,14 +45,14 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     from model import tokenizer as tokenizers
     from model import train as training
     from sharding import mesh as meshes
-    from sharding import processes, table
+    from sharding import table
     from stages.files import examples as reading
     from stages.files import loop
     from stages.files import work as working
 
 
 @dataclasses.dataclass
-class Args(watch.Flags):
+class Args(processes.Flags):
     checkpoint: str
     """The policy's start: a checkpoint folder."""
     pairs: str
@@ -378,4 +378,4 @@ def reference_logprobs(
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, Args, several=watch))
+    sys.exit(run_main(main, Args, several=processes))

@@ -144,7 +144,7 @@ class Ours(Worker):
 
     def warm(self, groups: list[list[Prompt]]) -> None:
         """Compile each shape: everything is computed once, through two layers instead of all."""
-        encoder = self.model.copies[0]["encoder"]
+        encoder = self.model.params["encoder"]
         layers = encoder["layers"]
         encoder["layers"] = [layers[0], layers[-1]]
         for group in groups:
@@ -172,7 +172,7 @@ class Ours(Worker):
             for length in lengths
         )
         batches = [self.model.batches(self.comparisons(group)) for group in groups]
-        padded = sum(arrays[0].size for group in batches for _, arrays in group)
+        padded = sum(arrays["tokens_bt"].size for group in batches for _, arrays in group)
         return sum(lengths), padded, flops
 
 
