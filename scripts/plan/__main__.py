@@ -1,127 +1,181 @@
-"""What a recipe takes on a slice of chips, before one is rented: memory, time and money.
+"""What a recipe takes on a machine, before one is rented: memory, time and money.
 
-    python -m scripts.plan snorkel-mistral-7b --topology v5p:2x2x1 --price 4.20
-    python -m scripts.plan demo --compare runs/demo
-    python -m scripts.plan snorkel-mistral-7b --topology v5p:2x2x1 --scaling --arithmetic
+    python -m scripts.plan snorkel-mistral-7b --machine v5p-8 --price 4.20
 
-For a TPU the stages' real programs are compiled by its real compiler, without a TPU (it needs
-package libtpu, and takes minutes and gigabytes at 7B); for a GPU and this machine's CPU memory is
-counted. Time is the roofline of what each stage multiplies, reads and exchanges, over the stated
-efficiency. Exit code 2, with the reason and a way out, where a program does not fit.
+The stages' real programs are compiled for the machine by its own compiler, which needs no such
+machine: scripts/plan/setup.sh installs it. That takes minutes and gigabytes for 7B. Without the
+compiler, activations are left out. Time is what a program is bound by (products, reading memory
+once, or exchange) over the stage's efficiency, and on a TPU at least the cycles that its compiler
+estimates. Exit code 2, with the reason and a way out, if a program does not fit.
 """
 
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Iterator
 
 import tyro
+from etils import epy
 
-from scripts.plan import compare, fit, programs, published
-from scripts.plan.arithmetic import DecoderCost, Lengths, seconds, total
-from scripts.plan.recipe import LoopRecipe, model_config, read
-from scripts.plan.schedule import Plan, efficiencies
-from scripts.plan.slices import TORUS, Slice, parse
-from sharding.chips import GIB
 from sharding.errors import UserError
 from stages.files.run import run_main
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    from model import checkpoint, gguf, hf
+    from model import config as configs
+    from model import weights as model_weights
+    from scripts import recipe as recipes
+    from scripts.plan import compile as compiler
+    from scripts.plan import reports, schedule, slices
+    from stages.files import rows
+
+GIB = 2**30
+PARTS = ("parameters", "moments", "gradients", "cache", "temporary")
 
 
 @dataclasses.dataclass
 class Args:
     recipe: tyro.conf.Positional[str]
-    """A name in scripts/recipes/ or a file; its environment variables count, LIMIT too."""
-    topology: str | None = None
-    """v5e:2x4, v5p:2x2x1, v6e:4x4, a100-40:8, a100-80:8, h100:8, h200:1 or cpu, this machine.
-    Default: the recipe's PLAN, else cpu."""
-    cpu_rates: tuple[float, float] | None = None
-    """This CPU's fp32 products in GFLOP/s (scripts.bench gemm) and memory in GB/s, for one that is
-    busy now. Default: measured."""
+    """A name in scripts/recipes/, or a file."""
+    machine: str = "cpu"
+    """One of the recipe's machines, or a topology: v5e:2x4, v5p:2x2x1, v6e:4x4, a100-40:8,
+    a100-80:8, h100:8, h200:1, or cpu, this computer."""
     price: float | None = None
-    """Dollars a chip and hour."""
+    """Dollars per chip and hour."""
     efficiency: tuple[str, ...] = ()
-    """The share of the roofline that a stage reaches: sample=0.5 rank=0.3 dpo=0.4 kl=0.4, or a JSON
-    file of these, as `scripts.bench shares` writes on a CPU. Default: assumed on accelerators,
-    measured on one CPU."""
+    """The share of the roofline that a stage reaches: sample=0.5 rank=0.3 dpo=0.4 kl=0.4. Default:
+    assumed on accelerators, measured on a CPU."""
     prompts: int | None = None
-    """Prompts an iteration. Default: counted where the recipe has them in local files, else the
-    published 20,000."""
-    heldout: int | None = None
-    """Held-out prompts. Default: counted likewise, else the published 1,000."""
+    """Prompts per iteration. Default: counted in local files, otherwise 20,000."""
     prompt_tokens: float | None = None
-    """Mean length of a prompt. Default: a quarter of its characters and 30 tokens of template where
-    it is known, else 195 (1,000 UltraFeedback prompts with Mistral's tokenizer)."""
+    """Mean tokens of a prompt. Default: by the characters in local files, otherwise 195
+    (UltraFeedback's with Mistral's tokenizer)."""
     answer_tokens: float | None = None
-    """Mean length of an answer. Default: 420 (Mistral-7B-Instruct-v0.2's answers to AlpacaEval), at
-    most 0.58 of --max-new-tokens (the demo's, over all its iterations)."""
+    """Mean tokens of an answer. Default: 420 (Mistral-7B-Instruct-v0.2's answers to AlpacaEval),
+    but at most 0.58 of max_new_tokens (the demo's)."""
     longest_prompt: int = 4096
-    """Tokens of the longest prompt, where the prompts are not known: the cache must hold it."""
-    model: str | None = None
-    """A folder or hub id with the model's config.json, where the recipe's own cannot be read."""
-    arithmetic: bool = False
-    """Count memory for a TPU too, instead of compiling."""
+    """Tokens of the longest prompt, which the cache must hold, where no local files tell."""
     compare: str | None = None
-    """A run's folder: what each stage took there, beside the prediction."""
-    published: bool = False
-    """Also: what share of their peak the published run's training implies for 8 A100 or H100."""
+    """A run's folder: also show what each stage took there."""
     scaling: bool = False
-    """Also: a training step on one host and on pods of 16, 64 and 256 chips."""
+    """Also show a training step on 4, 16 and 64 times as many chips."""
 
 
 def main(args: Args) -> None:
-    recipe = read(args.recipe)
-    if args.cpu_rates and not all(0 < rate < math.inf for rate in args.cpu_rates):
-        raise UserError("--cpu-rates: both must be above 0")
-    try:
-        rates = args.cpu_rates and (args.cpu_rates[0] * 1e9, args.cpu_rates[1] * 1e9)
-        on = parse(args.topology or recipe.topology or "cpu", rates)
-    except ValueError as error:
-        raise UserError(f"--topology: {error}") from None
-    source = recipe.start if args.model is None else ["", args.model, ""]
-    plan = make(args, recipe, DecoderCost(model_config(source)), on)
+    plan = make(args)
+    took = args.compare and reports.taken(args.compare, plan.recipe.iterations)
+    kind = plan.on.devices()["kind"]
+    compiles = compiler.installed(kind)
     show(assumptions(plan))
-    memory = fit.by_arithmetic(plan)
-    how = "counted"
-    if on.chip.name in TORUS and not args.arithmetic:
+    if compiles:
         print("compiling (minutes, for a large model)", file=sys.stderr)
-        memory, how = programs.compiled(on, fit.compiler_work(plan)), "by the TPU's compiler"
-    show(memory_table(plan, memory, how))
-    show(time_table(plan, args.price))
-    if args.published:
-        show(published.published(plan.decoder))
+    programs = compiler.described(plan.on.devices(), plan.programs(), compiles)
+    work = {told["name"]: told for told in programs}
+    show(memory_table(plan, work))
+    if not compiles:
+        print("Activations and exchange are left out, for want of the machine's compiler. Install")
+        print(f"it: bash scripts/plan/setup.sh {kind}\n")
+    show(time_table(plan, work, args.price))
     if args.scaling:
-        show(published.scaling(plan))
-    if args.compare is not None:
-        show(compare.table(plan, args.compare))
-    if refused := [m for m in memory if not fit.fits(m, on)]:
-        raise UserError("does not fit: " + fit.refusal(refused[0], plan))
+        show(reports.scaling(plan))
+    if took:
+        show(reports.comparison(plan, work, took))
+    if too_large := [told for told in work.values() if not fits(told, plan)]:
+        raise UserError(refusal(plan, too_large[0], compiles))
 
 
-def make(args: Args, recipe: LoopRecipe, decoder: DecoderCost, on: Slice) -> Plan:
-    for name in ("prompts", "heldout", "prompt_tokens", "answer_tokens", "price", "longest_prompt"):
+def make(args: Args) -> "schedule.Plan":
+    for name in ("prompts", "prompt_tokens", "answer_tokens", "price", "longest_prompt"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
-    tokens = tuple(round(characters / 4) + 30 for characters in recipe.prompts or ())
-    if args.prompt_tokens:
-        tokens = ()
-    known = sum(tokens) / len(tokens) if tokens else 195.0
-    limit = recipe.sample.max_new_tokens
-    lengths = Lengths(
-        prompt=args.prompt_tokens or known,
-        answer=args.answer_tokens or min(420.0, 0.58 * limit),
-        prompts=tokens,
-        longest_prompt=args.longest_prompt,
-    )
-    return Plan(
+    named = args.machine != "cpu" and ":" not in args.machine
+    recipe = recipes.read(args.recipe, args.machine if named else "")
+    on = slices.parse(recipe.machine.get("plan", "cpu") if named else args.machine)
+    # About four characters a token, and the template.
+    tokens = [size / 4 + 30 for size in characters(recipe, 1)]
+    mean = sum(tokens) / len(tokens) if tokens else 195.0
+    return schedule.Plan(
         recipe,
-        decoder,
+        model_config(recipe.model),
         on,
-        lengths,
-        prompts=args.prompts or len(recipe.prompts or ()) or 20000,
-        heldout=args.heldout or len(recipe.heldout or ()) or 1000,
-        efficiency=efficiencies(args.efficiency, on),
+        prompts=args.prompts or len(tokens) or 20000,
+        heldout=len(characters(recipe, 0)) or 1000,
+        prompt_tokens=args.prompt_tokens or mean,
+        answer_tokens=args.answer_tokens or min(420, 0.58 * recipe.sample["max_new_tokens"]),
+        longest_prompt=round(max(tokens, default=args.longest_prompt)),
+        efficiency=schedule.efficiencies(args.efficiency, on),
     )
+
+
+def characters(recipe, iteration: int) -> list[int]:
+    """The length of each prompt of an iteration (0: the held-out ones), if in a local file."""
+    file, split, first, last = recipe.source(iteration)
+    if split is not None or not file.endswith(".jsonl"):
+        return []
+    return [len(row.prompt) for row in rows.read(file, rows.Prompt)][first:last]
+
+
+# Mistral-7B-Instruct-v0.2's config.json: the plan of the published pipeline needs no hub.
+MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
+MISTRAL_7B = json.loads("""{
+    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 32768,
+    "sliding_window": null, "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2
+}""")
+
+
+def model_config(model: str) -> "configs.DecoderConfig":
+    """Of a recipe's model."""
+    kind, _, name = model.partition(":")
+    if kind == "gguf":
+        return gguf.read_config(gguf.find(name))
+    if kind == "checkpoint":
+        return checkpoint.load_config(name)
+    if model == MISTRAL:
+        return configs.from_hf(MISTRAL_7B)
+    files = ["config.json", "generation_config.json"]
+    return hf.read_config(model_weights.local_folder(model, files)[0])
+
+
+# ------------------------------------------------------------------------------- memory
+
+
+def fits(told: dict, plan) -> bool:
+    return "refused" not in told and sum(told["parts"].values()) <= plan.on.chip.memory
+
+
+def refusal(plan, told: dict, compiles: bool) -> str:
+    """One line: why a program does not fit, and what would make it."""
+    largest = sorted(told["parts"].items(), key=lambda part: -part[1])
+    why = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest if size > GIB / 10)
+    way = "64 times as many chips do not help"
+    for changed, flags in changes(plan, told["name"].partition(":")[0]):
+        program = [each for each in changed.programs() if each["name"] == told["name"]]
+        # What lies in memory in any case is known at once, before a compilation.
+        known = (compiler.described(changed.on.devices(), program, c) for c in {False, compiles})
+        if all(fits(*new, changed) for new in known):
+            way = f"{changed.on} fits with {flags}"
+            break
+    limit = f"a chip of {plan.on} has {plan.on.chip.memory / GIB:.1f} GiB"
+    return f"{told['name']} does not fit ({told.get('refused', why)}; {limit}): {way}"
+
+
+def changes(plan, stage: str) -> Iterator[tuple]:
+    """The plan with other flags of the stage, and these flags; then the same on more chips."""
+    for factor in (1, 2, 4, 8, 16, 32, 64):
+        for cut in (1, 2, 4, 8):
+            flags = {"slots": max(1, plan.slots // cut)}
+            if stage == "dpo":
+                micro = max(1, plan.training.micro_batch_size // cut)
+                flags = {"remat": "full", "micro_batch_size": micro, "optimizer": "rmsprop"}
+            told = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in flags.items())
+            yield plan.on_more(factor).changed(stage, **flags), told
+
+
+# ------------------------------------------------------------------------------- tables
 
 
 def show(lines: Iterator[str]) -> None:
@@ -131,94 +185,55 @@ def show(lines: Iterator[str]) -> None:
         if line.startswith("|"):
             table.append([cell.strip() for cell in line.strip("|").split("|")])
             continue
-        if table:
-            widths = [max(map(len, column)) for column in zip(*table)]
-            for row in table:
-                fill = "-" if set("".join(row)) == {"-"} else " "
-                cells = [
-                    cell.ljust(width, fill) if i == 0 else cell.rjust(width, fill)
-                    for i, (cell, width) in enumerate(zip(row, widths))
-                ]
-                print("| " + " | ".join(cells) + " |")
-            table = []
-        print(line)
+        widths = [max(map(len, column)) for column in zip(*table)]
+        for row in table:
+            fill = "-" if set("".join(row)) == {"-"} else " "
+            cells = [cell.rjust(width, fill) for cell, width in zip(row, widths)]
+            print("| " + " | ".join([row[0].ljust(widths[0], fill), *cells[1:]]) + " |")
+        table = []
+        print(line, flush=True)
 
 
-def assumptions(plan: Plan) -> Iterator[str]:
-    d, on, lengths, recipe = plan.decoder, plan.on, plan.lengths, plan.recipe
-    chip = on.chip
-    yield (
-        f"{recipe.name} on {on}: {on.size} chips, {on.hosts} hosts, each chip "
-        f"{chip.memory / GIB:.1f} GiB, {chip.bf16 / 1e12:.3g} TFLOP/s bf16, "
-        f"{chip.fp32 / 1e12:.3g} fp32, {chip.read / 1e9:.0f} GB/s memory"
-        + (f", {on.exchange / 1e9:.0f} GB/s exchange" if on.size > 1 else "")
-    )
-    yield (
-        f"model: {d.parameters:,} parameters; an iteration: {plan.prompts:,} prompts of "
-        f"{lengths.prompt:.0f} tokens, {recipe.sample.n} answers of {lengths.answer:.0f} each; "
-        f"{plan.heldout:,} held out"
-    )
+def assumptions(plan) -> Iterator[str]:
+    on, chip = plan.on, plan.on.chip
+    rates = f"{chip.bf16 / 1e12:.3g} TFLOP/s bf16, {chip.fp32 / 1e12:.3g} fp32"
+    more = f"{chip.read / 1e9:.0f} GB/s memory, {on.exchange / 1e9:.0f} exchange"
+    yield f"{plan.recipe.name} on {on}: {on.size} chips, {on.hosts} hosts; a chip: {rates}, {more}"
+    prompts = f"{plan.prompts:,} prompts of {plan.prompt_tokens:.0f} tokens an iteration"
+    answers = f"{plan.sampling.n} answers of {plan.answer_tokens:.0f} each"
+    yield f"{plan.parameters:,} parameters; {prompts}, {answers}; {plan.heldout:,} held out"
     told = ", ".join(f"{name} {value:.0%}" for name, value in plan.efficiency.items())
-    where = "measured by scripts.bench, or as given" if on.is_cpu else "assumed, or as given"
-    yield f"share of the roofline ({where}): {told}"
+    yield f"share of the roofline (assumed, or as you gave it): {told}"
 
 
-def memory_table(plan: Plan, memory: list[programs.Memory], how: str) -> Iterator[str]:
-    yield f"GiB a chip, {how}, at the longest texts that are allowed:"
-    yield "| program | " + " | ".join(fit.PARTS) + " | together | of | |"
-    yield "|" + "-|" * (len(fit.PARTS) + 4)
-    for m in memory:
-        # What the arithmetic names apart is a part of the compiler's temporaries.
-        parts = dict(m.parts)
-        parts["activations"] = parts.get("activations", 0) + parts.pop("next gradients", 0)
-        cells = [f"{parts[p] / GIB:.2f}" if p in parts else "" for p in fit.PARTS]
-        verdict = "fits" if fit.fits(m, plan.on) else "does not fit"
-        together = "refused" if m.refused else f"{m.total / GIB:.2f}"
-        limit = f"{plan.on.chip.memory / GIB:.1f}"
-        yield f"| {m.program} | " + " | ".join([*cells, together, limit, verdict]) + " |"
+def memory_table(plan, work: dict[str, dict]) -> Iterator[str]:
+    yield "GiB per chip, at the longest texts that are allowed:"
+    yield "| program | " + " | ".join(PARTS) + " | together | of | |"
+    yield "|" + "-|" * (len(PARTS) + 4)
+    for told in work.values():
+        together = f"{sum(told['parts'].values()) / GIB:.2f}"
+        cells = [f"{told['parts'][p] / GIB:.2f}" if p in told["parts"] else "" for p in PARTS]
+        cells += ["refused" if "refused" in told else together, f"{plan.on.chip.memory / GIB:.1f}"]
+        cells.append("fits" if fits(told, plan) else "does not fit")
+        yield f"| {told['name']} | " + " | ".join(cells) + " |"
 
 
-def time_table(plan: Plan, price: float | None) -> Iterator[str]:
-    rounds, on = plan.recipe.iterations, plan.on
+def time_table(plan, work: dict[str, dict], price: float | None) -> Iterator[str]:
     yield (
-        f"Time, {rounds} iterations; per cent of a stage's work: bound by products, by memory, "
-        "or waiting for other chips; PFLOP and TB of one time, one chip:"
+        f"Seconds of one time, in {plan.recipe.iterations} iterations; products, memory, exchange: "
+        "the least that each takes; cycles: by the TPU's compiler"
     )
-    yield "| stage | times | chips | start s | work s | products | memory | exchange | PFLOP | TB |"
-    yield "|-|-|-|-|-|-|-|-|-|-|"
+    columns = ("start", "products", "memory", "exchange", "cycles", "work")
+    yield "| stage | times | " + " | ".join(columns) + " |"
+    yield "|" + "-|" * (len(columns) + 2)
     for stage in plan.stages():
-        ideal = seconds(stage.pieces, on, stage.dtype)
-        start = stage.imports + stage.start
-        work = plan.seconds(stage) - start
-        waited = max(0.0, ideal.total - ideal.compute - ideal.memory)
-        shares = [
-            f"{part / ideal.total:.0%}" if ideal.total else ""
-            for part in (ideal.compute, ideal.memory, waited)
-        ]
-        sums = [
-            f"{total(stage.pieces, what) / unit:.3g}" if stage.pieces else ""
-            for what, unit in (("flops", 1e15), ("bytes", 1e12))
-        ]
-        yield (
-            f"| {stage.name} | {stage.times} | {stage.chips} | {start:.0f} | {work:.0f} | "
-            + " | ".join([*shares, *sums])
-            + " |"
-        )
+        took = plan.seconds(stage, work)
+        cells = [f"{took[name]:.0f}" if took[name] else "" for name in columns]
+        yield f"| {stage.name} | {stage.times} | " + " | ".join(cells) + " |"
     yield ""
-    training = plan.training()
-    whole = next(stage for stage in plan.stages() if stage.name == "dpo")
-    a_step = seconds(training.step(), on, whole.dtype).total / plan.efficiency["dpo"]
-    mfu = training.model_flops() / a_step / on.size / on.chip.flops(whole.dtype)
-    yield (
-        f"a step of {training.args.batch_size} pairs: {a_step:.3g} s, {mfu:.0%} of the peak in "
-        f"useful products; {training.steps:,} steps an iteration"
-    )
-    for flag, other in plan.others():
-        if other.hours() < 0.9 * plan.hours():
-            yield f"with {flag} the whole run would take {other.hours():.3g} hours"
-    hours = plan.hours()
-    cost = f", {hours * on.size * price:,.0f} dollars at {price:g} each" if price else ""
-    yield f"the whole run: {hours:.3g} hours, {hours * on.size:.3g} chip-hours{cost}"
+    hours = plan.hours(work)
+    cost = f", {hours * plan.on.size * price:,.0f} dollars at {price:g} each" if price else ""
+    yield f"the whole run: {hours:.3g} hours, {hours * plan.on.size:.3g} chip-hours{cost}"
 
 
 if __name__ == "__main__":
