@@ -3,7 +3,6 @@
     python -m scripts.bench rank      PairRM: ours and llm-blender
     python -m scripts.bench sample    the sampling engine: ours and transformers' generate
     python -m scripts.bench dpo       training: ours and TRL's DPOTrainer (pip install trl)
-    python -m scripts.bench shares    what `scripts.plan demo --efficiency` divides by
     python -m scripts.bench gemm      the rate of fp32 matrix products
 
 Everything is timed in one run, side by side in turns, since machines are noisy: trust the ratios.
@@ -13,8 +12,7 @@ What a GPU or TPU reaches, measured where only jax is installed: python -m scrip
 
 import dataclasses
 
-from scripts.bench import dpo, rank, sample, shares
-from scripts.plan.slices import gemm_rate
+from scripts.bench import dpo, machine, rank, sample
 from stages.files.run import run_main
 
 
@@ -23,20 +21,16 @@ class Gemm:
     """The rate of fp32 matrix products: what the other figures are shares of."""
 
 
-Command = rank.Rank | sample.Sample | dpo.Dpo | shares.Shares | Gemm
+def gemm(_: Gemm) -> None:
+    print(f"fp32 GEMM: {machine.gemm_rate() / 1e9:.0f} GFLOP/s")
+
+
+Command = rank.Rank | sample.Sample | dpo.Dpo | Gemm
+BENCHES = {rank.Rank: rank.bench, sample.Sample: sample.bench, dpo.Dpo: dpo.bench, Gemm: gemm}
 
 
 def main(args: Command) -> None:
-    benches = {
-        rank.Rank: rank.bench,
-        sample.Sample: sample.bench,
-        dpo.Dpo: dpo.bench,
-        shares.Shares: shares.bench,
-    }
-    if isinstance(args, Gemm):
-        print(f"fp32 GEMM: {gemm_rate() / 1e9:.0f} GFLOP/s")
-    else:
-        benches[type(args)](args)
+    BENCHES[type(args)](args)
 
 
 def command(words: list[str]) -> int:

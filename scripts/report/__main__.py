@@ -98,7 +98,7 @@ def trained(run: gather.Run) -> list[str]:
     drawn = histograms("Scores of all answers sampled to train on", scores)
     for what in ("score", "characters"):
         sides = [
-            (f"{t.name}, {side}", colour(t.name), t.pairs.get(f"{side}_{what}", []))
+            (f"{t.name}, {side}", colour(t.name), t.pairs[f"{side}_{what}"])
             for t in run.trained
             for side in ("chosen", "rejected")
         ]
@@ -157,7 +157,7 @@ def side_by_side(models: list[gather.Model]) -> list[dict]:
     """
     prompts: dict[str, dict] = {}
     for i, model in enumerate(models):
-        won = gather.preferences(model.against_start)
+        won = gather.preferences(model.against.get("start"))
         for row in model.rows:
             entry = prompts.setdefault(
                 row["prompt_id"], {"prompt": conversation(row), "answers": [None] * len(models)}

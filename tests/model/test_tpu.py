@@ -6,22 +6,10 @@ plain jax it disturbs the other tests.
 
 import pytest
 
-from model.config import DecoderConfig
+from scripts.bench.shapes import MISTRAL_7B
 from scripts.plan import programs
 from sharding.mesh import make_mesh
 
-MISTRAL_7B = DecoderConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
-    max_position_embeddings=32768,
-)
 GIB = 2**30
 
 
