@@ -13,7 +13,8 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import tyro
 from etils import epy
@@ -27,8 +28,8 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     from model import weights as model_weights
     from scripts import recipe as recipes
     from scripts.plan import compile as compiler
-    from scripts.plan import reports, schedule, slices
-    from stages.files import rows
+    from scripts.plan import schedule, slices
+    from stages.files import output, rows
 
 GIB = 2**30
 PARTS = ("parameters", "moments", "gradients", "cache", "temporary")
@@ -48,14 +49,10 @@ class Args:
     assumed on accelerators, measured on a CPU."""
     prompts: int | None = None
     """Prompts per iteration. Default: counted in local files, otherwise 20,000."""
-    prompt_tokens: float | None = None
-    """Mean tokens of a prompt. Default: by the characters in local files, otherwise 195
-    (UltraFeedback's with Mistral's tokenizer)."""
-    answer_tokens: float | None = None
-    """Mean tokens of an answer. Default: 420 (Mistral-7B-Instruct-v0.2's answers to AlpacaEval),
-    but at most 0.58 of max_new_tokens (the demo's)."""
-    longest_prompt: int = 4096
-    """Tokens of the longest prompt, which the cache must hold, where no local files tell."""
+    lengths: tuple[float, float, float] | None = None
+    """Tokens of a mean prompt, a mean answer and the longest prompt. Default: prompts by the
+    characters in local files, otherwise 195 (UltraFeedback's) and 4,096; answers 420
+    (Mistral-7B-Instruct-v0.2's to AlpacaEval), at most 0.58 of max_new_tokens (the demo's)."""
     compare: str | None = None
     """A run's folder: also show what each stage took there."""
     scaling: bool = False
@@ -64,47 +61,49 @@ class Args:
 
 def main(args: Args) -> None:
     plan = make(args)
-    took = args.compare and reports.taken(args.compare, plan.recipe.iterations)
-    kind = plan.on.devices()["kind"]
-    compiles = compiler.installed(kind)
-    show(assumptions(plan))
+    took = args.compare and taken(args.compare, plan.recipe.iterations)
+    compiles = compiler.installed(plan.on.compiler)
+    assumptions(plan)
     if compiles:
         print("compiling (minutes, for a large model)", file=sys.stderr)
-    programs = compiler.described(plan.on.devices(), plan.programs(), compiles)
+    programs = compiler.described(plan.on, plan.programs(), compiles)
     work = {told["name"]: told for told in programs}
-    show(memory_table(plan, work))
+    show("GiB per chip, at the longest texts that are allowed:", memory_table(plan, work))
     if not compiles:
         print("Activations and exchange are left out, for want of the machine's compiler. Install")
-        print(f"it: bash scripts/plan/setup.sh {kind}\n")
-    show(time_table(plan, work, args.price))
+        print(f"it: bash scripts/plan/setup.sh {plan.on.compiler}\n")
+    show(TIME.format(plan.recipe.iterations), time_table(plan, work))
+    hours = plan.hours(work)
+    cost = f", {hours * plan.on.size * args.price:,.0f} dollars" if args.price else ""
+    print(f"the whole run: {hours:.3g} hours, {hours * plan.on.size:.3g} chip-hours{cost}\n")
     if args.scaling:
-        show(reports.scaling(plan))
+        batch = plan.training.batch_size
+        show(f"A training step of {batch} pairs, in seconds:", scaling(plan))
     if took:
-        show(reports.comparison(plan, work, took))
+        show(COMPARISON, comparison(plan, work, took))
     if too_large := [told for told in work.values() if not fits(told, plan)]:
         raise UserError(refusal(plan, too_large[0], compiles))
 
 
 def make(args: Args) -> "schedule.Plan":
-    for name in ("prompts", "prompt_tokens", "answer_tokens", "price", "longest_prompt"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
+    values = {"prompts": [args.prompts], "price": [args.price], "lengths": args.lengths or []}
+    for name, numbers in values.items():
+        if not all(x is None or 0 < x < math.inf for x in numbers):
+            raise UserError(f"--{name} {' '.join(map(str, numbers))}: it must be above 0")
     named = args.machine != "cpu" and ":" not in args.machine
     recipe = recipes.read(args.recipe, args.machine if named else "")
     on = slices.parse(recipe.machine.get("plan", "cpu") if named else args.machine)
     # About four characters a token, and the template.
     tokens = [size / 4 + 30 for size in characters(recipe, 1)]
     mean = sum(tokens) / len(tokens) if tokens else 195.0
+    answer = min(420.0, 0.58 * recipe.sample.get("max_new_tokens", 256))
     return schedule.Plan(
         recipe,
         model_config(recipe.model),
         on,
         prompts=args.prompts or len(tokens) or 20000,
         heldout=len(characters(recipe, 0)) or 1000,
-        prompt_tokens=args.prompt_tokens or mean,
-        answer_tokens=args.answer_tokens or min(420, 0.58 * recipe.sample["max_new_tokens"]),
-        longest_prompt=round(max(tokens, default=args.longest_prompt)),
+        lengths=args.lengths or (mean, answer, max(tokens, default=4096.0)),
         efficiency=schedule.efficiencies(args.efficiency, on),
     )
 
@@ -155,7 +154,7 @@ def refusal(plan, told: dict, compiles: bool) -> str:
     for changed, flags in changes(plan, told["name"].partition(":")[0]):
         program = [each for each in changed.programs() if each["name"] == told["name"]]
         # What lies in memory in any case is known at once, before a compilation.
-        known = (compiler.described(changed.on.devices(), program, c) for c in {False, compiles})
+        known = (compiler.described(changed.on, program, c) for c in {False, compiles})
         if all(fits(*new, changed) for new in known):
             way = f"{changed.on} fits with {flags}"
             break
@@ -177,63 +176,116 @@ def changes(plan, stage: str) -> Iterator[tuple]:
 
 # ------------------------------------------------------------------------------- tables
 
-
-def show(lines: Iterator[str]) -> None:
-    """Paragraphs and tables; the columns of a table are padded to read well on a screen."""
-    table: list[list[str]] = []
-    for line in [*lines, ""]:
-        if line.startswith("|"):
-            table.append([cell.strip() for cell in line.strip("|").split("|")])
-            continue
-        widths = [max(map(len, column)) for column in zip(*table)]
-        for row in table:
-            fill = "-" if set("".join(row)) == {"-"} else " "
-            cells = [cell.rjust(width, fill) for cell, width in zip(row, widths)]
-            print("| " + " | ".join([row[0].ljust(widths[0], fill), *cells[1:]]) + " |")
-        table = []
-        print(line, flush=True)
+TIME = """Seconds of one time, in {} iterations. products, memory, exchange: the least that each
+takes; cycles: as the TPU's compiler estimates; work: what is counted"""
 
 
-def assumptions(plan) -> Iterator[str]:
-    on, chip = plan.on, plan.on.chip
+def show(title: str, rows: Iterable[list[str]]) -> None:
+    rows = list(rows)
+    print(title)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    print(flush=True)
+
+
+def assumptions(plan) -> None:
+    on, chip, (prompt, answer, _) = plan.on, plan.on.chip, plan.lengths
     rates = f"{chip.bf16 / 1e12:.3g} TFLOP/s bf16, {chip.fp32 / 1e12:.3g} fp32"
     more = f"{chip.read / 1e9:.0f} GB/s memory, {on.exchange / 1e9:.0f} exchange"
-    yield f"{plan.recipe.name} on {on}: {on.size} chips, {on.hosts} hosts; a chip: {rates}, {more}"
-    prompts = f"{plan.prompts:,} prompts of {plan.prompt_tokens:.0f} tokens an iteration"
-    answers = f"{plan.sampling.n} answers of {plan.answer_tokens:.0f} each"
-    yield f"{plan.parameters:,} parameters; {prompts}, {answers}; {plan.heldout:,} held out"
+    print(f"{plan.recipe.name} on {on}: {on.size} chips, {on.hosts} hosts; a chip: {rates}, {more}")
+    prompts = f"{plan.prompts:,} prompts of {prompt:.0f} tokens an iteration"
+    answers = f"{plan.sampling.n} answers of {answer:.0f} each"
+    print(f"{plan.parameters:,} parameters; {prompts}, {answers}; {plan.heldout:,} held out")
     told = ", ".join(f"{name} {value:.0%}" for name, value in plan.efficiency.items())
-    yield f"share of the roofline (assumed, or as you gave it): {told}"
+    print(f"share of the roofline (assumed, or as you gave it): {told}\n", flush=True)
 
 
-def memory_table(plan, work: dict[str, dict]) -> Iterator[str]:
-    yield "GiB per chip, at the longest texts that are allowed:"
-    yield "| program | " + " | ".join(PARTS) + " | together | of | |"
-    yield "|" + "-|" * (len(PARTS) + 4)
+def memory_table(plan, work: dict[str, dict]) -> Iterator[list[str]]:
+    yield ["program", *PARTS, "together", "of", ""]
     for told in work.values():
-        together = f"{sum(told['parts'].values()) / GIB:.2f}"
-        cells = [f"{told['parts'][p] / GIB:.2f}" if p in told["parts"] else "" for p in PARTS]
-        cells += ["refused" if "refused" in told else together, f"{plan.on.chip.memory / GIB:.1f}"]
-        cells.append("fits" if fits(told, plan) else "does not fit")
-        yield f"| {told['name']} | " + " | ".join(cells) + " |"
+        sizes = told["parts"] | {"together": sum(told["parts"].values())}
+        cells = [f"{sizes[p] / GIB:.2f}" if p in sizes else "" for p in (*PARTS, "together")]
+        verdict = "fits" if fits(told, plan) else "refused" if "refused" in told else "too large"
+        yield [told["name"], *cells, f"{plan.on.chip.memory / GIB:.1f}", verdict]
 
 
-def time_table(plan, work: dict[str, dict], price: float | None) -> Iterator[str]:
-    yield (
-        f"Seconds of one time, in {plan.recipe.iterations} iterations; products, memory, exchange: "
-        "the least that each takes; cycles: by the TPU's compiler"
-    )
+def time_table(plan, work: dict[str, dict]) -> Iterator[list[str]]:
     columns = ("start", "products", "memory", "exchange", "cycles", "work")
-    yield "| stage | times | " + " | ".join(columns) + " |"
-    yield "|" + "-|" * (len(columns) + 2)
+    yield ["stage", "times", *columns]
     for stage in plan.stages():
         took = plan.seconds(stage, work)
         cells = [f"{took[name]:.0f}" if took[name] else "" for name in columns]
-        yield f"| {stage.name} | {stage.times} | " + " | ".join(cells) + " |"
-    yield ""
-    hours = plan.hours(work)
-    cost = f", {hours * plan.on.size * price:,.0f} dollars at {price:g} each" if price else ""
-    yield f"the whole run: {hours:.3g} hours, {hours * plan.on.size:.3g} chip-hours{cost}"
+        yield [stage.name, str(stage.times), *cells]
+
+
+# ------------------------------------------------------------ a run beside it, and more chips
+
+# The file whose manifest tells, in each folder of the run.
+FILES = {
+    "held-out answers": ["heldout.samples.jsonl"],
+    "sample": ["samples.jsonl"],
+    "rank": ["ranked.jsonl"],
+    "dpo": ["checkpoint"],
+    "compare": ["against_start.json", "against_previous.json"],
+    "kl": ["kl_to_start.json", "kl_to_previous.json"],
+}
+
+
+def taken(run: str, iterations: int) -> dict[str, list[float]]:
+    """Seconds of each stage, one for each time it ran, by its manifests: from when it knows its
+    input to when its output is whole. Of a stage that was stopped, the last sitting's."""
+    took: dict[str, list[float]] = {}
+    for folder in ("start", *(f"iteration_{k + 1}" for k in range(iterations))):
+        for stage, path in ((s, Path(run, folder, name)) for s in FILES for name in FILES[s]):
+            if path.is_dir():
+                seconds = checkpoint.read_manifest(str(path))["origin"].get("seconds")
+            else:
+                manifest = output.read_manifest(str(path))
+                seconds = manifest and manifest.seconds
+            if seconds is not None:
+                took.setdefault(stage, []).append(seconds)
+    if not took:
+        raise UserError(f"--compare {run}: it has no finished stages: give a run's folder")
+    return took
+
+
+COMPARISON = "The run's own seconds, by its manifests; the shares are what --efficiency takes:"
+
+
+def comparison(plan, work: dict, took: dict[str, list[float]]) -> Iterator[list[str]]:
+    yield ["stage", "predicted", "taken", "predicted / taken", "share of the roofline"]
+    sums = [0.0, 0.0]
+    for stage in (stage for stage in plan.stages() if stage.name in took):
+        each, planned = took[stage.name], plan.seconds(stage, work)
+        mean, predicted = sum(each) / len(each), planned["start"] + planned["work"]
+        ideal = planned["work"] * plan.efficiency[stage.kind]
+        share = f"{ideal / (mean - stage.start):.0%}" if mean > stage.start and ideal else ""
+        seconds = ", ".join(f"{second:.1f}" for second in each)
+        yield [stage.name, f"{predicted:.1f}", seconds, f"{predicted / mean:.2f}", share]
+        sums = [sums[0] + predicted * len(each), sums[1] + sum(each)]
+    yield ["together", f"{sums[0]:.0f}", f"{sums[1]:.0f}", f"{sums[0] / sums[1]:.2f}", ""]
+
+
+def scaling(plan) -> Iterator[list[str]]:
+    """A row for an optimizer step on this slice, and on larger ones, each compiled."""
+    batch, micro, steps = plan.training.batch_size, plan.training.micro_batch_size, []
+    names = ("products", "exchange", "cycles", "work")
+    yield ["chips", "mesh", "micro-batch", "GiB", *names, "of linear"]
+    for factor in (1, 4, 16, 64):
+        larger, count = plan.on_more(factor), min(batch, micro * factor)
+        tensor = max(1, larger.on.size // batch)  # a pair is cut where chips outnumber the pairs
+        mesh = (1, larger.on.size // tensor, tensor)
+        larger = larger.changed("dpo", mesh=mesh, micro_batch_size=count)
+        asked = [each for each in larger.programs() if each["build"] == "gradients"]
+        (told,) = compiler.described(larger.on, asked, True)
+        took = larger.seconds(schedule.Stage("", "dpo", 1, {"": batch / count}, 0.0), {"": told})
+        steps.append(took["work"])
+        size = "refused" if "refused" in told else f"{sum(told['parts'].values()) / GIB:.1f}"
+        cells = [str(larger.on), "×".join(map(str, mesh)), str(count), size]
+        share = f"{steps[0] / steps[-1] / factor:.0%}"
+        yield [*cells, *(f"{took[name]:.2f}" for name in names), share]
 
 
 if __name__ == "__main__":

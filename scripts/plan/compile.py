@@ -1,11 +1,8 @@
 """The stages' real programs, compiled for devices that are not there.
 
-    echo '{"devices": {…}, "programs": [{…}, …]}' | python -m scripts.plan.compile
-
-prints a line of JSON for each program; scripts/plan/schedule.py says what is asked. `described`
-runs this file in a process and an environment of its own (scripts/plan/setup.sh): a compiler for
-other devices disturbs JAX's other work, and a large program leaves gigabytes behind. Nothing is
-computed and no weight exists: arrays are shapes alone.
+`described` runs this file in a process and an environment of its own (scripts/plan/setup.sh): a
+compiler for other devices disturbs JAX's other work, and a large program leaves gigabytes behind.
+Nothing is computed and no weight exists: arrays are shapes alone.
 """
 
 import dataclasses
@@ -21,23 +18,20 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from etils import epy
+from jax.experimental import topologies
 
+from model import generate, kv_cache, logprobs, losses, packing, placement, train, weights
+from model.config import DecoderConfig
+from model.rankers import deberta, deberta_tpu
+from scripts.plan import count, slices
+from scripts.plan.slices import Slice
+from sharding import mesh as meshes
+from sharding import table
 from sharding.chips import CHIPS
 from sharding.errors import UserError, first_line
-
-with epy.lazy_imports():  # loaded in the compiler's process alone
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
-
-    from model import config as configs
-    from model import generate, kv_cache, logprobs, losses, packing, placement, train, weights
-    from model.rankers import deberta, deberta_tpu
-    from scripts.plan import count
-    from sharding import mesh as meshes
-    from sharding import table
 
 HERE = Path(__file__).parent
 COMPILERS = HERE.parents[1] / ".compilers"
@@ -55,24 +49,22 @@ def installed(kind: str) -> bool:
     return (COMPILERS / kind).is_dir() or importlib.util.find_spec(MODULES[kind]) is not None
 
 
-def described(devices: dict, programs: list[dict], compiles: bool) -> list[dict]:
+def described(on: Slice, programs: list[dict], compiles: bool) -> list[dict]:
     """What `main` says of each program."""
-    path = [str(COMPILERS / devices["kind"]), os.environ.get("PYTHONPATH", "")]
+    path = [str(COMPILERS / on.compiler), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.plan.compile"],
-        input=json.dumps({"devices": devices if compiles else None, "programs": programs}),
+        [sys.executable, "-m", "scripts.plan.compile", str(on) if compiles else ""],
+        input=json.dumps(programs),
         env={**os.environ, **VARIABLES, "PYTHONPATH": os.pathsep.join(path)},
         cwd=HERE.parents[1],
         capture_output=True,  # libtpu complains of the TPU that is not there
         text=True,
     )
+    if done.returncode == 2:
+        raise UserError(f"{on}: {done.stdout.strip()}")
     if done.returncode:
         raise RuntimeError(f"the compiler's process ended: {done.stderr[-3000:]}")
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    for each in told:
-        if "error" in each:
-            raise UserError(f"{devices['topology']}: {each['error']}")
-    return told
+    return list(map(json.loads, done.stdout.splitlines()))
 
 
 # ---------------------------------------------------------------- in the compiler's process
@@ -125,35 +117,41 @@ def _whole(mesh, dimensions, dtype=np.int32):
     return jax.ShapeDtypeStruct(dimensions, dtype, sharding=meshes.replicated(mesh))
 
 
-# Each of these gives a Program. a: its arguments, in the order of `Plan.programs`.
+# Each of these gives a Program. a: the stage's flags, and what `Plan.programs` adds to them.
+
+
+def _of(kind: type, a):
+    """A settings' class with those of its fields that are flags."""
+    return kind(**{f.name: getattr(a, f.name) for f in dataclasses.fields(kind)})
+
+
+def _sampler(config, mesh, a) -> tuple[dict, list]:
+    params = placement.parameters(config, mesh, jnp.dtype(a.dtype))
+    cache = kv_cache.abstract_cache(config, mesh, a.slots, a.length, jnp.dtype(a.dtype))
+    return placement.unstacked(params), cache
 
 
 def decode(config, mesh, a) -> Program:
     """A step of all slots."""
-    drawing, dtype = generate.Sampling(**a.flags), jnp.dtype(a.dtype)
-    params = placement.unstacked(placement.parameters(config, mesh, dtype))
+    (params, cache), dtype = _sampler(config, mesh, a), jnp.dtype(a.dtype)
+    a.stop_strings, drawing = (), _of(generate.Sampling, a)
     state = jax.eval_shape(partial(generate._empty, config, a.slots, a.length, drawing, dtype))
-    state = jax.tree.map(lambda x: _whole(mesh, x.shape, x.dtype), state)
-    state |= {"cache": kv_cache.abstract_cache(config, mesh, a.slots, a.length, dtype)}
-    advance = partial(generate._advance, config=config, sampling=drawing, dtype=dtype)
-    return Program(
-        jax.jit(advance, donate_argnums=1),
-        (params, state, _whole(mesh, ())),
-        {"parameters": params, "cache": state["cache"]},
-        devices=mesh.size,
-    )
+    state = jax.tree.map(lambda x: _whole(mesh, x.shape, x.dtype), state) | {"cache": cache}
+    call = partial(generate._advance, config=config, sampling=drawing, dtype=dtype)
+    args = (params, state, _whole(mesh, ()))
+    inside = {"parameters": params, "cache": cache}
+    return Program(jax.jit(call, donate_argnums=1), args, inside, devices=mesh.size)
 
 
 def prefill(config, mesh, a) -> Program:
     """A row of prompts, beside the slots' cache."""
-    dtype, names = jnp.dtype(a.dtype), ("tokens", "positions", "prompts")
-    params = placement.unstacked(placement.parameters(config, mesh, dtype))
-    cache = kv_cache.abstract_cache(config, mesh, a.slots, a.length, dtype)
+    params, cache = _sampler(config, mesh, a)
+    names = ("tokens", "positions", "prompts")
     # The program has no use for the vocabulary's matrix, so the compiler leaves it out.
     unused = {name: x for name, x in params.items() if name == "unembed"}
     used = {name: x for name, x in params.items() if name != "unembed"}
     return Program(
-        jax.jit(lambda params, row: generate._prefill(params, config, row, dtype)),
+        jax.jit(lambda params, row: generate._prefill(params, config, row, jnp.dtype(a.dtype))),
         (params, {name: _whole(mesh, (1, a.tokens)) for name in names}),
         {"parameters": used},
         {"parameters": unused, "cache": cache},
@@ -161,33 +159,27 @@ def prefill(config, mesh, a) -> Program:
     )
 
 
-def _batch(mesh, a) -> tuple[dict, int]:
-    """(shapes of a micro-batch of alike pairs, chunks of its responses in model/logprobs.py)."""
-    pair = packing.Sequence([3] * a.prompt, [[4] * a.answer, [5] * a.answer])
-    shards = meshes.batch_shards(mesh)
-    packed = packing.pack([pair] * a.pairs, shards)
-    rows, t = packed["targets"].shape
-    step = min(t, max(1, logprobs.CHUNK * shards // rows))
-    chunks = -(-int((packed["owners"] >= 0).sum(axis=1).max()) // step)
-    return meshes.abstract(packed, meshes.batch_shardings(mesh, packed)), chunks
-
-
 def gradients(config, mesh, a) -> Program:
-    """Of a micro-batch; where there are several, they are added to those of another one."""
-    params, (batch, chunks) = placement.parameters(config, mesh), _batch(mesh, a)
+    """Of a micro-batch of alike pairs; where there are several, they are added to another one's."""
+    params, size = placement.parameters(config, mesh), a.micro_batch_size
+    answer = a.max_length - a.max_prompt_length
+    pair = packing.Sequence([3] * a.max_prompt_length, [[4] * answer, [5] * answer])
+    packed = packing.pack([pair] * size, meshes.batch_shards(mesh))
+    batch = meshes.abstract(packed, meshes.batch_shardings(mesh, packed))
+    sides = [name for name in losses.Pairs._fields if not name.startswith("pi_")]
+    batch |= {name: _whole(mesh, (size,), np.float32) for name in (*sides, "weights")}
     how = {"config": config, "dtype": jnp.dtype(a.dtype), "remat": a.remat}
     loss = partial(losses.pair_loss, loss=losses.Loss(), **how)
-    trainer = train.Trainer(loss, train.Optimization(**a.optimization), 100, params)
-    sides = [name for name in losses.Pairs._fields if not name.startswith("pi_")]
-    batch |= {name: _whole(mesh, (a.pairs,), np.float32) for name in (*sides, "weights")}
-    return Program(
-        trainer.accumulate,
-        (params, params if a.several else None, batch, _whole(mesh, (), np.float32)),
-        {"parameters": params, "gradients": params},
-        {"moments": trainer.optimizer_state},
-        mesh.size,
-        chunks,
-    )
+    trainer = train.Trainer(loss, _of(train.Optimization, a), 100, params)
+    before = params if a.batch_size > size else None
+    # The chunks of the responses in model/logprobs.py.
+    rows, t = packed["targets"].shape
+    step = min(t, max(1, logprobs.CHUNK * meshes.batch_shards(mesh) // rows))
+    chunks = -(-int((packed["owners"] >= 0).sum(axis=1).max()) // step)
+    args = (params, before, batch, _whole(mesh, (), np.float32))
+    inside = {"parameters": params, "gradients": params}
+    beside = {"moments": trainer.optimizer_state}
+    return Program(trainer.accumulate, args, inside, beside, mesh.size, chunks)
 
 
 def layer(config, mesh, a) -> Program:
@@ -212,16 +204,18 @@ def layer(config, mesh, a) -> Program:
 BUILDERS = {each.__name__: each for each in (decode, prefill, gradients, layer)}
 
 
-def main() -> None:
-    asked, chips = json.load(sys.stdin), []
-    if asked["devices"]:
+def main(topology: str) -> None:
+    """Print what there is to say of each program that is asked for, a line of JSON each."""
+    chips = []
+    if topology:
         try:
-            chips = _devices(**asked["devices"])
-        except (ValueError, FileNotFoundError, jax.errors.JaxRuntimeError) as error:
-            return print(json.dumps({"error": f"no such devices: {first_line(error)[:200]}"}))
-    for program in asked["programs"]:
+            chips = _devices(slices.parse(topology) if topology != "cpu" else None)
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            print(f"its compiler knows no such machine: {first_line(error)[:200]}")
+            sys.exit(2)
+    for program in json.load(sys.stdin):
         sizes, build = tuple(program["mesh"]), BUILDERS[program["build"]]
-        kind = deberta.DebertaConfig if build is layer else configs.DecoderConfig
+        kind = deberta.DebertaConfig if build is layer else DecoderConfig
         config = program["config"].items()
         config = kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in config})
         # Without devices a mesh is enough to trace a program, and to say what lies where.
@@ -240,22 +234,22 @@ def main() -> None:
         # Along fsdp it is the weights that travel, as many whatever the lengths.
         share = work["flops"] / told["flops"]
         exchange = told["exchange"] * (share if mesh.shape["fsdp"] == 1 else 1)
-        usual = {**work, "cycles": told["cycles"] * share, "exchange": exchange}
-        told |= {"name": program["name"], "usual": usual}
-        print(json.dumps(told), flush=True)
+        work |= {"cycles": told["cycles"] * share, "exchange": exchange}
+        print(json.dumps({"name": program["name"], "usual": work, **told}), flush=True)
 
 
-def _devices(kind: str, chip: str, topology: str, size: int) -> list:
-    if kind == "cpu":
+def _devices(on: Slice | None) -> list:
+    if on is None:
         return jax.devices()[:1]
-    if kind == "cuda":
-        target = (HERE / f"{chip}.target_config.txtpb").read_text()
-        more = {"target_config": target, "topology": topology}
-        return topologies.get_topology_desc(platform=kind, **more).devices
+    if on.compiler == "cuda":
+        target = (HERE / f"{on.chip.name}.target_config.txtpb").read_text()
+        shape = f"{on.hosts}x1x{on.size // on.hosts}"
+        more = {"target_config": target, "topology": shape}
+        return topologies.get_topology_desc(platform="cuda", **more).devices
     # One chip is taken out of four.
-    name = topology.replace(":1x1", ":2x2") if size == 1 else topology
-    return topologies.get_topology_desc(platform=kind, topology_name=name).devices[:size]
+    name = str(on).replace(":1x1", ":2x2") if on.size == 1 else str(on)
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[: on.size]
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

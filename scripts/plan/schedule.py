@@ -5,21 +5,17 @@ import json
 import math
 from typing import NamedTuple
 
-from etils import epy
+import jax
 
+from model import decoder
+from model.config import DecoderConfig
 from model.packing import bucket, coarse_bucket
 from scripts.plan.slices import Slice
 from scripts.recipe import Recipe
 from sharding.errors import UserError
+from sharding.mesh import decoding_sizes, training_sizes
 from stages import dpo, pairs, sample
 from stages.evaluate.kl import Kl
-
-with epy.lazy_imports():  # loaded at their first use: the errors of the command line come first
-    import jax
-
-    from model import config as configs
-    from model import decoder
-    from sharding import mesh as meshes
 
 # The share of the roofline that a stage reaches: on accelerators assumed, nothing was measured
 # there; on a CPU measured with the demo. And the seconds that a stage takes beside its programs:
@@ -56,13 +52,11 @@ def with_flags(args, table: dict):
 @dataclasses.dataclass
 class Plan:
     recipe: Recipe
-    config: "configs.DecoderConfig"
+    config: DecoderConfig
     on: Slice
     prompts: int  # an iteration
     heldout: int
-    prompt_tokens: float  # mean
-    answer_tokens: float  # mean
-    longest_prompt: int  # tokens
+    lengths: tuple[float, float, float]  # tokens: mean prompt, mean answer, longest prompt
     efficiency: dict[str, float]
 
     def __post_init__(self):
@@ -79,8 +73,8 @@ class Plan:
         self.pairrm = ".py:" not in recipe.ranker
         self.meshes = {"rank": (1, 1, 1)}
         for stage, mesh, choose in (
-            ("sample", self.sampling.mesh, meshes.decoding_sizes),
-            ("dpo", self.training.mesh, meshes.training_sizes),
+            ("sample", self.sampling.mesh, decoding_sizes),
+            ("dpo", self.training.mesh, training_sizes),
         ):
             self.meshes[stage] = self._filled(stage, mesh or choose(self.on.size, self.config))
         cut = math.prod(self.meshes["sample"][:2])
@@ -117,52 +111,41 @@ class Plan:
         """What scripts/plan/compile.py is asked. A program is compiled at the longest texts that
         are allowed, which decide its memory, and traced with `usual` in place of these arguments,
         which decides its time. A step of sampling, bound by memory, is compiled at both."""
-        drawing, training, answer = self.sampling, self.training, self.answer_tokens
-        flags = ("n", "temperature", "top_p", "top_k", "min_p", "max_new_tokens")
-        longest = -(-(self.longest_prompt + drawing.max_new_tokens) // 16) * 16
+        drawn, trained = dataclasses.asdict(self.sampling), dataclasses.asdict(self.training)
+        (tokens, answer, most), limit = self.lengths, self.sampling.max_new_tokens
+        longest = -(-(round(most) + limit) // 16) * 16
         # The longest of n lengths that fall off exponentially is the mean times ln n.
         times = max(1.0, math.log(self.slots))
-        usual = min(self.longest_prompt, self.prompt_tokens * times)
-        usual = coarse_bucket(round(usual + min(drawing.max_new_tokens, answer * times)))
-        slots = {"slots": self.slots, "length": longest, "dtype": drawing.dtype}
-        slots |= {"flags": {name: getattr(drawing, name) for name in flags}}
-        prompts, tokens = slots | {"tokens": coarse_bucket(self.longest_prompt)}, self.prompt_tokens
-
-        prompt, limit = training.max_prompt_length, training.max_length
-        names = ("learning_rate", "schedule", "warmup_ratio", "optimizer", "weight_decay")
-        how = {name: getattr(training, name) for name in (*names, "max_grad_norm")}
-        batch = {"pairs": training.micro_batch_size, "dtype": training.dtype}
-        batch |= {"prompt": prompt, "answer": limit - prompt}
-        # Of answers whose lengths fall off exponentially, those behind the limit are cut.
-        mean_prompt = min(prompt, tokens)
-        mean_answer = answer * -math.expm1((mean_prompt - limit) / answer)
-        mean = {"prompt": round(mean_prompt), "answer": max(1, round(mean_answer))}
-        more = {"optimization": how, "remat": training.remat, "several": self.micro_batches > 1}
+        usual = coarse_bucket(round(min(most, tokens * times) + min(limit, answer * times)))
+        drawn |= {"slots": self.slots, "length": longest}
+        prompts = drawn | {"tokens": coarse_bucket(round(most))}
+        # Of answers whose lengths fall off so, those that make a pair too long are cut.
+        prompt = min(trained["max_prompt_length"], tokens)
+        said = answer * -math.expm1((prompt - trained["max_length"]) / answer)
+        mean = {"max_prompt_length": round(prompt), "max_length": round(prompt) + round(said)}
         ranked = {"dtype": self.dtypes["rank"], "chip": self.on.chip.name}
         ranked |= self._comparisons(PAIRRM_LONGEST)
-
         asked = [
-            ("sample: a step", "decode", slots, {}),
-            ("sample: a usual step", "decode", slots | {"length": min(usual, longest)}, {}),
+            ("sample: a step", "decode", drawn, {}),
+            ("sample: a usual step", "decode", drawn | {"length": min(usual, longest)}, {}),
             ("sample: prompts", "prefill", prompts, {"tokens": coarse_bucket(round(tokens))}),
             ("rank: a layer", "layer", ranked, self._comparisons()),
-            ("dpo: gradients", "gradients", batch | more, mean),
+            ("dpo: gradients", "gradients", trained, mean),
         ]
-        programs = []
-        for name, build, given, usual in asked:
-            ranks = build == "layer"
-            config = PAIRRM if ranks else dataclasses.asdict(self.config)
-            where = {"name": name, "build": build, "config": config}
-            where["mesh"] = self.meshes[name.partition(":")[0]]
-            if self.pairrm or not ranks:
-                programs.append({**where, "given": given, "usual": usual})
-        return programs
+        keys, config = ("name", "build", "given", "usual"), dataclasses.asdict(self.config)
+        return [
+            dict(zip(keys, each))
+            | {"config": PAIRRM if each[1] == "layer" else config}
+            | {"mesh": self.meshes[each[0].partition(":")[0]]}
+            for each in asked
+            if self.pairrm or each[1] != "layer"
+        ]
 
     def _comparisons(self, length: int | None = None) -> dict[str, int]:
         """Of one device in one call, as model/rankers/pairrm.py has it. length: default the usual
         one."""
         if length is None:
-            length = round(min(self.prompt_tokens, 1224) + 2 * self.answer_tokens + 9)
+            length = round(min(self.lengths[0], 1224) + 2 * self.lengths[1] + 9)
             length = min(PAIRRM_LONGEST, bucket(length, 128))
         tokens = 1024 if self.on.chip.name == "cpu" else 16384
         return {"length": length, "rows": 1 << (max(1, tokens // length).bit_length() - 1)}
@@ -200,7 +183,7 @@ class Plan:
         args = self.heldout_sampling if heldout else self.sampling
         prompts = self.heldout if heldout else self.prompts
         answers, limit = prompts * args.n, args.max_new_tokens
-        mean, slots = min(limit, self.answer_tokens), min(args.slots or 256, answers)
+        mean, slots = min(limit, self.lengths[1]), min(args.slots or 256, answers)
         half = min(limit, mean * math.log(2))  # until half of them have ended
         end = half + min(half, limit - half) / 2 + max(0.0, limit - 2 * half) / 4
         steps = (answers - slots) * mean / slots + end
@@ -235,11 +218,10 @@ class Plan:
 def efficiencies(words: tuple[str, ...], on: Slice) -> dict[str, float]:
     """From --efficiency: sample=0.5, over what is assumed."""
     known = dict(MEASURED_ON_CPU if on.chip.name == "cpu" else ASSUMED)
-    for word in words:
-        name, _, value = word.partition("=")
+    for name, _, value in (word.partition("=") for word in words):
         share = float(value) if value.replace(".", "", 1).isdigit() else 0.0
         if name not in known or not 0 < share <= 1:
-            rule = f"write NAME=SHARE, of {', '.join(known)}, above 0 and at most 1"
-            raise UserError(f"--efficiency {word}: {rule}")
+            rule = f"{', '.join(known)}, above 0 and at most 1"
+            raise UserError(f"--efficiency {name}={value}: write NAME=SHARE, of {rule}")
         known[name] = share
     return known

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 
 from sharding.chips import CHIPS, Chip
 from sharding.errors import UserError
@@ -49,12 +50,9 @@ class Slice:
         sides[sides.index(min(sides))] *= 2
         return Slice(self.chip, tuple(sides)).times(factor // 2)
 
-    def devices(self) -> dict:
-        """What scripts/plan/compile.py needs to know."""
-        kind = "tpu" if self.chip.ports else "cuda" if self.shape else "cpu"
-        hosts = f"{self.hosts}x1x{self.size // self.hosts}"
-        topology = hosts if kind == "cuda" else str(self)
-        return {"kind": kind, "chip": self.chip.name, "topology": topology, "size": self.size}
+    @property
+    def compiler(self) -> str:
+        return "tpu" if self.chip.ports else "cuda" if self.shape else "cpu"
 
     def seconds(self, work: dict, dtype: str) -> dict[str, float]:
         """Of what scripts/plan/compile.py says of a program: the least that its products, reading
@@ -77,9 +75,8 @@ def parse(topology: str) -> Slice:
     name, _, shape = topology.partition(":")
     if name not in CHIPS:
         raise UserError(f"{topology}: no chip {name!r} in the table: cpu, {', '.join(CHIPS)}")
-    sides = shape.split("x")
     dimensions = TORUS.get(name, 1)
-    if len(sides) != dimensions or not all(s.isdigit() and int(s) > 0 for s in sides):
-        example = {1: "8", 2: "2x4", 3: "2x2x1"}[dimensions]
+    if not re.fullmatch("x".join([r"[1-9]\d*"] * dimensions), shape):
+        example = ("8", "2x4", "2x2x1")[dimensions - 1]
         raise UserError(f"{topology!r} is no slice of {name}: write {name}:{example}, say")
-    return Slice(CHIPS[name], tuple(map(int, sides)))
+    return Slice(CHIPS[name], tuple(map(int, shape.split("x"))))
