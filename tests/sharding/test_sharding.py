@@ -10,10 +10,10 @@ from jax.sharding import AbstractMesh
 from model import decoder, generate, train
 from model.config import DecoderConfig
 from model.packing import Sequence, pack
+from scripts.bench.shapes import MISTRAL_7B
 from sharding import table
 from sharding.mesh import MESH_AXES, batch_shards, decoding_sizes, training_sizes
 from tests import tiny
-from tests.model.test_tpu import MISTRAL_7B
 
 
 @pytest.mark.parametrize(
