@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import AbstractMesh
 
-from model import generate, kv_cache, logprobs, losses, packing, placement, train, weights
+from model import decoder, generate, kv_cache, logprobs, losses, packing, train, weights
 from model.config import DecoderConfig
 from model.rankers import deberta, deberta_tpu
 from scripts.plan import count, slices
@@ -126,9 +127,9 @@ def _of(kind: type, a):
 
 
 def _sampler(config, mesh, a) -> tuple[dict, list]:
-    params = placement.parameters(config, mesh, jnp.dtype(a.dtype))
+    params = decoder.abstract(config, mesh, jnp.dtype(a.dtype))
     cache = kv_cache.abstract_cache(config, mesh, a.slots, a.length, jnp.dtype(a.dtype))
-    return placement.unstacked(params), cache
+    return kv_cache.unstacked(params), cache
 
 
 def decode(config, mesh, a) -> Program:
@@ -161,11 +162,11 @@ def prefill(config, mesh, a) -> Program:
 
 def gradients(config, mesh, a) -> Program:
     """Of a micro-batch of alike pairs; where there are several, they are added to another one's."""
-    params, size = placement.parameters(config, mesh), a.micro_batch_size
+    params, size = decoder.abstract(config, mesh), a.micro_batch_size
     answer = a.max_length - a.max_prompt_length
     pair = packing.Sequence([3] * a.max_prompt_length, [[4] * answer, [5] * answer])
     packed = packing.pack([pair] * size, meshes.batch_shards(mesh))
-    batch = meshes.abstract(packed, meshes.batch_shardings(mesh, packed))
+    batch = meshes.placed_batch(mesh, packed)
     sides = [name for name in losses.Pairs._fields if not name.startswith("pi_")]
     batch |= {name: _whole(mesh, (size,), np.float32) for name in (*sides, "weights")}
     how = {"config": config, "dtype": jnp.dtype(a.dtype), "remat": a.remat}
@@ -219,7 +220,7 @@ def main(topology: str) -> None:
         config = program["config"].items()
         config = kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in config})
         # Without devices a mesh is enough to trace a program, and to say what lies where.
-        mesh, use = meshes.abstract_mesh(sizes), jax.sharding.use_abstract_mesh
+        mesh, use = AbstractMesh(sizes, meshes.MESH_AXES), jax.sharding.use_abstract_mesh
         if chips:
             mesh = meshes.make_mesh(*sizes, devices=chips[: math.prod(sizes)])
             use = jax.set_mesh
