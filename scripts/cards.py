@@ -9,18 +9,20 @@ without JAX.
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from pathlib import Path
 
 from etils import epath, epy
-from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
+from huggingface_hub import CardData, DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 from sharding.errors import UserError, check_scheme
 from stages.files.output import Manifest, read_manifest
 from stages.files.paths import text_sha256, write_atomically
 from stages.files.provenance import Entry, provenance, short_name, with_roles
 
-with epy.lazy_imports():  # they take two seconds, and only the card of a data set needs them
+with epy.lazy_imports():  # they take two seconds, and only writing a card needs them
     import datasets
+    import jinja2
 
     from stages.files import formats
 
@@ -56,9 +58,7 @@ def model_card(checkpoint: dict, dtype: str, rounding: str | None, results: list
     chain = _chain(checkpoint)
     trainings = [made for made in chain if made["origin"].get("stage") == "dpo"]
     source = chain[0].get("source", {})
-    base = source.get("hub_id") or source.get("name")
     entries = [entry for made in trainings for entry in made.get("data", [])]
-    measured = _results(results, chain)
     front = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -67,38 +67,19 @@ def model_card(checkpoint: dict, dtype: str, rounding: str | None, results: list
         tags=["preference-alignment", "dpo"] if trainings else None,
         **{name: source[name] for name in LICENCE if name in source},
     )
-    count = len(trainings)
-    iterations = f"{count} iteration{'s' if count != 1 else ''} of preference alignment"
-    method = "its answers to prompts ranked, the best and the worst a pair, DPO on the pairs"
-    files = _names(chain[0]["origin"].get("inputs", {}))
-    blocks = [
-        f"# {base or 'A language model'}" + (f" after {iterations}" if trainings else ""),
-        f"{checkpoint['parameters']:,} parameters, stored as {dtype}."
-        + (f" {iterations.capitalize()}: {method}." if trainings else ""),
-        _table(
-            ["what", "which"],
-            [
-                ("base model", base or UNKNOWN),
-                ("its revision", source.get("revision") or UNKNOWN),
-                ("its files", files or UNKNOWN),
-                ("identity of its weights", f"`{chain[0]['identity']}`"),
-                ("identity of these weights", f"`{checkpoint['identity']}` (before rounding)"),
-            ],
-        ),
-        "## Use",
-        "```python\nfrom transformers import pipeline\n\n"
-        'generate = pipeline("text-generation", model="FOLDER OR HUB ID")\n'
-        'print(generate([{"role": "user", "content": "…"}]))\n```',
-    ]
-    if trainings:
-        columns = [_training(made) for made in trainings]
-        rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
-        header = ["", *(f"iteration {k}" for k in range(1, count + 1))]
-        blocks += ["## Training and data", _table(header, rows)]
-    blocks += ["## Results", *(measured or ["None were given."])]
-    blocks += ["## Licence", _licence(source)]
-    blocks += ["## Limits", _limits(bool(trainings), rounding, bool(measured))]
-    return _card(front.to_yaml(), blocks)
+    return _card(
+        front,
+        "model_card.md.jinja",
+        made=checkpoint,
+        dtype=dtype,
+        rounding=rounding,
+        start=chain[0],
+        source=source,
+        base=source.get("hub_id") or source.get("name"),
+        files=_names(chain[0]["origin"].get("inputs", {})),
+        trainings=[_training(made) for made in trainings],
+        results=_results(results, chain),
+    )
 
 
 def _chain(checkpoint: dict) -> list[dict]:
@@ -159,7 +140,8 @@ def _mean_characters(pairs: Entry) -> str:
 
 def _prompts(data: list[Entry]) -> str:
     """The oldest file of prompts that the manifests name, and the number of prompts."""
-    readers = [e for e in data if e["stage"] in ("sample", "prompts-from-parquet", "from-parquet")]
+    stages = ("sample", "prompts", "prompts-from-parquet", "from-parquet")
+    readers = [entry for entry in data if entry["stage"] in stages]
     if not readers:
         return UNKNOWN
     return f"{_names(readers[-1]['inputs'])} ({readers[0]['counts'].get('in', UNKNOWN)})"
@@ -175,35 +157,12 @@ def _datasets(entries: list[Entry]) -> list[str]:
     return sorted({match[1] for one in inputs if (match := HUB_DATASET.match(one["path"]))})
 
 
-def _licence(source: dict) -> str:
-    name = source.get("license_name") or source.get("license")
-    if name is None:
-        return (
-            "Not known: nothing that the model was made from states one. Look before you publish."
-        )
-    link = f" ({source['license_link']})" if "license_link" in source else ""
-    return f"{name}{link}, as the base model's own metadata state."
-
-
-def _limits(trained: bool, rounding: str | None, measured: bool) -> str:
-    limits = []
-    if trained:
-        limits += [
-            "Its preferences are the ranker's, not people's: it learned what the ranker overrates.",
-            "The manifests record no test of truth, safety or bias.",
-        ]
-    if rounding:
-        limits.append(f"{rounding[0].upper()}{rounding[1:]}.")
-    if not measured:
-        limits.append("Nothing here says that it is better than its base: no results were given.")
-    return "\n".join(f"- {limit}" for limit in limits) or "None are recorded."
-
-
 # ---------------------------------------------------------------------- the model's results
 
 
-def _results(files: list[str], chain: list[dict]) -> list[str]:
-    """Tables of the results in `files`, which must be of the last model of `chain`."""
+def _results(files: list[str], chain: list[dict]) -> list[tuple[str, list[list[str]]]]:
+    """Tables (columns, rows) of the results in `files`, which must be of the last model of
+    `chain`."""
     identity, rows = chain[-1]["identity"], {stage: [] for stage in RESULTS}
     names = {made["identity"]: f"iteration {k}" for k, made in enumerate(chain)}
     names |= {chain[0]["identity"]: "the base model"} | {identity: "this model"}
@@ -232,9 +191,7 @@ def _results(files: list[str], chain: list[dict]) -> list[str]:
             raise UserError(f"--results {file}: damaged ({error!r}): make it again") from None
         rows[manifest.stage].append([*row, "yes" if identity in measured else UNKNOWN])
     return [
-        _table([*RESULTS[stage][0], "of these weights"], lines)
-        for stage, lines in rows.items()
-        if lines
+        (f"{RESULTS[stage][0]} | of these weights", lines) for stage, lines in rows.items() if lines
     ]
 
 
@@ -289,30 +246,19 @@ def _rate(rate: float, low: float, high: float) -> str:
     return f"{rate:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def _columns(text: str) -> list[str]:
-    return text.split(" | ")
-
-
 # The stage that wrote a result → the columns of its table, and the function that fills a row.
-RESULTS: dict[str, tuple[list[str], Callable[..., list[str]]]] = {
+RESULTS: dict[str, tuple[str, Callable[..., list[str]]]] = {
     "evaluate compare": (
-        _columns(
-            "against | judged by | instructions | win rate, 95% interval | length-controlled | "
-            "mean characters, its and the other's"
-        ),
+        "against | judged by | instructions | win rate, 95% interval | length-controlled | "
+        "mean characters, its and the other's",
         _compare,
     ),
     "evaluate score": (
-        _columns(
-            "annotations against | instructions | win rate, 95% interval | length-controlled | "
-            "mean characters"
-        ),
+        "annotations against | instructions | win rate, 95% interval | length-controlled | "
+        "mean characters",
         _score,
     ),
-    "evaluate kl": (
-        _columns("KL(first ‖ second) of | on | prompts | per token, and standard error"),
-        _kl,
-    ),
+    "evaluate kl": ("KL(first ‖ second) of | on | prompts | per token, and standard error", _kl),
 }
 
 
@@ -338,34 +284,14 @@ def dataset_card(splits: list[dict], features) -> tuple[dict, str]:
     datasets.info.DatasetInfosDict({"default": info}).to_dataset_card_data(front)
     files = [{"split": split["name"], "path": split["path"]} for split in splits]
     front["configs"] = [{"config_name": "default", "data_files": files}]
-    hub_ids = _datasets([entry for split in splits for entry in split["data"] or []])
-    prompts = f"the prompts ({', '.join(hub_ids)})" if hub_ids else "the prompts"
-    blocks = [
-        "# Preference pairs",
-        "A ranker scored several answers to each prompt: `chosen` is its best answer, `rejected` "
-        "its worst. `all_generated_responses` and `all_rm_scores` hold every answer and its score.",
-        "## Splits",
-        _table(
-            ["split", "rows", "bytes"],
-            [(split["name"], f"{split['rows']:,}", f"{split['bytes']:,}") for split in splits],
-        ),
-        "## How they were made",
-        _table(
-            _columns(
-                "split | prompts | sampled by | answers to each | ranker | choice | mean characters"
-            ),
-            [(split["name"], *_making(split["data"] or [])) for split in splits],
-        ),
-        "## Licence",
-        f"Not known: the manifests record none of {prompts} or of the model that answered them. "
-        "Look before you publish.",
-        "## Limits",
-        "- The answers are a model's; the manifests record no check of them by a person.\n"
-        "- The preferences are the ranker's, not people's.",
-    ]
-    return {name: front[name] for name in ("configs", "dataset_info")}, _card(
-        front.to_yaml(), blocks
+    card = _card(
+        front,
+        "dataset_card.md.jinja",
+        splits=splits,
+        making=[(split["name"], *_making(split["data"] or [])) for split in splits],
+        hub_ids=_datasets([entry for split in splits for entry in split["data"] or []]),
     )
+    return {name: front[name] for name in ("configs", "dataset_info")}, card
 
 
 def write_dataset_card(directory: str) -> None:
@@ -404,19 +330,24 @@ def _making(data: list[Entry]) -> list[str]:
 # ---------------------------------------------------------------------- Markdown, and writing it
 
 
-def _card(front: str, blocks: list[str]) -> str:
-    text = f"---\n{front}\n---\n\n" + "\n\n".join(blocks) + "\n"
+def _card(front: CardData, template: str, **values) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"cell": _cell, "table": _table}
+    body = environment.get_template(template).render(values)
+    text = f"---\n{front.to_yaml()}\n---\n\n{body.rstrip()}\n"
     return f"{text}\n<!-- made from the manifests, sha256 {text_sha256(text)} -->\n"
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = list(header)
+def _table(rows: list[list[str]], columns: str) -> str:
+    header = columns.split(" | ")
     lines = [header, ["-"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
 
 
 def _cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")
+    return " ".join(str(text or UNKNOWN).split()).replace("|", "\\|")
 
 
 def write(path: str, card: str) -> bool:

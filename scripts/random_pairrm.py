@@ -120,18 +120,6 @@ def write_pairrm(folder: Path, sizes: dict, model: bytes, seed: int = 0) -> Path
         "model_name": str(encoder),
         "source_maxlength": 1224,
         "candidate_maxlength": 412,
-        "n_tasks": 1,
-        "num_pos": 5,
-        "num_neg": 5,
-        "sub_sampling_mode": "all_pair",
-        "sub_sampling_ratio": 0.4,
-        "loss_type": "instructgpt",
-        "reduce_type": "linear",
-        "inference_mode": "bubble",
-        "drop_out": 0.05,
-        "fp16": True,
-        "cache_dir": "",
-        "load_checkpoint": "",
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings))
@@ -141,7 +129,8 @@ def write_pairrm(folder: Path, sizes: dict, model: bytes, seed: int = 0) -> Path
     generator = torch.Generator().manual_seed(seed + 1)
     # In a deep model, layers that add much and attend evenly would make all tokens' vectors equal.
     deep = sizes["num_hidden_layers"] > 8
-    added, sharpness, read = (0.3, 2.2, 18) if deep else (1, 1.5, 6)
+    names = ("output.dense.weight", "query_proj", "key_proj", "head_layer.4.weight")
+    factors = dict(zip(names, (0.3, 2.2, 2.2, 18) if deep else (1, 1.5, 1.5, 6)))
     with torch.no_grad():
         for name, tensor in ranker.named_parameters():
             noise = torch.randn(tensor.shape, generator=generator)
@@ -149,14 +138,9 @@ def write_pairrm(folder: Path, sizes: dict, model: bytes, seed: int = 0) -> Path
                 tensor.copy_(1 + 0.2 * noise)
             elif tensor.ndim == 1:
                 tensor.copy_(0.2 * noise)
-            elif "query_proj" in name or "key_proj" in name:
-                tensor.copy_(sharpness * noise / math.sqrt(tensor.shape[1]))
-            elif name == "head_layer.4.weight":
-                tensor.copy_(read * noise / math.sqrt(tensor.shape[1]))
-            elif name.endswith("output.dense.weight"):
-                tensor.copy_(added * noise / math.sqrt(tensor.shape[1]))
             else:
-                tensor.copy_(noise / math.sqrt(tensor.shape[1]))
+                factor = next((f for part, f in factors.items() if part in name), 1)
+                tensor.copy_(factor * noise / math.sqrt(tensor.shape[1]))
     safetensors.torch.save_model(ranker, str(folder / "model.safetensors"))
     return folder
 

@@ -37,7 +37,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, decoder, generate, kv_cache
+    from model import checkpoint, generate, kv_cache
     from model import tokenizer as tokenizers
     from sharding import mesh as meshes
     from sharding import table
@@ -200,11 +200,10 @@ def parse_slice(text: str | None) -> tuple[int, int]:
 def load_sampler(args: Args, config, tokenizer, sampling, mesh, longest: int, prompts: int, bar):
     """The engine (generate.Sampler) with the checkpoint's weights, for so many prompts. longest:
     tokens of the longest one."""
-    shardings = meshes.tree_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
-    params = checkpoint.load(args.checkpoint, shardings)[1]
+    params = checkpoint.load(args.checkpoint, mesh)[1]
     dtype = jnp.dtype(args.dtype)
     if dtype != jnp.float32:
-        params = decoder.cast(params, dtype)
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
     length = longest + args.max_new_tokens
     slot_bytes = kv_cache.cache_bytes(config, length, dtype)
     slots = min(processes.from_all(count_slots(args, mesh, slot_bytes, args.n * prompts)))
@@ -223,7 +222,7 @@ def count_slots(args: Args, mesh, slot_bytes: int, answers: int) -> int:
         if args.cache_memory is not None:
             memory = parse_bytes(args.cache_memory, "--cache-memory")
         else:
-            memory = meshes.free_memory(mesh) * (0.25 if on_cpu else 0.8)
+            memory = kv_cache.free_memory(mesh) * (0.25 if on_cpu else 0.8)
         slots = int(memory / (slot_bytes * shards)) * shards
         if slots < 1:
             raise UserError(

@@ -35,7 +35,6 @@ import logging
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -111,9 +110,8 @@ def work(pipe, kind: str, flags: dict) -> None:
             piece, seconds, rates = pipe.recv()
         except EOFError:
             return None
-        given = measuring.Given(
-            shapes.sizes(**flags), measuring.Clock(seconds), rates, flags["tiny"]
-        )
+        end = time.monotonic() + seconds
+        given = measuring.Given(shapes.sizes(**flags), end, rates, flags["tiny"])
         try:
             for row in pieces.PIECES[piece](given):
                 pipe.send(("row", row))
@@ -171,7 +169,8 @@ class Report:
         self.told = {
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "arguments": {name: x for name, x in vars(args).items() if x and name != "out"},
-            "code": commit(),
+            "code": printed("git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty")
+            or None,
             "machine": nvidia_smi(),
             "pieces": {},
         }
@@ -180,7 +179,7 @@ class Report:
         """Known once a process has come up."""
         self.told["machine"] |= facts
         if self.out is None and self.keep:
-            self.out = unused(RESULTS / f"{file_name(self.card)}-{time.strftime('%Y-%m-%d')}.json")
+            self.out = unused(self.card)
         self.write()
 
     @property
@@ -254,40 +253,29 @@ def figures(row: dict) -> str:
     return ", ".join(told)
 
 
+def printed(*command: str) -> str:
+    """What a command prints; nothing where there is no such command or it fails."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return run.stdout.strip()
+    return ""
+
+
 def nvidia_smi() -> dict:
-    """The card's name and its driver, as nvidia-smi has them."""
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        return {}
-    if done.returncode or not done.stdout.strip():
-        return {}
-    name, driver = done.stdout.splitlines()[0].rsplit(",", 1)
-    return {"card": name.strip(), "driver": driver.strip()}
+    """The first card's name and its driver."""
+    cards = printed("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    name, comma, driver = cards.partition("\n")[0].rpartition(",")
+    return {"card": name.strip(), "driver": driver.strip()} if comma else {}
 
 
-def commit() -> str | None:
-    """The commit that is measured, where this is a git checkout."""
-    if shutil.which("git") is None:
-        return None
-    query = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
-
-
-def file_name(card: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", card).strip("-")
-
-
-def unused(path: Path) -> Path:
-    """The path, or with -2, -3, … behind its name where there is such a file: results are kept."""
-    number, found = 1, path
-    while found.exists():
+def unused(card: str) -> Path:
+    """A file for this card and day that does not exist yet: results are kept."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", card).strip("-") + time.strftime("-%Y-%m-%d")
+    path, number = RESULTS / f"{name}.json", 1
+    while path.exists():
         number += 1
-        found = path.with_stem(f"{path.stem}-{number}")
-    return found
+        path = RESULTS / f"{name}-{number}.json"
+    return path
 
 
 # ----------------------------------------------------------------------------- the pieces

@@ -1,26 +1,44 @@
-"""What the benchmarks share: the model in two formats, and a process for each side."""
+"""What the side-by-side benchmarks share: texts, a process for each side, turns, and rates."""
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
-from scripts import convert
+from etils import epy
+
+from sharding.errors import UserError
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    import jax
+    import jax.numpy as jnp
+
+    from scripts import convert
+
+# The settings of scripts/iterate.sh.
+MALLOC = ":".join(
+    f"glibc.malloc.{setting}"
+    for setting in "hugetlb=1 mmap_max=0 trim_threshold=1000000000000 arena_max=1".split()
+)
 
 
-def timed(function):
-    """(seconds, what function() gives)."""
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
+def alpaca_eval(*models: str, instead: str = "") -> list[tuple[dict, ...]]:
+    """The rows of these models' outputs, one tuple per instruction, from the tests' data. instead:
+    what else the user may give, for the error."""
+    data = Path(os.environ.get("ALIGN_TEST_DATA", "../shared/data")) / "alpaca_eval"
+    if not data.is_dir():
+        raise UserError(f"{data} does not exist: {instead}set ALIGN_TEST_DATA to the tests' data")
+    return list(zip(*(json.loads((data / f"{model}.json").read_text()) for model in models)))
 
 
-def peak_memory() -> int:
-    """Bytes: the most that this process ever held. (ru_maxrss begins with what its parent held.)"""
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
+def spread(rows: list, count: int) -> list:
+    """So many of the rows, evenly spread."""
+    return rows[:: len(rows) // count][:count]
 
 
 def two_formats(checkpoint: str | None, temporary: str) -> tuple[str, str]:
@@ -34,26 +52,88 @@ def two_formats(checkpoint: str | None, temporary: str) -> tuple[str, str]:
     return folder, hf_folder
 
 
-class Side:
-    """One implementation in a process of its own, asked in turns: worker(pipe, *args) answers each
-    (what, given) that comes through its pipe."""
+# ----------------------------------------------------------------------------- measuring
 
-    def __init__(self, worker, *args, tuned: bool = True):
-        """tuned: with malloc's settings of scripts/iterate.sh, where the caller set none."""
-        malloc = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 10**12, "arena_max": 1}
-        tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in malloc.items())
-        before = os.environ.get("GLIBC_TUNABLES")
-        if tuned and before is None:
-            os.environ["GLIBC_TUNABLES"] = tunables
+
+def timed(function: Callable, *args) -> tuple[float, object]:
+    """(seconds, what function(*args) gives)."""
+    start = time.perf_counter()
+    result = function(*args)
+    return time.perf_counter() - start, result
+
+
+def gemm_rate() -> float:
+    """FLOP/s of XLA's fp32 matrix product at PairRM's shapes, over a hundred in a row."""
+    x, w = jnp.ones((2048, 1024)), jnp.ones((1024, 4096))
+    product = jax.jit(lambda x, w: jnp.dot(x, w, precision="highest"))
+    product(x, w).block_until_ready()
+    seconds, _ = timed(lambda: [product(x, w).block_until_ready() for _ in range(100)])
+    return 100 * 2 * x.shape[0] * w.size / seconds
+
+
+def read_rate() -> float:
+    """Bytes per second at which a large array is read, the best of ten."""
+    x = jnp.ones((128, 1 << 20))
+    total = jax.jit(lambda x: jnp.sum(x, axis=1))
+    return x.nbytes / best_seconds(total, x, times=10)
+
+
+def best_seconds(function: Callable, *args, times: int = 5) -> float:
+    """The fewest seconds of function(*args), after one call to warm up."""
+    jax.block_until_ready(function(*args))
+    return min(timed(lambda: jax.block_until_ready(function(*args)))[0] for _ in range(times))
+
+
+# ------------------------------------------------------------------------------ the sides
+
+
+class Worker:
+    """One implementation, in a process of its own: a subclass adds what is measured."""
+
+    sizes: tuple[int, ...] = ()  # batch sizes worth using
+
+    def gemm(self) -> float:
+        return gemm_rate()
+
+    def memory(self) -> int:
+        """Bytes: the most that this process ever held. (ru_maxrss begins with what its parent
+        held.)"""
+        with open("/proc/self/status") as status:
+            line = next(line for line in status if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+
+    def batch(self) -> int:
+        return self.sizes[0]
+
+    def quickest(self, run: Callable[[int], object], amount: Callable = lambda result: 1):
+        """(seconds, result) of run(batch size): the first time with each size, then with the one
+        that did most in its time. amount: how much a result is."""
+        done = {size: timed(run, size) for size in self.sizes}
+        if len(done) > 1:
+            times = (f"{size} in {seconds:.1f} s" for size, (seconds, _) in done.items())
+            print(f"batch sizes: {', '.join(times)}", flush=True)
+        self.sizes = (min(done, key=lambda size: done[size][0] / amount(done[size][1])),)
+        return done[self.sizes[0]]
+
+
+class Side:
+    """A worker in a process of its own: side.ask("gemm") calls its method."""
+
+    def __init__(self, kind: type[Worker], *args, tuned: bool = True):
+        """tuned: with the loop's settings of malloc, where the caller set none."""
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=worker, args=(other, *args), daemon=True)
+        self._process = context.Process(target=_serve, args=(other, kind, args), daemon=True)
+        tune = tuned and "GLIBC_TUNABLES" not in os.environ
+        if tune:
+            os.environ["GLIBC_TUNABLES"] = MALLOC  # the new process inherits it
         self._process.start()
-        if before is None:
-            os.environ.pop("GLIBC_TUNABLES", None)
+        other.close()
+        if tune:
+            del os.environ["GLIBC_TUNABLES"]
 
-    def ask(self, what: str, given=None):
-        self._pipe.send((what, given))
+    def ask(self, method: str, *args):
+        self._pipe.send((method, args))
         try:
             return self._pipe.recv()
         except EOFError:
@@ -61,3 +141,39 @@ class Side:
 
     def close(self):
         self._process.terminate()
+
+
+def _serve(pipe, kind: type[Worker], args: tuple) -> None:
+    sys.stdout = sys.stderr  # what libraries print does not mix with the figures
+    worker = kind(*args)
+    with contextlib.suppress(EOFError):  # the other end is closed
+        while True:
+            method, args = pipe.recv()
+            pipe.send(getattr(worker, method)(*args))
+
+
+def in_turns(
+    title: str,
+    turns: list,
+    sides: dict[str, Callable[[object], tuple]],
+    gemm: Callable[[], float] | None = None,
+) -> tuple[dict[str, list[tuple]], list[float]]:
+    """Every side at each turn, one after the other: ({side: its results}, what `gemm` gave before
+    each turn). Each result begins with its seconds."""
+    results, rates = {name: [] for name in sides}, []
+    for number, turn in enumerate(turns, 1):
+        rate = ""
+        if gemm is not None:
+            rates.append(gemm())
+            rate = f" (GEMM {rates[-1] / 1e9:.0f} GFLOP/s)"
+        for name, work in sides.items():
+            results[name].append(work(turn))
+        told = ", ".join(f"{name} {done[-1][0]:.1f} s" for name, done in results.items())
+        print(f"{title} {number} of {len(turns)}: {told}{rate}", flush=True)
+    return results, rates
+
+
+def report(name: str, side: Side, *figures: str) -> None:
+    """One line on a side, with the memory that it took."""
+    memory = f"peak {side.ask('memory') / 2**30:.2f} GiB"
+    print(f"{name:17s} {', '.join([*figures, memory])}", flush=True)

@@ -10,11 +10,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from model import generate
+from model.kv_cache import available_memory
 from model.precision import matmul_precision
 from scripts.bench import shapes
+from scripts.bench.machine import timed
 from scripts.bench.shapes import Sizes
 from sharding.errors import first_line
-from sharding.mesh import available_memory
 
 Row = dict  # "name" and figures, their units in the keys
 
@@ -23,46 +25,39 @@ class Skip(Exception):
     """The piece cannot run here, for this reason."""
 
 
-class Clock:
-    """Seconds that a piece may still take."""
-
-    def __init__(self, seconds: float):
-        self.end = time.monotonic() + seconds
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-
 @dataclasses.dataclass
 class Given:
-    """What a piece works with. rates: what `rates` measured, where it has run before."""
+    """What a piece works with. end: when its time is over, on the monotonic clock. rates: what was
+    measured already."""
 
     sizes: Sizes
-    clock: Clock
+    end: float
     rates: dict[str, float]
-    tiny: bool
+    tiny: bool = False
 
-    def rate(self, name: str, measure: Callable[["Given"], float]) -> float:
+    def left(self) -> float:
+        """Seconds that the piece may still take."""
+        return self.end - time.monotonic()
+
+    def rate(self, name: str) -> float:
+        """Bytes/s of "copy", or FLOP/s of products of a dtype; measured at the first call."""
         if name not in self.rates:
-            self.rates[name] = measure(self)
+            self.rates[name] = copy_rate(self) if name == "copy" else product_rate(self, name)
         return self.rates[name]
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Median seconds of run(), after one to warm up: three times, and on up to eleven times as
+        long as the whole takes no more than two seconds."""
+        jax.block_until_ready(run())
+        took, begun = [], time.perf_counter()
+        while len(took) < 3 or (len(took) < 11 and time.perf_counter() - begun < 2):
+            took.append(timed(lambda: jax.block_until_ready(run()))[0])
+            if self.left() < took[-1]:
+                break
+        return statistics.median(took)
 
 
 # ----------------------------------------------------------------------------- measuring
-
-
-def median_seconds(run: Callable[[], object], clock: Clock, most: float = 2.0) -> float:
-    """Median seconds of run(), after one to warm up: three times, and on up to eleven times as long
-    as the whole takes no more than `most` seconds."""
-    jax.block_until_ready(run())
-    took, begun = [], time.perf_counter()
-    while len(took) < 3 or (len(took) < 11 and time.perf_counter() - begun < most):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        took.append(time.perf_counter() - start)
-        if clock.left() < took[-1]:
-            break
-    return statistics.median(took)
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -93,6 +88,44 @@ def facts() -> dict:
     }
 
 
+class DecodeCall:
+    """The sampling engine's compiled loop over full slots: a call gives the seconds of one step.
+
+    compiling: seconds. steps: the tokens that the last call drew in each slot.
+    """
+
+    def __init__(self, config, params, sampling, slots: int, length: int, dtype):
+        self.params, self.sampling, self.slots, self.length = params, sampling, slots, length
+        empty, advance, _ = generate.programs(config, sampling, dtype)
+        self.state, random = empty(slots, length), shapes.Random()
+        for layer, kv in enumerate(self.state["cache"]):
+            self.state["cache"][layer] = tuple(random.normal(x.shape, x.dtype) for x in kv)
+        self.state = self._from_the_start()
+        self.compiling, self.program = timed(
+            lambda: advance.lower(params, self.state, jnp.int32(0)).compile()
+        )
+
+    def _from_the_start(self) -> dict:
+        """All slots as many tokens before the cache is full as a call draws."""
+        steps = min(generate.STEPS_PER_CALL, self.sampling.max_new_tokens)
+        return self.state | {
+            "active": jnp.ones(self.slots, bool),
+            "keys": jnp.arange(2 * self.slots, dtype=jnp.uint32).reshape(self.slots, 2),
+            "prompt_lengths": jnp.full(self.slots, self.length - steps, jnp.int32),
+            "steps": jnp.ones(self.slots, jnp.int32),
+            "tokens": jnp.full(self.state["tokens"].shape, 3, jnp.int32),
+            "logprobs": jnp.zeros(self.state["logprobs"].shape, jnp.float32),
+        }
+
+    def __call__(self) -> float:
+        state = jax.block_until_ready(self._from_the_start())
+        seconds, self.state = timed(
+            lambda: jax.block_until_ready(self.program(self.params, state, jnp.int32(0)))
+        )
+        self.steps = int(jnp.max(self.state["steps"])) - 1
+        return seconds / self.steps
+
+
 # --------------------------------------------------------------------------------- rates
 
 
@@ -114,7 +147,7 @@ def copy_rate(given: Given) -> float:
             arrays[i % 4] = negate(arrays[i % 4])
         return arrays
 
-    return turns * 2 * arrays[0].nbytes / median_seconds(once, given.clock)
+    return turns * 2 * arrays[0].nbytes / given.seconds(once)
 
 
 def product_rate(given: Given, dtype, out=None) -> float:
@@ -133,8 +166,4 @@ def product_rate(given: Given, dtype, out=None) -> float:
             last = product(*pairs[i % 3])
         return last
 
-    return turns * 2 * n**3 / median_seconds(once, given.clock)
-
-
-def bf16_rate(given: Given) -> float:
-    return product_rate(given, jnp.bfloat16)
+    return turns * 2 * n**3 / given.seconds(once)

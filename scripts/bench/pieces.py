@@ -4,7 +4,6 @@ A piece runs in the worker process. It looks at its clock between steps: one tha
 more is left out and named.
 """
 
-import dataclasses
 import importlib.metadata
 import statistics
 import tempfile
@@ -19,13 +18,12 @@ import numpy as np
 from model import generate, kv_cache, packing
 from model.rankers import deberta, deberta_tpu
 from scripts.bench import kernel_profile, shapes
+from scripts.bench.machine import timed
 from scripts.bench.measuring import (
+    DecodeCall,
     Given,
     Row,
     Skip,
-    bf16_rate,
-    copy_rate,
-    median_seconds,
     memory_limit,
     out_of_memory,
     product_rate,
@@ -43,7 +41,7 @@ SAMPLING = generate.Sampling(temperature=0.7, top_p=0.9)
 
 def rates(given: Given) -> Iterator[Row]:
     chip = chips.of_kind(jax.devices()[0].device_kind)
-    copied = given.rates["copy"] = copy_rate(given)
+    copied = given.rate("copy")
     yield {"name": "copy", "gb_per_second": copied / 1e9} | (
         {"share_of_data_sheet": copied / chip.read} if chip else {}
     )
@@ -64,7 +62,7 @@ def rates(given: Given) -> Iterator[Row]:
 def decode(given: Given) -> Iterator[Row]:
     """Steps of the sampling engine over a nearly full cache."""
     sizes, config = given.sizes, given.sizes.model
-    copy, limit = given.rate("copy", copy_rate), memory_limit()
+    copy, limit = given.rate("copy"), memory_limit()
     weights_bytes = 2 * shapes.parameters(config)
     slot_bytes = kv_cache.cache_bytes(config, sizes.length, jnp.bfloat16)
     needed = weights_bytes + sizes.slots[0] * slot_bytes
@@ -78,7 +76,7 @@ def decode(given: Given) -> Iterator[Row]:
         name, begun = f"{slots} slots", time.monotonic()
         if weights_bytes + slots * slot_bytes > limit:
             yield {"name": name, "left_out": "it does not fit into the device's memory"}
-        elif given.clock.left() < took:
+        elif given.left() < took:
             yield {"name": name, "left_out": "no time"}
         else:
             profile = slots == sizes.slots[len(sizes.slots) // 2]
@@ -93,45 +91,16 @@ def decode(given: Given) -> Iterator[Row]:
 
 def _decode_steps(given: Given, params, slots, read_bytes, copy, profile: bool) -> Iterator[Row]:
     sizes, config, steps = given.sizes, given.sizes.model, generate.STEPS_PER_CALL
-    random = shapes.Random()
-    empty, advance, _ = generate.programs(config, SAMPLING, jnp.bfloat16)
-    state = empty(slots, sizes.length)
-    for layer, kv in enumerate(state["cache"]):
-        state["cache"][layer] = tuple(random.normal(x.shape, x.dtype) for x in kv)
-
-    def from_the_start(state):
-        """All slots `steps` tokens before the cache is full, so that no answer reaches its end."""
-        return state | {
-            "active": jnp.ones(slots, bool),
-            "keys": jnp.arange(2 * slots, dtype=jnp.uint32).reshape(slots, 2),
-            "prompt_lengths": jnp.full(slots, sizes.length - steps, jnp.int32),
-            "steps": jnp.ones(slots, jnp.int32),
-            "tokens": jnp.full(state["tokens"].shape, 3, jnp.int32),
-            "logprobs": jnp.zeros(state["logprobs"].shape, jnp.float32),
-        }
-
-    begun = time.perf_counter()
-    state, none_left = from_the_start(state), jnp.int32(0)
-    program = advance.lower(params, state, none_left).compile()
-    compiling = time.perf_counter() - begun
-
-    def call():
-        nonlocal state
-        state = jax.block_until_ready(from_the_start(state))
-        start = time.perf_counter()
-        state = jax.block_until_ready(program(params, state, none_left))
-        return (time.perf_counter() - start) / steps
-
+    call = DecodeCall(config, params, SAMPLING, slots, sizes.length, jnp.bfloat16)
     took = [call()]  # the first one warms up
-    while len(took) < 6 and given.clock.left() > 2 * steps * took[-1]:
+    while len(took) < 6 and given.left() > 2 * steps * took[-1]:
         took.append(call())
-    drawn = int(jnp.max(state["steps"])) - 1
-    if drawn != steps:
-        raise RuntimeError(f"{drawn} tokens were drawn in a call, not {steps}")
+    if call.steps != steps:
+        raise RuntimeError(f"{call.steps} tokens were drawn in a call, not {steps}")
     step = statistics.median(took[1:] or took)
     # Positions from length - steps on, and one more at each step.
     live = slots * kv_cache.cache_bytes(config, 1, jnp.bfloat16) * (sizes.length - (steps - 1) / 2)
-    memory = program.memory_analysis()
+    memory = call.program.memory_analysis()
     yield {
         "name": f"{slots} slots",
         "ms_per_step": 1e3 * step,
@@ -141,13 +110,13 @@ def _decode_steps(given: Given, params, slots, read_bytes, copy, profile: bool) 
         "live_cache_bytes": int(live),
         "arguments_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "seconds_to_compile": compiling,
+        "seconds_to_compile": call.compiling,
     }
     if profile:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 kernel_profile.profiled(call, folder)
-                scope_of = kernel_profile.scopes(program.as_text())
+                scope_of = kernel_profile.scopes(call.program.as_text())
                 kernels = kernel_profile.largest(folder, scope_of, steps)
                 yield {"name": f"kernels of a step of {slots} slots", "kernels": kernels}
             except Exception as error:  # a profile is no reason to lose what follows
@@ -156,7 +125,7 @@ def _decode_steps(given: Given, params, slots, read_bytes, copy, profile: bool) 
 
 def prefill(given: Given) -> Iterator[Row]:
     """Rows of prompts, as the sampling engine packs them: several short prompts, one long one."""
-    config, bf16 = given.sizes.model, given.rate("bfloat16", bf16_rate)
+    config, bf16 = given.sizes.model, given.rate("bfloat16")
     params = shapes.Random().weights(shapes.unstacked(config), jnp.bfloat16)
     run = generate.programs(config, SAMPLING, jnp.bfloat16)[2]
     for tokens in given.sizes.prefill:
@@ -168,7 +137,7 @@ def prefill(given: Given) -> Iterator[Row]:
             "prompts": np.repeat(np.arange(1, count + 1), length)[None],
         }
         row = {name: x.astype(np.int32) for name, x in row.items()}
-        seconds = median_seconds(partial(run, params, row), given.clock)
+        seconds = given.seconds(partial(run, params, row))
         operations = shapes.forward_operations(config, tokens, [length] * count)
         yield {
             "name": f"{tokens} tokens, {count} prompts",
@@ -193,20 +162,18 @@ def pairrm(given: Given) -> Iterator[Row]:
     operations = b * shapes.comparison_operations(config, sizes.compared)
     took = 0.0
     for name, dtype in (("bfloat16", jnp.bfloat16), ("float32", jnp.float32)):
-        if given.clock.left() < took:
+        if given.left() < took:
             yield {"name": name, "left_out": "no time"}
             continue
-        begun, rate = time.monotonic(), given.rate(name, lambda g, d=dtype: product_rate(g, d))
+        begun, rate = time.monotonic(), given.rate(name)
         params = shapes.Random().weights(shapes.encoder(config))
         params = deberta.prepare(params, config, dtype)
 
         def run(params=params):
             return deberta.encode(params, config, tokens_bt, lengths_b, markers_br, kernel)
 
-        start = time.perf_counter()
-        finite = bool(jnp.isfinite(run()).all())
-        compiling = time.perf_counter() - start
-        seconds = median_seconds(run, given.clock)
+        compiling, finite = timed(lambda run=run: bool(jnp.isfinite(run()).all()))
+        seconds = given.seconds(run)
         yield {
             "name": f"{name}, {sizes.compared} tokens, {b} at a time",
             "comparisons_per_second": b / seconds,
@@ -219,15 +186,6 @@ def pairrm(given: Given) -> Iterator[Row]:
 
 
 # ------------------------------------------------------------------------------ kernels
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """A fused kernel and the plain form of it. make(sizes) → (plain, fused, their arguments)."""
-
-    name: str
-    runs_on: Callable[[jax.Device], bool]
-    make: Callable[[Sizes], tuple[Callable, Callable, tuple]]
 
 
 def _disentangled_attention(sizes: Sizes):
@@ -245,29 +203,24 @@ def _disentangled_attention(sizes: Sizes):
     )
 
 
-# A new kernel is one entry here.
-KERNELS = [
-    Kernel(
-        "PairRM's attention (deberta_tpu.py)",
-        lambda device: deberta_tpu.runs_on(device.device_kind),
-        _disentangled_attention,
-    )
-]
+# Name → (whether it runs on a kind of device, make(sizes) → (plain form, kernel, their arguments)).
+KERNELS: dict[str, tuple[Callable[[str], bool], Callable[[Sizes], tuple]]] = {
+    "PairRM's attention (deberta_tpu.py)": (deberta_tpu.runs_on, _disentangled_attention),
+}
 
 
 def kernels(given: Given) -> Iterator[Row]:
     """Each fused kernel that runs on this device against the plain form: values and time."""
-    here = [kernel for kernel in KERNELS if kernel.runs_on(jax.devices()[0])]
+    kind = jax.devices()[0].device_kind
+    here = {name: make for name, (runs_on, make) in KERNELS.items() if runs_on(kind)}
     if not here:
         yield {"name": "none for this device"}
-    for kernel in here:
-        plain, fused, arrays = kernel.make(given.sizes)
+    for name, make in here.items():
+        plain, fused, arrays = make(given.sizes)
         wanted, got = (f(*arrays).astype(jnp.float32) for f in (plain, fused))
-        plain_seconds, fused_seconds = (
-            median_seconds(partial(f, *arrays), given.clock) for f in (plain, fused)
-        )
+        plain_seconds, fused_seconds = (given.seconds(partial(f, *arrays)) for f in (plain, fused))
         yield {
-            "name": kernel.name,
+            "name": name,
             "ms_plain": 1e3 * plain_seconds,
             "ms_fused": 1e3 * fused_seconds,
             "times_as_fast": plain_seconds / fused_seconds,
@@ -324,7 +277,7 @@ def transformers_generate(given: Given) -> Iterator[Row]:
 
     seconds(2)  # warms up
     first, all_steps = seconds(1), seconds(1 + steps)
-    if given.clock.left() > first + all_steps:
+    if given.left() > first + all_steps:
         first, all_steps = min(first, seconds(1)), min(all_steps, seconds(1 + steps))
     step = (all_steps - first) / steps
     yield {

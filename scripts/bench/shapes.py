@@ -28,6 +28,7 @@ MISTRAL_7B = DecoderConfig(
     rms_norm_eps=1e-5,
     rope_theta=1e6,
     max_position_embeddings=32768,
+    torch_dtype="bfloat16",
 )
 PAIRRM = DebertaConfig(
     vocab_size=128100,
@@ -141,7 +142,7 @@ class Random:
 
 
 def unstacked(config: DecoderConfig) -> decoder.Params:
-    """The shapes of the parameters, as `decoder.unstack_layers` leaves them."""
+    """The shapes of the parameters, as `kv_cache.unstack_layers` leaves them."""
     shapes = decoder.abstract(config)
     layer = jax.tree.map(lambda x: x.update(shape=x.shape[1:]), shapes["layers"])
     return shapes | {"layers": [layer] * config.num_hidden_layers}
@@ -200,13 +201,18 @@ def pairs_operations(c: DecoderConfig, sequences: list[Sequence]) -> int:
     return forward_operations(c, sum(map(len, sequences)), texts, words)
 
 
+def layer_operations(c: DebertaConfig, tokens: int, queries: int) -> int:
+    """The operations of one encoder layer that is needed at `queries` of its tokens: products with
+    the weights, content to content, content to position both ways, and weights · values."""
+    d, rows = c.hidden_size, min(c.axis_sizes["p"], 2 * tokens - 1)
+    products = queries * (2 * d * d + 2 * d * c.intermediate_size) + tokens * 2 * d * d
+    attention = d * (2 * queries * tokens + (queries + tokens) * rows)
+    return 2 * (products + attention)
+
+
 def comparison_operations(c: DebertaConfig, tokens: int) -> int:
-    """The operations of one comparison, the last layer counted whole: products with the weights,
-    content to content, content to position both ways, and weights · values."""
-    d, t = c.hidden_size, tokens
-    products = 2 * t * (4 * d * d + 2 * d * c.intermediate_size)
-    attention = 2 * d * (2 * t * t + 2 * t * c.axis_sizes["p"])
-    return c.num_hidden_layers * (products + attention)
+    """The operations of one comparison, the last layer counted whole."""
+    return c.num_hidden_layers * layer_operations(c, tokens, tokens)
 
 
 def nbytes(tree) -> int:

@@ -12,8 +12,7 @@ What a GPU or TPU reaches, measured where only jax is installed: python -m scrip
 
 import dataclasses
 
-from scripts.bench import dpo, rank, sample
-from scripts.plan.slices import gemm_rate
+from scripts.bench import dpo, machine, rank, sample
 from stages.files.run import run_main
 
 
@@ -22,19 +21,16 @@ class Gemm:
     """The rate of fp32 matrix products: what the other figures are shares of."""
 
 
+def gemm(_: Gemm) -> None:
+    print(f"fp32 GEMM: {machine.gemm_rate() / 1e9:.0f} GFLOP/s")
+
+
 Command = rank.Rank | sample.Sample | dpo.Dpo | Gemm
+BENCHES = {rank.Rank: rank.bench, sample.Sample: sample.bench, dpo.Dpo: dpo.bench, Gemm: gemm}
 
 
 def main(args: Command) -> None:
-    benches = {
-        rank.Rank: rank.bench,
-        sample.Sample: sample.bench,
-        dpo.Dpo: dpo.bench,
-    }
-    if isinstance(args, Gemm):
-        print(f"fp32 GEMM: {gemm_rate() / 1e9:.0f} GFLOP/s")
-    else:
-        benches[type(args)](args)
+    BENCHES[type(args)](args)
 
 
 def command(words: list[str]) -> int:

@@ -13,13 +13,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from model import checkpoint_writing, losses, packing, placement, train
+from model import checkpoint_writing, decoder, losses, packing, train
 from scripts.bench import shapes
+from scripts.bench.machine import timed
 from scripts.bench.measuring import (
     Given,
     Row,
     Skip,
-    bf16_rate,
     memory_limit,
     out_of_memory,
     reason,
@@ -30,22 +30,50 @@ from sharding.mesh import make_mesh, put_batch, replicated
 
 
 class Training:
-    """A DPO training on one device: fp32 masters and moments, products in bf16."""
+    """A DPO training: fp32 masters and moments, products in `dtype`."""
 
-    def __init__(self, config, pairs: int):
-        self.mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        self.whole = replicated(self.mesh)
-        model = {"config": config, "dtype": jnp.bfloat16}
+    def __init__(self, config, pairs: int, dtype, mesh, load=None):
+        """load: gives the parameters on a mesh; default: random ones."""
+        self.config, self.pairs, self.mesh, self.whole = config, pairs, mesh, replicated(mesh)
+        model = {"config": config, "dtype": dtype}
         self.logprobs = jax.jit(
             partial(losses.pair_logprobs, pairs=pairs, **model), out_shardings=self.whole
         )
         loss = partial(losses.pair_loss, loss=losses.Loss(), **model)
         optimization = train.Optimization(5e-7, "linear", 0.1, "adamw", 0.0, 1.0)
-        placed = placement.parameters(config, self.mesh)
+        placed = decoder.abstract(config, mesh)
         self.trainer = train.Trainer(loss, optimization, 100, placed)
         shardings = jax.tree.map(lambda x: x.sharding, placed)
-        self.params = jax.device_put(shapes.Random().weights(placed), shardings)
+        if load is None:
+            self.params = jax.device_put(shapes.Random().weights(placed), shardings)
+        else:
+            self.params = load(mesh)
         self.state = self.trainer.init_optimizer(self.params)
+        self.accumulate = self.trainer.accumulate
+
+    def with_reference(self, batch: dict, logps: tuple, response: int = 1) -> dict:
+        """The batch and all that the loss needs beside the policy's log-probs. response: tokens."""
+        ones = jax.device_put(jnp.ones(self.pairs), self.whole)
+        named = dict(zip(("ref_chosen", "ref_rejected"), logps))
+        named |= dict.fromkeys(("chosen_tokens", "rejected_tokens"), ones * response)
+        return batch | named | {"win_probability": ones, "weights": ones}
+
+    def compile(self, batch: dict) -> None:
+        """Compile `gradients` beforehand, so that the program tells of its memory."""
+        count = jnp.float32(self.pairs)
+        self.accumulate = self.accumulate.lower(self.params, None, batch, count).compile()
+
+    def gradients(self, batch: dict):
+        return self.accumulate(self.params, None, batch, jnp.float32(self.pairs))
+
+    def update(self, gradients) -> None:
+        norm = self.trainer.norm(gradients)
+        self.params, self.state, _ = self.trainer.apply(self.params, self.state, gradients, norm)
+        jax.block_until_ready((self.params, self.state))
+
+
+def on_one_device(config, pairs: int) -> Training:
+    return Training(config, pairs, jnp.bfloat16, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
 
 
 def training_layers(sizes: Sizes, limit: int) -> int:
@@ -69,7 +97,7 @@ def checkpointing(given: Given) -> Iterator[Row]:
     """One save and one restore of a training state, on the disk of temporary files (TMPDIR)."""
     layers = min(given.sizes.model.num_hidden_layers, 1 if not given.tiny else 2)
     config = dataclasses.replace(given.sizes.model, num_hidden_layers=layers)
-    training = Training(config, pairs=1)
+    training = on_one_device(config, pairs=1)
     random = shapes.Random()
     moments = jax.tree.map(  # they begin at zero, which a file system may store as nothing
         lambda x: random.normal(x.shape) if x.ndim else x, training.state
@@ -95,9 +123,11 @@ def checkpointing(given: Given) -> Iterator[Row]:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
-        begun = time.perf_counter()
-        loaded = jax.block_until_ready(checkpoint_writing.load_state(f"{folder}/state", abstract))
-        seconds = time.perf_counter() - begun
+        seconds, loaded = timed(
+            lambda: jax.block_until_ready(
+                checkpoint_writing.load_state(f"{folder}/state", abstract)
+            )
+        )
     same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), state, loaded)
     yield {
         "name": "restore (from the page cache)",
@@ -126,49 +156,38 @@ def _dpo_steps(given: Given, layers: int) -> Iterator[Row]:
     config = dataclasses.replace(sizes.model, num_hidden_layers=layers)
     sequences = shapes.pairs(sizes)
     count = len(sequences)
-    training = Training(config, count)
-    trainer = training.trainer
+    training = on_one_device(config, count)
     packed = packing.pack(sequences)
+    parts = {"reference": [], "gradients": [], "update": []}
+
+    def timed_part(part, run, *args):
+        seconds, made = timed(lambda: jax.block_until_ready(run(*args)))
+        parts[part].append(seconds)
+        return made
+
+    def step():
+        logps = timed_part("reference", training.logprobs, training.params, tokens)
+        batch = training.with_reference(tokens, logps, sizes.length - sizes.prompt)
+        gradients, values = timed_part("gradients", training.gradients, batch)
+        timed_part("update", training.update, gradients)
+        return values["loss"]
+
     with jax.set_mesh(training.mesh):
         tokens = put_batch(training.mesh, packed)
         begun = time.perf_counter()
-        batch = tokens | _sides(training, tokens, count, sizes)
-        accumulate = trainer.accumulate.lower(
-            training.params, None, batch, jnp.float32(count)
-        ).compile()
+        logps = training.logprobs(training.params, tokens)
+        training.compile(training.with_reference(tokens, logps))
         compiling = time.perf_counter() - begun
-        parts = {"reference": [], "gradients": [], "update": []}
-
-        def timed(part, run):
-            start = time.perf_counter()
-            made = jax.block_until_ready(run())
-            parts[part].append(time.perf_counter() - start)
-            return made
-
-        def step():
-            timed("reference", lambda: training.logprobs(training.params, tokens))
-            gradients, values = timed(
-                "gradients",
-                lambda: accumulate(training.params, None, batch, jnp.float32(count)),
-            )
-
-            def update():
-                norm = trainer.norm(gradients)
-                return trainer.apply(training.params, training.state, gradients, norm)
-
-            training.params, training.state, _ = timed("update", update)
-            return values["loss"]
-
         losses_p = [step(), step()]  # they compile the rest, and warm up
         for took in parts.values():
             took.clear()
         begun = time.perf_counter()
         while len(parts["update"]) < 2 or (
-            len(parts["update"]) < 7 and time.perf_counter() - begun < min(15, given.clock.left())
+            len(parts["update"]) < 7 and time.perf_counter() - begun < min(15, given.left())
         ):
-            losses_p.append(step())
+            step()
     seconds = {part: statistics.median(took) for part, took in parts.items()}
-    memory = accumulate.memory_analysis()
+    memory = training.accumulate.memory_analysis()
     # While gradients are computed, the moments lie beside the program's own memory.
     compiled = (
         memory.argument_size_in_bytes
@@ -195,21 +214,6 @@ def _dpo_steps(given: Given, layers: int) -> Iterator[Row]:
     }
 
 
-def _sides(training: Training, tokens, count: int, sizes: Sizes) -> dict:
-    """What the loss needs beside the policy's log-probs; the reference is the untrained policy."""
-    chosen, rejected = training.logprobs(training.params, tokens)
-    ones = jax.device_put(jnp.ones(count), training.whole)
-    response = ones * (sizes.length - sizes.prompt)
-    return {
-        "ref_chosen": chosen,
-        "ref_rejected": rejected,
-        "chosen_tokens": response,
-        "rejected_tokens": response,
-        "win_probability": ones,
-        "weights": ones,
-    }
-
-
 def speed(given: Given, config, sequences, seconds: dict[str, float]) -> dict:
     """Shares of the peak, and pairs per second of the whole model: what a step computes is scaled
     by operations, the update by parameters.
@@ -223,7 +227,7 @@ def speed(given: Given, config, sequences, seconds: dict[str, float]) -> dict:
     larger = shapes.parameters(whole) / shapes.parameters(config)
     step = seconds["gradients"] * longer + seconds["update"] * larger
     chip = chips.of_kind(jax.devices()[0].device_kind)
-    peak = chip.bf16 if chip else given.rate("bfloat16", bf16_rate)
+    peak = chip.bf16 if chip else given.rate("bfloat16")
     return {
         "operations": 3 * forward,
         "reference_operations": forward,

@@ -1,224 +1,291 @@
-"""What a recipe takes on a slice of chips, before one is rented: memory, time and money.
+"""What a recipe takes on a machine, before one is rented: memory, time and money.
 
-    python -m scripts.plan snorkel-mistral-7b --topology v5p:2x2x1 --price 4.20
-    python -m scripts.plan demo --compare runs/demo
-    python -m scripts.plan snorkel-mistral-7b --topology v5p:2x2x1 --scaling --arithmetic
+    python -m scripts.plan snorkel-mistral-7b --machine v5p-8 --price 4.20
 
-For a TPU the stages' real programs are compiled by its real compiler, without a TPU (it needs
-package libtpu, and takes minutes and gigabytes at 7B); for a GPU and this machine's CPU memory is
-counted. Time is the roofline of what each stage multiplies, reads and exchanges, over the stated
-efficiency. Exit code 2, with the reason and a way out, where a program does not fit.
+The stages' real programs are compiled for the machine by its own compiler, which needs no such
+machine: scripts/plan/setup.sh installs it. That takes minutes and gigabytes for 7B. Without the
+compiler, activations are left out. Time is what a program is bound by (products, reading memory
+once, or exchange) over the stage's efficiency, and on a TPU at least the cycles that its compiler
+estimates. Exit code 2, with the reason and a way out, if a program does not fit.
 """
 
 import dataclasses
+import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import tyro
+from etils import epy
 
-from scripts.plan import compare, fit, programs, published
-from scripts.plan.arithmetic import DecoderCost, Lengths, seconds, total
-from scripts.plan.recipe import LoopRecipe, model_config, read
-from scripts.plan.schedule import Plan, efficiencies
-from scripts.plan.slices import TORUS, Slice, parse
-from sharding.chips import GIB
 from sharding.errors import UserError
 from stages.files.run import run_main
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    from model import checkpoint, gguf, hf
+    from model import config as configs
+    from model import weights as model_weights
+    from scripts import recipe as recipes
+    from scripts.plan import compile as compiler
+    from scripts.plan import schedule, slices
+    from stages.files import output, rows
+
+GIB = 2**30
+PARTS = ("parameters", "moments", "gradients", "cache", "temporary")
 
 
 @dataclasses.dataclass
 class Args:
     recipe: tyro.conf.Positional[str]
-    """A name in scripts/recipes/ or a file; its environment variables count, LIMIT too."""
-    topology: str | None = None
-    """v5e:2x4, v5p:2x2x1, v6e:4x4, a100-40:8, a100-80:8, h100:8, h200:1 or cpu, this machine.
-    Default: the recipe's PLAN, else cpu."""
-    cpu_rates: tuple[float, float] | None = None
-    """This CPU's fp32 products in GFLOP/s (scripts.bench gemm) and memory in GB/s, for one that is
-    busy now. Default: measured."""
+    """A name in scripts/recipes/, or a file."""
+    machine: str = "cpu"
+    """One of the recipe's machines, or a topology: v5e:2x4, v5p:2x2x1, v6e:4x4, a100-40:8,
+    a100-80:8, h100:8, h200:1, or cpu, this computer."""
     price: float | None = None
-    """Dollars a chip and hour."""
+    """Dollars per chip and hour."""
     efficiency: tuple[str, ...] = ()
-    """The share of the roofline that a stage reaches: sample=0.5 rank=0.3 dpo=0.4 kl=0.4, or a JSON
-    file of these, as `scripts.bench shares` writes on a CPU. Default: assumed on accelerators,
-    measured on one CPU."""
+    """The share of the roofline that a stage reaches: sample=0.5 rank=0.3 dpo=0.4 kl=0.4. Default:
+    assumed on accelerators, measured on a CPU."""
     prompts: int | None = None
-    """Prompts an iteration. Default: counted where the recipe has them in local files, else the
-    published 20,000."""
-    heldout: int | None = None
-    """Held-out prompts. Default: counted likewise, else the published 1,000."""
-    prompt_tokens: float | None = None
-    """Mean length of a prompt. Default: a quarter of its characters and 30 tokens of template where
-    it is known, else 195 (1,000 UltraFeedback prompts with Mistral's tokenizer)."""
-    answer_tokens: float | None = None
-    """Mean length of an answer. Default: 420 (Mistral-7B-Instruct-v0.2's answers to AlpacaEval), at
-    most 0.58 of --max-new-tokens (the demo's, over all its iterations)."""
-    longest_prompt: int = 4096
-    """Tokens of the longest prompt, where the prompts are not known: the cache must hold it."""
-    model: str | None = None
-    """A folder or hub id with the model's config.json, where the recipe's own cannot be read."""
-    arithmetic: bool = False
-    """Count memory for a TPU too, instead of compiling."""
+    """Prompts per iteration. Default: counted in local files, otherwise 20,000."""
+    lengths: tuple[float, float, float] | None = None
+    """Tokens of a mean prompt, a mean answer and the longest prompt. Default: prompts by the
+    characters in local files, otherwise 195 (UltraFeedback's) and 4,096; answers 420
+    (Mistral-7B-Instruct-v0.2's to AlpacaEval), at most 0.58 of max_new_tokens (the demo's)."""
     compare: str | None = None
-    """A run's folder: what each stage took there, beside the prediction."""
-    published: bool = False
-    """Also: what share of their peak the published run's training implies for 8 A100 or H100."""
+    """A run's folder: also show what each stage took there."""
     scaling: bool = False
-    """Also: a training step on one host and on pods of 16, 64 and 256 chips."""
+    """Also show a training step on 4, 16 and 64 times as many chips."""
 
 
 def main(args: Args) -> None:
-    recipe = read(args.recipe)
-    if args.cpu_rates and not all(0 < rate < math.inf for rate in args.cpu_rates):
-        raise UserError("--cpu-rates: both must be above 0")
-    try:
-        rates = args.cpu_rates and (args.cpu_rates[0] * 1e9, args.cpu_rates[1] * 1e9)
-        on = parse(args.topology or recipe.topology or "cpu", rates)
-    except ValueError as error:
-        raise UserError(f"--topology: {error}") from None
-    source = recipe.start if args.model is None else ["", args.model, ""]
-    plan = make(args, recipe, DecoderCost(model_config(source)), on)
-    show(assumptions(plan))
-    memory = fit.by_arithmetic(plan)
-    how = "counted"
-    if on.chip.name in TORUS and not args.arithmetic:
+    plan = make(args)
+    took = args.compare and taken(args.compare, plan.recipe.iterations)
+    compiles = compiler.installed(plan.on.compiler)
+    assumptions(plan)
+    if compiles:
         print("compiling (minutes, for a large model)", file=sys.stderr)
-        memory, how = programs.compiled(on, fit.compiler_work(plan)), "by the TPU's compiler"
-    show(memory_table(plan, memory, how))
-    show(time_table(plan, args.price))
-    if args.published:
-        show(published.published(plan.decoder))
+    programs = compiler.described(plan.on, plan.programs(), compiles)
+    work = {told["name"]: told for told in programs}
+    show("GiB per chip, at the longest texts that are allowed:", memory_table(plan, work))
+    if not compiles:
+        print("Activations and exchange are left out, for want of the machine's compiler. Install")
+        print(f"it: bash scripts/plan/setup.sh {plan.on.compiler}\n")
+    show(TIME.format(plan.recipe.iterations), time_table(plan, work))
+    hours = plan.hours(work)
+    cost = f", {hours * plan.on.size * args.price:,.0f} dollars" if args.price else ""
+    print(f"the whole run: {hours:.3g} hours, {hours * plan.on.size:.3g} chip-hours{cost}\n")
     if args.scaling:
-        show(published.scaling(plan))
-    if args.compare is not None:
-        show(compare.table(plan, args.compare))
-    if refused := [m for m in memory if not fit.fits(m, on)]:
-        raise UserError("does not fit: " + fit.refusal(refused[0], plan))
+        batch = plan.training.batch_size
+        show(f"A training step of {batch} pairs, in seconds:", scaling(plan))
+    if took:
+        show(COMPARISON, comparison(plan, work, took))
+    if too_large := [told for told in work.values() if not fits(told, plan)]:
+        raise UserError(refusal(plan, too_large[0], compiles))
 
 
-def make(args: Args, recipe: LoopRecipe, decoder: DecoderCost, on: Slice) -> Plan:
-    for name in ("prompts", "heldout", "prompt_tokens", "answer_tokens", "price", "longest_prompt"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
-    tokens = tuple(round(characters / 4) + 30 for characters in recipe.prompts or ())
-    if args.prompt_tokens:
-        tokens = ()
-    known = sum(tokens) / len(tokens) if tokens else 195.0
-    limit = recipe.sample.max_new_tokens
-    lengths = Lengths(
-        prompt=args.prompt_tokens or known,
-        answer=args.answer_tokens or min(420.0, 0.58 * limit),
-        prompts=tokens,
-        longest_prompt=args.longest_prompt,
-    )
-    return Plan(
+def make(args: Args) -> "schedule.Plan":
+    values = {"prompts": [args.prompts], "price": [args.price], "lengths": args.lengths or []}
+    for name, numbers in values.items():
+        if not all(x is None or 0 < x < math.inf for x in numbers):
+            raise UserError(f"--{name} {' '.join(map(str, numbers))}: it must be above 0")
+    named = args.machine != "cpu" and ":" not in args.machine
+    recipe = recipes.read(args.recipe, args.machine if named else "")
+    on = slices.parse(recipe.machine.get("plan", "cpu") if named else args.machine)
+    # About four characters a token, and the template.
+    tokens = [size / 4 + 30 for size in characters(recipe, 1)]
+    mean = sum(tokens) / len(tokens) if tokens else 195.0
+    answer = min(420.0, 0.58 * recipe.sample.get("max_new_tokens", 256))
+    return schedule.Plan(
         recipe,
-        decoder,
+        model_config(recipe.model),
         on,
-        lengths,
-        prompts=args.prompts or len(recipe.prompts or ()) or 20000,
-        heldout=args.heldout or len(recipe.heldout or ()) or 1000,
-        efficiency=efficiencies(args.efficiency, on),
+        prompts=args.prompts or len(tokens) or 20000,
+        heldout=len(characters(recipe, 0)) or 1000,
+        lengths=args.lengths or (mean, answer, max(tokens, default=4096.0)),
+        efficiency=schedule.efficiencies(args.efficiency, on),
     )
 
 
-def show(lines: Iterator[str]) -> None:
-    """Paragraphs and tables; the columns of a table are padded to read well on a screen."""
-    table: list[list[str]] = []
-    for line in [*lines, ""]:
-        if line.startswith("|"):
-            table.append([cell.strip() for cell in line.strip("|").split("|")])
-            continue
-        if table:
-            widths = [max(map(len, column)) for column in zip(*table)]
-            for row in table:
-                fill = "-" if set("".join(row)) == {"-"} else " "
-                cells = [
-                    cell.ljust(width, fill) if i == 0 else cell.rjust(width, fill)
-                    for i, (cell, width) in enumerate(zip(row, widths))
-                ]
-                print("| " + " | ".join(cells) + " |")
-            table = []
-        print(line)
+def characters(recipe, iteration: int) -> list[int]:
+    """The length of each prompt of an iteration (0: the held-out ones), if in a local file."""
+    file, split, first, last = recipe.source(iteration)
+    if split is not None or not file.endswith(".jsonl"):
+        return []
+    return [len(row.prompt) for row in rows.read(file, rows.Prompt)][first:last]
 
 
-def assumptions(plan: Plan) -> Iterator[str]:
-    d, on, lengths, recipe = plan.decoder, plan.on, plan.lengths, plan.recipe
-    chip = on.chip
-    yield (
-        f"{recipe.name} on {on}: {on.size} chips, {on.hosts} hosts, each chip "
-        f"{chip.memory / GIB:.1f} GiB, {chip.bf16 / 1e12:.3g} TFLOP/s bf16, "
-        f"{chip.fp32 / 1e12:.3g} fp32, {chip.read / 1e9:.0f} GB/s memory"
-        + (f", {on.exchange / 1e9:.0f} GB/s exchange" if on.size > 1 else "")
-    )
-    yield (
-        f"model: {d.parameters:,} parameters; an iteration: {plan.prompts:,} prompts of "
-        f"{lengths.prompt:.0f} tokens, {recipe.sample.n} answers of {lengths.answer:.0f} each; "
-        f"{plan.heldout:,} held out"
-    )
+# Mistral-7B-Instruct-v0.2's config.json: the plan of the published pipeline needs no hub.
+MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
+MISTRAL_7B = json.loads("""{
+    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 32768,
+    "sliding_window": null, "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2
+}""")
+
+
+def model_config(model: str) -> "configs.DecoderConfig":
+    """Of a recipe's model."""
+    kind, _, name = model.partition(":")
+    if kind == "gguf":
+        return gguf.read_config(gguf.find(name))
+    if kind == "checkpoint":
+        return checkpoint.load_config(name)
+    if model == MISTRAL:
+        return configs.from_hf(MISTRAL_7B)
+    files = ["config.json", "generation_config.json"]
+    return hf.read_config(model_weights.local_folder(model, files)[0])
+
+
+# ------------------------------------------------------------------------------- memory
+
+
+def fits(told: dict, plan) -> bool:
+    return "refused" not in told and sum(told["parts"].values()) <= plan.on.chip.memory
+
+
+def refusal(plan, told: dict, compiles: bool) -> str:
+    """One line: why a program does not fit, and what would make it."""
+    largest = sorted(told["parts"].items(), key=lambda part: -part[1])
+    why = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest if size > GIB / 10)
+    way = "64 times as many chips do not help"
+    for changed, flags in changes(plan, told["name"].partition(":")[0]):
+        program = [each for each in changed.programs() if each["name"] == told["name"]]
+        # What lies in memory in any case is known at once, before a compilation.
+        known = (compiler.described(changed.on, program, c) for c in {False, compiles})
+        if all(fits(*new, changed) for new in known):
+            way = f"{changed.on} fits with {flags}"
+            break
+    limit = f"a chip of {plan.on} has {plan.on.chip.memory / GIB:.1f} GiB"
+    return f"{told['name']} does not fit ({told.get('refused', why)}; {limit}): {way}"
+
+
+def changes(plan, stage: str) -> Iterator[tuple]:
+    """The plan with other flags of the stage, and these flags; then the same on more chips."""
+    for factor in (1, 2, 4, 8, 16, 32, 64):
+        for cut in (1, 2, 4, 8):
+            flags = {"slots": max(1, plan.slots // cut)}
+            if stage == "dpo":
+                micro = max(1, plan.training.micro_batch_size // cut)
+                flags = {"remat": "full", "micro_batch_size": micro, "optimizer": "rmsprop"}
+            told = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in flags.items())
+            yield plan.on_more(factor).changed(stage, **flags), told
+
+
+# ------------------------------------------------------------------------------- tables
+
+TIME = """Seconds of one time, in {} iterations. products, memory, exchange: the least that each
+takes; cycles: as the TPU's compiler estimates; work: what is counted"""
+
+
+def show(title: str, rows: Iterable[list[str]]) -> None:
+    rows = list(rows)
+    print(title)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    print(flush=True)
+
+
+def assumptions(plan) -> None:
+    on, chip, (prompt, answer, _) = plan.on, plan.on.chip, plan.lengths
+    rates = f"{chip.bf16 / 1e12:.3g} TFLOP/s bf16, {chip.fp32 / 1e12:.3g} fp32"
+    more = f"{chip.read / 1e9:.0f} GB/s memory, {on.exchange / 1e9:.0f} exchange"
+    print(f"{plan.recipe.name} on {on}: {on.size} chips, {on.hosts} hosts; a chip: {rates}, {more}")
+    prompts = f"{plan.prompts:,} prompts of {prompt:.0f} tokens an iteration"
+    answers = f"{plan.sampling.n} answers of {answer:.0f} each"
+    print(f"{plan.parameters:,} parameters; {prompts}, {answers}; {plan.heldout:,} held out")
     told = ", ".join(f"{name} {value:.0%}" for name, value in plan.efficiency.items())
-    where = "measured by scripts.bench, or as given" if on.is_cpu else "assumed, or as given"
-    yield f"share of the roofline ({where}): {told}"
+    print(f"share of the roofline (assumed, or as you gave it): {told}\n", flush=True)
 
 
-def memory_table(plan: Plan, memory: list[programs.Memory], how: str) -> Iterator[str]:
-    yield f"GiB a chip, {how}, at the longest texts that are allowed:"
-    yield "| program | " + " | ".join(fit.PARTS) + " | together | of | |"
-    yield "|" + "-|" * (len(fit.PARTS) + 4)
-    for m in memory:
-        # What the arithmetic names apart is a part of the compiler's temporaries.
-        parts = dict(m.parts)
-        parts["activations"] = parts.get("activations", 0) + parts.pop("next gradients", 0)
-        cells = [f"{parts[p] / GIB:.2f}" if p in parts else "" for p in fit.PARTS]
-        verdict = "fits" if fit.fits(m, plan.on) else "does not fit"
-        together = "refused" if m.refused else f"{m.total / GIB:.2f}"
-        limit = f"{plan.on.chip.memory / GIB:.1f}"
-        yield f"| {m.program} | " + " | ".join([*cells, together, limit, verdict]) + " |"
+def memory_table(plan, work: dict[str, dict]) -> Iterator[list[str]]:
+    yield ["program", *PARTS, "together", "of", ""]
+    for told in work.values():
+        sizes = told["parts"] | {"together": sum(told["parts"].values())}
+        cells = [f"{sizes[p] / GIB:.2f}" if p in sizes else "" for p in (*PARTS, "together")]
+        verdict = "fits" if fits(told, plan) else "refused" if "refused" in told else "too large"
+        yield [told["name"], *cells, f"{plan.on.chip.memory / GIB:.1f}", verdict]
 
 
-def time_table(plan: Plan, price: float | None) -> Iterator[str]:
-    rounds, on = plan.recipe.iterations, plan.on
-    yield (
-        f"Time, {rounds} iterations; per cent of a stage's work: bound by products, by memory, "
-        "or waiting for other chips; PFLOP and TB of one time, one chip:"
-    )
-    yield "| stage | times | chips | start s | work s | products | memory | exchange | PFLOP | TB |"
-    yield "|-|-|-|-|-|-|-|-|-|-|"
+def time_table(plan, work: dict[str, dict]) -> Iterator[list[str]]:
+    columns = ("start", "products", "memory", "exchange", "cycles", "work")
+    yield ["stage", "times", *columns]
     for stage in plan.stages():
-        ideal = seconds(stage.pieces, on, stage.dtype)
-        start = stage.imports + stage.start
-        work = plan.seconds(stage) - start
-        waited = max(0.0, ideal.total - ideal.compute - ideal.memory)
-        shares = [
-            f"{part / ideal.total:.0%}" if ideal.total else ""
-            for part in (ideal.compute, ideal.memory, waited)
-        ]
-        sums = [
-            f"{total(stage.pieces, what) / unit:.3g}" if stage.pieces else ""
-            for what, unit in (("flops", 1e15), ("bytes", 1e12))
-        ]
-        yield (
-            f"| {stage.name} | {stage.times} | {stage.chips} | {start:.0f} | {work:.0f} | "
-            + " | ".join([*shares, *sums])
-            + " |"
-        )
-    yield ""
-    training = plan.training()
-    whole = next(stage for stage in plan.stages() if stage.name == "dpo")
-    a_step = seconds(training.step(), on, whole.dtype).total / plan.efficiency["dpo"]
-    mfu = training.model_flops() / a_step / on.size / on.chip.flops(whole.dtype)
-    yield (
-        f"a step of {training.args.batch_size} pairs: {a_step:.3g} s, {mfu:.0%} of the peak in "
-        f"useful products; {training.steps:,} steps an iteration"
-    )
-    for flag, other in plan.others():
-        if other.hours() < 0.9 * plan.hours():
-            yield f"with {flag} the whole run would take {other.hours():.3g} hours"
-    hours = plan.hours()
-    cost = f", {hours * on.size * price:,.0f} dollars at {price:g} each" if price else ""
-    yield f"the whole run: {hours:.3g} hours, {hours * on.size:.3g} chip-hours{cost}"
+        took = plan.seconds(stage, work)
+        cells = [f"{took[name]:.0f}" if took[name] else "" for name in columns]
+        yield [stage.name, str(stage.times), *cells]
+
+
+# ------------------------------------------------------------ a run beside it, and more chips
+
+# The file whose manifest tells, in each folder of the run.
+FILES = {
+    "held-out answers": ["heldout.samples.jsonl"],
+    "sample": ["samples.jsonl"],
+    "rank": ["ranked.jsonl"],
+    "dpo": ["checkpoint"],
+    "compare": ["against_start.json", "against_previous.json"],
+    "kl": ["kl_to_start.json", "kl_to_previous.json"],
+}
+
+
+def taken(run: str, iterations: int) -> dict[str, list[float]]:
+    """Seconds of each stage, one for each time it ran, by its manifests: from when it knows its
+    input to when its output is whole. Of a stage that was stopped, the last sitting's."""
+    took: dict[str, list[float]] = {}
+    for folder in ("start", *(f"iteration_{k + 1}" for k in range(iterations))):
+        for stage, path in ((s, Path(run, folder, name)) for s in FILES for name in FILES[s]):
+            if path.is_dir():
+                seconds = checkpoint.read_manifest(str(path))["origin"].get("seconds")
+            else:
+                manifest = output.read_manifest(str(path))
+                seconds = manifest and manifest.seconds
+            if seconds is not None:
+                took.setdefault(stage, []).append(seconds)
+    if not took:
+        raise UserError(f"--compare {run}: it has no finished stages: give a run's folder")
+    return took
+
+
+COMPARISON = "The run's own seconds, by its manifests; the shares are what --efficiency takes:"
+
+
+def comparison(plan, work: dict, took: dict[str, list[float]]) -> Iterator[list[str]]:
+    yield ["stage", "predicted", "taken", "predicted / taken", "share of the roofline"]
+    sums = [0.0, 0.0]
+    for stage in (stage for stage in plan.stages() if stage.name in took):
+        each, planned = took[stage.name], plan.seconds(stage, work)
+        mean, predicted = sum(each) / len(each), planned["start"] + planned["work"]
+        ideal = planned["work"] * plan.efficiency[stage.kind]
+        share = f"{ideal / (mean - stage.start):.0%}" if mean > stage.start and ideal else ""
+        seconds = ", ".join(f"{second:.1f}" for second in each)
+        yield [stage.name, f"{predicted:.1f}", seconds, f"{predicted / mean:.2f}", share]
+        sums = [sums[0] + predicted * len(each), sums[1] + sum(each)]
+    yield ["together", f"{sums[0]:.0f}", f"{sums[1]:.0f}", f"{sums[0] / sums[1]:.2f}", ""]
+
+
+def scaling(plan) -> Iterator[list[str]]:
+    """A row for an optimizer step on this slice, and on larger ones, each compiled."""
+    batch, micro, steps = plan.training.batch_size, plan.training.micro_batch_size, []
+    names = ("products", "exchange", "cycles", "work")
+    yield ["chips", "mesh", "micro-batch", "GiB", *names, "of linear"]
+    for factor in (1, 4, 16, 64):
+        larger, count = plan.on_more(factor), min(batch, micro * factor)
+        tensor = max(1, larger.on.size // batch)  # a pair is cut where chips outnumber the pairs
+        mesh = (1, larger.on.size // tensor, tensor)
+        larger = larger.changed("dpo", mesh=mesh, micro_batch_size=count)
+        asked = [each for each in larger.programs() if each["build"] == "gradients"]
+        (told,) = compiler.described(larger.on, asked, True)
+        took = larger.seconds(schedule.Stage("", "dpo", 1, {"": batch / count}, 0.0), {"": told})
+        steps.append(took["work"])
+        size = "refused" if "refused" in told else f"{sum(told['parts'].values()) / GIB:.1f}"
+        cells = [str(larger.on), "×".join(map(str, mesh)), str(count), size]
+        share = f"{steps[0] / steps[-1] / factor:.0%}"
+        yield [*cells, *(f"{took[name]:.2f}" for name in names), share]
 
 
 if __name__ == "__main__":

@@ -1,202 +1,227 @@
-"""What a recipe runs on a slice, how often, and how long it takes."""
+"""Which programs a recipe's stages run on a slice, how often, and how long that takes."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from typing import NamedTuple
 
-from scripts.plan.arithmetic import (
-    DecoderCost,
-    Lengths,
-    Piece,
-    RankingCost,
-    SamplingCost,
-    TrainingCost,
-    mesh_of,
-    seconds,
-)
-from scripts.plan.recipe import LoopRecipe
+import jax
+
+from model import decoder
+from model.config import DecoderConfig
+from model.packing import bucket, coarse_bucket
 from scripts.plan.slices import Slice
+from scripts.recipe import Recipe
 from sharding.errors import UserError
 from sharding.mesh import decoding_sizes, training_sizes
+from stages import dpo, pairs, sample
+from stages.evaluate.kl import Kl
 
-# The share of the roofline that a stage reaches. On accelerators assumed, nothing was measured
-# there: what good programs reach in training, less where many small operations follow each other.
-# On CPU as `scripts.bench shares` found them on one (rank: bench rank): measure yours with it.
+# The share of the roofline that a stage reaches: on accelerators assumed, nothing was measured
+# there; on a CPU measured with the demo. And the seconds that a stage takes beside its programs:
+# imports, opening and closing files, compiling what the loop's cache of programs does not have.
 ASSUMED = {"sample": 0.5, "rank": 0.3, "dpo": 0.4, "kl": 0.4}
 MEASURED_ON_CPU = {"sample": 0.75, "rank": 0.8, "dpo": 0.6, "kl": 0.7}
-
-# Seconds beside a stage's work: compiling what the loop's cache of compiled programs does not have,
-# opening and closing files. Python's start and imports come before them.
-START = {"sample": 60.0, "rank": 120.0, "pairs": 1.0, "dpo": 90.0, "kl": 60.0, "report": 5.0}
-START_ON_CPU = {
-    "sample": 8.0,
-    "rank": 0.1,
-    "pairs": 0.1,
-    "dpo": 12.0,
-    "compare": 1.2,
-    "kl": 0.5,
-    "report": 5.0,
-}
+START = {"sample": 65.0, "rank": 125.0, "dpo": 95.0, "kl": 65.0}
+START_ON_CPU = {"sample": 13.0, "rank": 2.0, "dpo": 17.0, "kl": 5.0}
 DISK = 1e9  # bytes a second of a checkpoint, one host
 
+# PairRM's encoder is microsoft/deberta-v3-large, with PairRM's markers in the vocabulary.
+PAIRRM = json.loads("""{
+    "vocab_size": 128005, "hidden_size": 1024, "intermediate_size": 4096, "layer_norm_eps": 1e-7,
+    "num_hidden_layers": 24, "num_attention_heads": 16,
+    "position_buckets": 256, "max_relative_positions": 512
+}""")
+PAIRRM_LONGEST = 2048  # tokens: its own limit on three texts
 
-@dataclasses.dataclass(frozen=True)
-class LoopStage:
-    """One of the loop's steps."""
 
+class Stage(NamedTuple):
     name: str
     kind: str  # sample, rank, dpo or kl: the efficiency that goes with it
     times: int  # in a whole run
-    dtype: str
-    pieces: list[Piece]
-    start: float  # seconds beside the work and imports
-    chips: int  # that work at it
-
-    @property
-    def imports(self) -> float:
-        return 5.0 if self.pieces else 1.0  # with jax and without
+    programs: dict[str, float]  # name → how often it runs, each time
+    start: float  # seconds beside them
 
 
-@dataclasses.dataclass(frozen=True)
+def with_flags(args, table: dict):
+    """A stage's flags, those of a recipe's table among them."""
+    tuples = {name: tuple(x) if isinstance(x, list) else x for name, x in table.items()}
+    return dataclasses.replace(args, **tuples)
+
+
+@dataclasses.dataclass
 class Plan:
-    recipe: LoopRecipe
-    decoder: DecoderCost
+    recipe: Recipe
+    config: DecoderConfig
     on: Slice
-    lengths: Lengths
     prompts: int  # an iteration
     heldout: int
+    lengths: tuple[float, float, float]  # tokens: mean prompt, mean answer, longest prompt
     efficiency: dict[str, float]
 
-    @property
-    def pairrm(self) -> bool:
-        return not self.recipe.ranker.rpartition(":")[0].endswith(".py")
+    def __post_init__(self):
+        recipe = self.recipe
+        self.sampling = with_flags(sample.Args("C", "P", "S"), recipe.sample)
+        self.heldout_sampling = with_flags(sample.Args("C", "P", "S"), recipe.evaluate["sample"])
+        self.training = with_flags(dpo.Args("C", "D", "C2"), recipe.dpo)
+        self.kl = with_flags(Kl("C", "S", "O"), recipe.evaluate["kl"])
+        test = with_flags(pairs.Args("K", "D"), recipe.pairs)
+        self.test_pairs = test.test_count or round(test.test_fraction * self.prompts)
+        self.micro_batches = math.ceil(self.training.batch_size / self.training.micro_batch_size)
+        self.dtypes = {"sample": self.sampling.dtype, "dpo": self.training.dtype}
+        self.dtypes |= {"rank": recipe.rank.get("dtype") or "float32", "kl": self.kl.dtype}
+        self.pairrm = ".py:" not in recipe.ranker
+        self.meshes = {"rank": (1, 1, 1)}
+        for stage, mesh, choose in (
+            ("sample", self.sampling.mesh, decoding_sizes),
+            ("dpo", self.training.mesh, training_sizes),
+        ):
+            self.meshes[stage] = self._filled(stage, mesh or choose(self.on.size, self.config))
+        cut = math.prod(self.meshes["sample"][:2])
+        slots = min(self.sampling.slots or 256, self.prompts * self.sampling.n)
+        self.slots = -(-slots // cut) * cut
+        shapes = jax.tree.leaves(decoder.abstract(self.config))
+        self.parameters = sum(math.prod(x.shape) for x in shapes)
 
-    def sampling(self, heldout: bool = False) -> SamplingCost:
-        args = self.recipe.heldout_sample if heldout else self.recipe.sample
-        prompts = self.heldout if heldout else self.prompts
-        mesh = self._mesh("sample", args.mesh)
-        return SamplingCost(self.decoder, args, self.lengths, prompts, mesh)
-
-    def ranking(self, heldout: bool = False) -> RankingCost:
-        """Of the samples; of held-out answers, a model's against another's, always in fp32."""
-        args, prompts, n = self.recipe.rank, self.prompts, self.recipe.sample.n
-        if heldout:
-            args, prompts, n = dataclasses.replace(args, dtype="float32"), self.heldout, 2
-        return RankingCost(args, self.lengths, prompts, n, self.on)
-
-    def training(self) -> TrainingCost:
-        args, test = self.recipe.dpo, self.recipe.pairs
-        aside = test.test_count or round(test.test_fraction * self.prompts)
-        mesh = self._mesh("dpo", args.mesh)
-        return TrainingCost(self.decoder, args, self.lengths, self.prompts - aside, aside, mesh)
-
-    def _mesh(self, stage: str, sizes: tuple[int, int, int] | None):
-        """What the stage makes of its --mesh."""
-        chosen = {"sample": decoding_sizes, "dpo": training_sizes}[stage]
-        try:
-            return mesh_of(sizes or chosen(self.on.size, self.decoder.config), self.on.size)
-        except ValueError as error:
-            raise UserError(f"{stage}: {error}: change it in the recipe, or the topology") from None
-
-    def stages(self) -> list[LoopStage]:
-        rounds, on = self.recipe.iterations, self.on
-        start = START_ON_CPU if on.is_cpu else START
-        weights = 4 * self.decoder.parameters / DISK / on.hosts
-        saves = 1 if not self.recipe.dpo.save_every else 2  # the last state's is not hidden
-
-        def sample(name, times, heldout):
-            work = self.sampling(heldout)
-            return LoopStage(
-                name,
-                "sample",
-                times,
-                work.args.dtype,
-                work.pieces(),
-                start["sample"] + weights,
-                on.size,
+    def _filled(self, stage: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        rest = self.on.size // math.prod(side for side in sizes if side != -1)
+        filled = tuple(rest if side == -1 else side for side in sizes)
+        if math.prod(filled) != self.on.size:
+            raise UserError(
+                f"{stage}: mesh {' '.join(map(str, sizes))} does not cover {self.on.size} chips: "
+                "change it in the recipe, or choose another machine"
             )
-
-        def rank(name, times, heldout):
-            if not self.pairrm:
-                return LoopStage(name, "rank", times, "float32", [], START_ON_CPU[name], on.hosts)
-            work = self.ranking(heldout)
-            return LoopStage(name, "rank", times, work.dtype, work.pieces(), start["rank"], on.size)
-
-        training = self.training()
-        return [
-            sample("held-out answers", rounds + 1, True),
-            sample("sample", rounds, False),
-            rank("rank", rounds, False),
-            LoopStage("pairs", "pairs", rounds, "float32", [], start["pairs"], 1),
-            LoopStage(
-                "dpo",
-                "dpo",
-                rounds,
-                training.args.dtype,
-                training.pieces(),
-                start["dpo"] + (1 + saves) * weights,
-                on.size,
-            ),
-            # Each model against the start, and from the second on against the one before.
-            rank("compare", 2 * rounds - 1, True),
-            LoopStage(
-                "kl",
-                "kl",
-                2 * rounds - 1,
-                self.recipe.kl.dtype,
-                self.divergence(),
-                start["kl"] + weights,
-                on.size,
-            ),
-            LoopStage("report", "report", rounds, "float32", [], start["report"], 1),
-        ]
-
-    def divergence(self) -> list[Piece]:
-        """Log-probs of held-out answers, in the rows of a training without the second response."""
-        answers = min(self.recipe.kl.prompts or self.heldout, self.heldout)
-        answers *= self.recipe.heldout_sample.n
-        return self.training().reference(math.ceil(answers / 2))
-
-    def seconds(self, stage: LoopStage) -> float:
-        """Of one time."""
-        ideal = seconds(stage.pieces, self.on, stage.dtype).total
-        return stage.imports + stage.start + ideal / self.efficiency.get(stage.kind, 1.0)
+        return filled
 
     def changed(self, stage: str, **flags) -> "Plan":
         """The plan with other flags of a stage."""
-        args = dataclasses.replace(getattr(self.recipe, stage), **flags)
-        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **{stage: args}))
+        table = getattr(self.recipe, stage) | flags
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **{stage: table}))
 
-    def others(self) -> Iterator[tuple[str, "Plan"]]:
-        """Flags that may be quicker, and the plan with them."""
-        changed = self.changed("sample", mesh=None).changed("heldout_sample", mesh=None)
-        yield "no --mesh in sampling", changed
-        if self.pairrm and self.ranking().dtype == "float32":
-            yield "--dtype bfloat16 for PairRM", self.changed("rank", dtype="bfloat16")
+    def on_more(self, factor: int) -> "Plan":
+        """The plan on so many times the chips, with the meshes that the stages choose."""
+        if factor == 1:
+            return self
+        plan = self.changed("sample", mesh=None).changed("dpo", mesh=None)
+        return dataclasses.replace(plan, on=self.on.times(factor))
 
-    def hours(self) -> float:
+    # ---------------------------------------------------------------- the programs
+
+    def programs(self) -> list[dict]:
+        """What scripts/plan/compile.py is asked. A program is compiled at the longest texts that
+        are allowed, which decide its memory, and traced with `usual` in place of these arguments,
+        which decides its time. A step of sampling, bound by memory, is compiled at both."""
+        drawn, trained = dataclasses.asdict(self.sampling), dataclasses.asdict(self.training)
+        (tokens, answer, most), limit = self.lengths, self.sampling.max_new_tokens
+        longest = -(-(round(most) + limit) // 16) * 16
+        # The longest of n lengths that fall off exponentially is the mean times ln n.
+        times = max(1.0, math.log(self.slots))
+        usual = coarse_bucket(round(min(most, tokens * times) + min(limit, answer * times)))
+        drawn |= {"slots": self.slots, "length": longest}
+        prompts = drawn | {"tokens": coarse_bucket(round(most))}
+        # Of answers whose lengths fall off so, those that make a pair too long are cut.
+        prompt = min(trained["max_prompt_length"], tokens)
+        said = answer * -math.expm1((prompt - trained["max_length"]) / answer)
+        mean = {"max_prompt_length": round(prompt), "max_length": round(prompt) + round(said)}
+        ranked = {"dtype": self.dtypes["rank"], "chip": self.on.chip.name}
+        ranked |= self._comparisons(PAIRRM_LONGEST)
+        asked = [
+            ("sample: a step", "decode", drawn, {}),
+            ("sample: a usual step", "decode", drawn | {"length": min(usual, longest)}, {}),
+            ("sample: prompts", "prefill", prompts, {"tokens": coarse_bucket(round(tokens))}),
+            ("rank: a layer", "layer", ranked, self._comparisons()),
+            ("dpo: gradients", "gradients", trained, mean),
+        ]
+        keys, config = ("name", "build", "given", "usual"), dataclasses.asdict(self.config)
+        return [
+            dict(zip(keys, each))
+            | {"config": PAIRRM if each[1] == "layer" else config}
+            | {"mesh": self.meshes[each[0].partition(":")[0]]}
+            for each in asked
+            if self.pairrm or each[1] != "layer"
+        ]
+
+    def _comparisons(self, length: int | None = None) -> dict[str, int]:
+        """Of one device in one call, as model/rankers/pairrm.py has it. length: default the usual
+        one."""
+        if length is None:
+            length = round(min(self.lengths[0], 1224) + 2 * self.lengths[1] + 9)
+            length = min(PAIRRM_LONGEST, bucket(length, 128))
+        tokens = 1024 if self.on.chip.name == "cpu" else 16384
+        return {"length": length, "rows": 1 << (max(1, tokens // length).bit_length() - 1)}
+
+    # ---------------------------------------------------------------- the stages
+
+    def stages(self) -> list[Stage]:
+        rounds, training = self.recipe.iterations, self.training
+        micro = training.micro_batch_size
+        start = START_ON_CPU if self.on.chip.name == "cpu" else START
+        disk = 4 * self.parameters / DISK / self.on.hosts
+        written = 2 if training.save_every else 1  # the last state's is not hidden
+        count = self.prompts - self.test_pairs
+        steps = training.epochs * math.ceil(count / training.batch_size)
+        # A gradient takes as long as so many forward passes, which log-probs are.
+        passes = 4 if training.remat == "full" else 3
+        references = (count + 3 * self.test_pairs) / micro / passes
+        trained = {"dpo: gradients": steps * self.micro_batches + references}
+        answers = min(self.kl.prompts or self.heldout, self.heldout) * self.heldout_sampling.n
+        distance = {"dpo: gradients": answers / 2 / micro / passes}  # a pair holds two answers
+        # The models are compared with the start, and from the second on with the one before.
+        table = (
+            ("held-out answers", "sample", rounds + 1, self._drawn(True), disk),
+            ("sample", "sample", rounds, self._drawn(False), disk),
+            ("rank", "rank", rounds, self._ranked(self.prompts, self.sampling.n), 0),
+            ("dpo", "dpo", rounds, trained, (1 + written) * disk),
+            ("compare", "rank", 2 * rounds - 1, self._ranked(self.heldout, 2), 0),
+            ("kl", "kl", 2 * rounds - 1, distance, disk),
+        )
+        return [Stage(*each[:4], each[4] + start[each[1]]) for each in table]
+
+    def _drawn(self, heldout: bool) -> dict[str, float]:
+        """How many steps of all slots, and prompts. The slots are filled and refilled; when no
+        prompt waits they are halved, twice at most, as their answers end."""
+        args = self.heldout_sampling if heldout else self.sampling
+        prompts = self.heldout if heldout else self.prompts
+        answers, limit = prompts * args.n, args.max_new_tokens
+        mean, slots = min(limit, self.lengths[1]), min(args.slots or 256, answers)
+        half = min(limit, mean * math.log(2))  # until half of them have ended
+        end = half + min(half, limit - half) / 2 + max(0.0, limit - 2 * half) / 4
+        steps = (answers - slots) * mean / slots + end
+        return {"sample: a usual step": steps * slots / self.slots, "sample: prompts": prompts}
+
+    def _ranked(self, prompts: int, n: int) -> dict[str, float]:
+        """How many layers of PairRM, on each chip."""
+        # Of bubble: the best in n − 1 duels, the worst among about half; both orders.
+        bubble = self.recipe.rank.get("comparisons") == "bubble"
+        comparisons = prompts * (2 * (n - 1) + n - 2 if bubble else n * (n - 1))
+        calls = comparisons / self._comparisons()["rows"] / self.on.size
+        return {"rank: a layer": PAIRRM["num_hidden_layers"] * calls} if self.pairrm else {}
+
+    def seconds(self, stage: Stage, work: dict[str, dict]) -> dict[str, float]:
+        """Of one time, by what scripts/plan/compile.py says of the programs (name → told). "work":
+        a program takes what it is bound by, over the stage's efficiency; where the TPU's compiler
+        estimates more than that, it takes the compiler's cycles."""
+        sums = dict.fromkeys(("products", "memory", "exchange", "cycles", "work"), 0.0)
+        for name, times in stage.programs.items():
+            each = self.on.seconds(work[name]["usual"], self.dtypes[stage.kind])
+            bound = max(each["products"], each["memory"], each["exchange"])
+            each["work"] = max(bound / self.efficiency[stage.kind], each["cycles"])
+            sums = {part: total + times * each[part] for part, total in sums.items()}
+        return sums | {"start": stage.start}
+
+    def hours(self, work: dict[str, dict]) -> float:
         """Of the whole run."""
-        return sum(stage.times * self.seconds(stage) for stage in self.stages()) / 3600
+        took = ((stage.times, self.seconds(stage, work)) for stage in self.stages())
+        return sum(times * (each["start"] + each["work"]) for times, each in took) / 3600
 
 
-def efficiencies(given: tuple[str, ...], on: Slice) -> dict[str, float]:
-    """From --efficiency: sample=0.5, or FILE.json of such names, over what is assumed."""
-    found = dict(MEASURED_ON_CPU if on.is_cpu else ASSUMED)
-    for word in given:
-        name, _, value = word.partition("=")
-        try:
-            new = {name: value} if value else json.loads(Path(word).read_text())
-            new = {name: float(value) for name, value in new.items()}
-        except (OSError, ValueError, AttributeError, TypeError):
-            raise UserError(
-                f"--efficiency {word}: write sample=0.5, or a JSON file of {', '.join(found)}"
-            ) from None
-        if unknown := [n for n, v in new.items() if n not in found or not 0 < v <= 1]:
-            raise UserError(
-                f"--efficiency {word}: {unknown[0]} must be one of {', '.join(found)}, "
-                "above 0 and at most 1"
-            )
-        found |= new
-    return found
+def efficiencies(words: tuple[str, ...], on: Slice) -> dict[str, float]:
+    """From --efficiency: sample=0.5, over what is assumed."""
+    known = dict(MEASURED_ON_CPU if on.chip.name == "cpu" else ASSUMED)
+    for name, _, value in (word.partition("=") for word in words):
+        share = float(value) if value.replace(".", "", 1).isdigit() else 0.0
+        if name not in known or not 0 < share <= 1:
+            rule = f"{', '.join(known)}, above 0 and at most 1"
+            raise UserError(f"--efficiency {name}={value}: write NAME=SHARE, of {rule}")
+        known[name] = share
+    return known

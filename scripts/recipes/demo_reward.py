@@ -35,13 +35,8 @@ WEIGHTS: dict[str, float] = {
 }
 
 _MAX_CHARS = 4000  # only this much of an answer is read, which bounds the time an answer takes
-_NUMBERS = {
-    word: value
-    for value, word in enumerate(
-        "one two three four five six seven eight nine ten".split(), start=1
-    )
-}
-_NUM = r"(one|two|three|four|five|six|seven|eight|nine|ten|\d{1,2})"
+_NUMBERS = dict(zip("one two three four five six seven eight nine ten".split(), range(1, 11)))
+_NUM = rf"({'|'.join(_NUMBERS)}|\d{{1,2}})"
 _STOP = frozenset(
     """a about after again all also am an and any are as at be because been before
 being both but by can could did do does each even every for from had has have he her hers him his

@@ -9,6 +9,7 @@ was made from it, names.
 import dataclasses
 import json
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 
 from etils import epath
 
@@ -48,22 +49,19 @@ def read(run: str) -> list[Node]:
             by_content.setdefault(content, node)
     for node in nodes[:]:
         made = node.manifest
-        for entry in with_roles(made.inputs).values():
-            sha256 = entry["sha256"]
-            if sha256 not in by_content:
-                by_content[sha256] = _input(folder, entry["path"], sha256, nodes)
-            if by_content[sha256] not in node.parents:
-                node.parents.append(by_content[sha256])
-        for name in READS.get(made.stage, ()):
-            identity = made.identities.get(name)
-            if identity is None:
+        files = {entry["sha256"]: entry["path"] for entry in with_roles(made.inputs).values()}
+        models = {made.identities.get(name): name for name in READS.get(made.stage, ())}
+        for content, name in (files | models).items():
+            if content is None:
                 continue
-            if identity not in by_content:
-                by_content[identity] = Node(name, identity, None)
-                nodes.append(by_content[identity])
-            if by_content[identity] not in node.parents:
-                node.parents.append(by_content[identity])
-    return _parents_first(nodes)
+            if content not in by_content and content in files:
+                by_content[content] = _input(folder, name, content, nodes)
+            elif content not in by_content:
+                nodes.append(Node(name, content, None))
+                by_content[content] = nodes[-1]
+            if by_content[content] not in node.parents:
+                node.parents.append(by_content[content])
+    return list(TopologicalSorter({node: node.parents for node in nodes}).static_order())
 
 
 def places(folder) -> list[epath.Path]:
@@ -120,19 +118,3 @@ def _input(folder, path: str, sha256: str, nodes: list[Node]) -> Node:
 
 def _within(folder, path) -> str:
     return str(path).removeprefix(str(folder)).strip("/")
-
-
-def _parents_first(nodes: list[Node]) -> list[Node]:
-    order: list[Node] = []
-    begun: set[Node] = set()
-
-    def visit(node: Node):
-        if node not in begun:
-            begun.add(node)
-            for parent in node.parents:
-                visit(parent)
-            order.append(node)
-
-    for node in nodes:
-        visit(node)
-    return order

@@ -2,9 +2,11 @@
 
 import textwrap
 
-from scripts.report.gather import Model, Run
+from scripts.report.gather import Model, Run, mean
+from scripts.report.graph import Node
 
 Cells = dict[str, str]  # column → text; every row of a table has all of its columns
+OTHERS = ("start", "previous")  # models that a model is measured against
 
 
 # ----------------------------------------------------------------------------- the iterations
@@ -21,17 +23,19 @@ def iterations(models: list[Model]) -> list[Cells]:
 
 
 def _cells(model: Model) -> Cells:
-    reward = model.reward()
+    reward, texts = model.reward(), model.texts
+    ended = [answer.get("finish_reason") == "stop" for answer in model.answers]
     return {
         "model": model.name,
         "reward": "–" if reward is None else f"{reward[0]:.3f} ± {reward[1]:.3f}",
-        "won against start": _win_rate(model.against_start),
-        "won against previous": _win_rate(model.against_previous),
-        "words": _text(model.words(), ".0f"),
-        "finished": _text(model.finished(), ".0%"),
-        "distinct": _text(model.distinct(), ".0%"),
-        "KL to start": _text((model.kl_to_start or {}).get("kl_per_token"), ".3f"),
-        "KL to previous": _text((model.kl_to_previous or {}).get("kl_per_token"), ".3f"),
+        **{f"won against {other}": _win_rate(model.against.get(other)) for other in OTHERS},
+        "words": _text(mean([len(text.split()) for text in texts]), ".0f"),
+        "finished": _text(mean(ended), ".0%"),
+        "distinct": _text(len(set(texts)) / len(texts) if texts else None, ".0%"),
+        **{
+            f"KL to {other}": _text(model.kl_to.get(other, {}).get("kl_per_token"), ".3f")
+            for other in OTHERS
+        },
         "DPO loss": _text(model.training("loss"), ".3f"),
         "DPO accuracy": _text(model.training("rewards/accuracies"), ".0%"),
     }
@@ -54,31 +58,24 @@ def in_lines(rows: list[Cells]) -> str:
     for name in rows[0]:
         cells = [row[name] for row in rows]
         width = max(map(len, [*cells, *name.split()]))
-        heading = textwrap.wrap(name, width)
-        columns.append((width, heading, cells))
-    deepest = max(len(heading) for _, heading, _ in columns)
-    lines = []
-    for i in range(deepest + len(rows)):
-        texts = []
-        for width, heading, cells in columns:
-            column = [""] * (deepest - len(heading)) + heading + cells
-            texts.append(f"{column[i]:<{width}}")
-        lines.append("  ".join(texts).rstrip())
-    return "\n".join(lines)
+        columns.append([f"{text:<{width}}" for text in [*textwrap.wrap(name, width), *cells]])
+    deepest = max(map(len, columns))
+    padded = [[" " * len(column[0])] * (deepest - len(column)) + column for column in columns]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded))
 
 
 def verdict(models: list[Model]) -> list[str]:
     """Lines that say whether the newest model is worse than the one before, and which is best."""
-    judged = [model for model in models if model.against_start]
+    judged = [model for model in models if "start" in model.against]
     if not judged:
         return []
+    won = {model.name: model.against["start"]["win_rate"] for model in judged}
     lines, newest = [], judged[-1]
-    if newest.against_previous and newest.against_previous["win_rate"] < 0.5:
+    if newest.against.get("previous", {"win_rate": 1})["win_rate"] < 0.5:
         lines.append(f"warning: {newest.name} loses to the model before it more often than it wins")
-    best = max(judged, key=lambda m: m.against_start["win_rate"])
-    if best.against_start["win_rate"] < 0.5:
-        best = models[0]
-    return [*lines, f"best so far: {best.name}"]
+    best = max(won, key=won.get)
+    best = best if won[best] >= 0.5 else models[0].name
+    return [*lines, f"best so far: {best}"]
 
 
 def change_of_terms(models: list[Model]) -> list[str]:
@@ -115,26 +112,14 @@ def page(run: Run) -> dict[str, list[Cells]]:
             {
                 "iteration": t.name,
                 "answers": f"{len(t.scores):,}",
-                "distinct, of a prompt's": _text(t.distinct, ".0%"),
-                "finished": _text(t.finished, ".0%"),
-                "pairs": f"{len(t.pairs.get('chosen_score', [])):,}",
+                "distinct, of a prompt's": _text(mean(t.distinct), ".0%"),
+                "finished": _text(mean(t.finished), ".0%"),
+                "pairs": f"{len(t.pairs['chosen_score']):,}",
             }
             for t in run.trained
         ],
         "ranker": _ranker(run),
-        "stages": [
-            {
-                "file": stage.path,
-                "stage": stage.name,
-                "time": duration(stage.seconds),
-                "tokens": _text(stage.tokens, ","),
-                "tokens a second": _text(stage.rate, ",.0f"),
-                "rows in": _text(stage.took, ","),
-                "rows out": _text(stage.gave, ","),
-                "left out": "; ".join(f"{n:,} {reason}" for reason, n in stage.aside.items()),
-            }
-            for stage in run.stages
-        ],
+        "stages": [_stage(node, run.tokens.get(node.path)) for node in run.nodes if node.manifest],
         "lineage": [
             {
                 "file": node.path,
@@ -145,6 +130,30 @@ def page(run: Run) -> dict[str, list[Cells]]:
             }
             for node in run.nodes
         ],
+    }
+
+
+def _stage(node: Node, tokens: int | None) -> Cells:
+    """A file that a stage wrote. tokens: of the answers in it."""
+    made, rate, counts = node.manifest, None, dict(node.manifest.counts)
+    if made.stage == "sample" and (sitting := made.results.get("last_sitting")):
+        rate = sitting["tokens"] / max(sitting["seconds"], 0.1)
+    elif made.stage == "dpo" and tokens:  # before texts are cut to the lengths
+        tokens *= made.arguments["epochs"]
+        rate = tokens / max(made.results["train_seconds"], 0.1)
+    return {
+        "file": node.path,
+        "stage": made.stage,
+        "time": duration(made.seconds),
+        "tokens": _text(tokens or made.results.get("tokens"), ","),
+        "tokens a second": _text(rate, ",.0f"),
+        "rows in": _text(counts.pop("in", None), ","),
+        "rows out": _text(counts.pop("out", None), ","),
+        "left out": "; ".join(
+            f"{n:,} {reason}"
+            for reason, n in counts.items()
+            if reason not in ("test in", "test out")
+        ),
     }
 
 

@@ -104,7 +104,7 @@ def main(args: Judge) -> None:
 
     # ------------------------------------------------------------------------------ finish
     replies = {row["prompt_id"]: row for row, _ in output.rows()}
-    rows = [_annotation(args, *pair, *names, replies.get(pair[0].key)) for pair in pairs]
+    rows = [_annotation(args, pair, names, replies.get(pair[0].key)) for pair in pairs]
     preferences = [row["preference"] - 1 for row in rows if row["preference"] is not None]
     if len(preferences) < len(rows):
         name = "without a preference (the reply began with neither m nor M)"
@@ -217,19 +217,24 @@ def ask_all(
     ):
 
         def ask_or_stop(ours: ModelOutput, theirs: ModelOutput) -> dict:
+            switched = is_switched(ours.key)
+            texts = (ours.text, theirs.text) if switched else (theirs.text, ours.text)
             try:
-                return ask(args, client, template, ours, theirs, stopping)
+                row = ask(args, client, chat(template, ours.key, *texts), stopping)
             except BaseException:
                 stopping.set()  # here, before this thread takes the next pair from the queue
                 raise
+            if switched and row["preference"] is not None:
+                row["preference"] = 3 - row["preference"]  # 2 where our answer is better
+            return {"prompt_id": ours.key} | row
 
         pool = ThreadPoolExecutor(args.parallel)
-        waiting = {pool.submit(ask_or_stop, *pair): pair[0].key for pair in todo}
+        waiting = {pool.submit(ask_or_stop, *pair) for pair in todo}
         try:
             for future in as_completed(list(waiting)):
-                prompt_id = waiting.pop(future)
+                waiting.remove(future)
                 try:
-                    row = {"prompt_id": prompt_id} | future.result()
+                    row = future.result()
                 except CancelledError:  # not sent, since another one failed, which comes up too
                     continue
                 output.write(row)
@@ -243,25 +248,18 @@ def ask_all(
             # so they are awaited and kept.
             stopping.set()
             pool.shutdown(cancel_futures=True)
-            for future, prompt_id in waiting.items():
+            for future in waiting:
                 if not future.cancelled() and future.exception() is None:
-                    output.write({"prompt_id": prompt_id} | future.result())
+                    output.write(future.result())
 
 
 def ask(
-    args: Judge,
-    client: httpx2.Client,
-    template: str,
-    ours: ModelOutput,
-    theirs: ModelOutput,
-    stopping: threading.Event,
+    args: Judge, client: httpx2.Client, messages: list[dict], stopping: threading.Event
 ) -> dict:
-    """One judgement: {reply, preference: 2 where our answer is better, tokens, seconds}."""
-    switched = is_switched(ours.key)
-    first, second = (ours.text, theirs.text) if switched else (theirs.text, ours.text)
+    """One judgement: {reply, preference: 2 where the second answer is better, tokens, seconds}."""
     body = {
         "model": args.model,
-        "messages": chat(template, ours.key, first, second),
+        "messages": messages,
         "max_tokens": 1,
         "temperature": 1,
         "top_p": 1.0,
@@ -271,21 +269,18 @@ def ask(
     start = time.monotonic()
     reply = _post(args, client, body, stopping)
     try:
-        of_second = preference(reply)
-        tokens = int((reply.get("usage") or {}).get("total_tokens") or 0)
-        choice = reply["choices"][0]
+        return {
+            "reply": reply["choices"][0],
+            "preference": preference(reply),
+            "tokens": int((reply.get("usage") or {}).get("total_tokens") or 0),
+            "seconds": time.monotonic() - start,
+        }
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{args.endpoint}: the reply has no choices[0].logprobs.content[0].top_logprobs that "
             f"can be read ({error!r} in {json.dumps(reply)[:200]}): the judge must be a server "
             "that gives log-probs"
         ) from None
-    return {
-        "reply": choice,
-        "preference": 3 - of_second if switched and of_second is not None else of_second,
-        "tokens": tokens,
-        "seconds": time.monotonic() - start,
-    }
 
 
 class RequestFailed(Exception):
@@ -301,36 +296,42 @@ def _post(args: Judge, client: httpx2.Client, body: dict, stopping: threading.Ev
     """The server's reply as JSON. UserError once retrying is of no use; CancelledError where
     `stopping` is set before the request is sent."""
     url = f"{args.endpoint.rstrip('/')}/chat/completions"
+
+    def once() -> dict:
+        if stopping.is_set():
+            raise CancelledError
+        try:
+            response = client.post(url, json=body)
+            if response.status_code == 200:
+                return response.json()
+        except (httpx2.HTTPError, ValueError, RecursionError) as error:  # no network, no JSON
+            raise RequestFailed(repr(error), again=True) from error
+        problem = f"HTTP {response.status_code}: {' '.join(response.text.split())[:200]}"
+        asked = retry_after(response.headers)
+        if asked is not None and asked > LONGEST_RETRY_AFTER:
+            raise RequestFailed(f"{problem} (Retry-After: {asked:.0f} seconds)", again=False)
+        raise RequestFailed(problem, response.status_code in RETRIED, asked)
+
+    growing = tenacity.wait_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        asked = state.outcome.exception().retry_after
+        return growing(state) if asked is None else asked
+
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda e: isinstance(e, RequestFailed) and e.again),
         stop=tenacity.stop_after_attempt(args.retries + 1),
-        wait=_pause,
+        wait=pause,
         sleep=tenacity.sleep_using_event(stopping),
         reraise=True,
     )
     try:
-        return retrying(_post_once, client, url, body, stopping)
+        return retrying(once)
     except RequestFailed as error:
         raise UserError(
             f"{url}: {error}: what was judged is kept, and the same command goes on once the "
             "endpoint, --model and OPENAI_API_KEY are right"
         ) from None
-
-
-def _post_once(client: httpx2.Client, url: str, body: dict, stopping: threading.Event) -> dict:
-    if stopping.is_set():
-        raise CancelledError
-    try:
-        response = client.post(url, json=body)
-        if response.status_code == 200:
-            return response.json()
-    except (httpx2.HTTPError, ValueError, RecursionError) as error:  # no network, no time, no JSON
-        raise RequestFailed(repr(error), again=True) from error
-    text = " ".join(response.text.split())[:200]
-    problem, asked = f"HTTP {response.status_code}: {text}", retry_after(response.headers)
-    if asked is not None and asked > LONGEST_RETRY_AFTER:
-        raise RequestFailed(f"{problem} (Retry-After: {asked:.0f} seconds)", again=False)
-    raise RequestFailed(problem, response.status_code in RETRIED, asked)
 
 
 def retry_after(headers) -> float | None:
@@ -346,32 +347,23 @@ def retry_after(headers) -> float | None:
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
-def _pause(state: tenacity.RetryCallState) -> float:
-    asked = state.outcome.exception().retry_after
-    growing = tenacity.wait_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
-    return growing(state) if asked is None else asked
-
-
 def _annotation(
-    args: Judge,
-    ours: ModelOutput,
-    theirs: ModelOutput,
-    our_name: str,
-    their_name: str,
-    row: dict | None,
+    args: Judge, pair: tuple[ModelOutput, ModelOutput], names, row: dict | None
 ) -> dict:
     """A row of annotations.json as alpaca_eval writes it. row: the kept reply; None for equal
     answers, which are not sent."""
+    ours, theirs = pair
+    row = row or {"preference": 1.5, "tokens": 0, "seconds": 0.0, "reply": None}
     return {
         "instruction": ours.key,
         "output_1": theirs.text,
-        "generator_1": their_name,
+        "generator_1": names[1],
         "dataset": theirs.dataset or ours.dataset,
         "output_2": ours.text,
-        "generator_2": our_name,
+        "generator_2": names[0],
         "annotator": ANNOTATOR if args.model == "gpt-4-1106-preview" else args.model,
-        "preference": row["preference"] if row else 1.5,
-        "price_per_example": row["tokens"] * args.price_per_million / 1e6 if row else 0.0,
-        "time_per_example": row["seconds"] if row else 0.0,
-        "raw_completion": row["reply"] if row else None,
+        "preference": row["preference"],
+        "price_per_example": row["tokens"] * args.price_per_million / 1e6,
+        "time_per_example": row["seconds"],
+        "raw_completion": row["reply"],
     }

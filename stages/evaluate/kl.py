@@ -28,7 +28,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, decoder, logprobs
+    from model import checkpoint, logprobs
     from model import tokenizer as tokenizers
     from sharding import mesh as meshes
 
@@ -195,10 +195,7 @@ def compute(args: Kl, config, prompts: list[Answered], output: Output | Elsewher
     most = max(args.batch_size, max(len(p.logprobs) for p in prompts))
     dtype = jnp.dtype(args.dtype)
     with jax.set_mesh(mesh), stop_signal() as check_stop:
-        shardings = meshes.tree_shardings(
-            mesh, decoder.logical_axes(config), decoder.abstract(config)
-        )
-        params = checkpoint.load(args.checkpoint, shardings)[1]
+        params = checkpoint.load(args.checkpoint, mesh)[1]
 
         @partial(jax.jit, out_shardings=meshes.replicated(mesh))
         def response_logprobs(params, batch):

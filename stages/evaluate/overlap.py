@@ -99,15 +99,14 @@ def main(args: Overlap) -> None:
 def overlap_of(asked: PromptFile, train: PromptFile, threshold: float) -> dict:
     """How much of `asked` occurs in `train`. `matches` has every prompt that shares an n-gram, the
     largest share first, with the training prompt that shares most."""
-    shares, matches, identical = np.zeros(len(asked.texts)), [], 0
+    shares, matches = np.zeros(len(asked.texts)), []
     whole = {_normal(text): i for i, text in reversed(list(enumerate(train.texts)))}
     for i, (text, grams) in enumerate(zip(asked.texts, asked.grams)):
         met = Counter(train.first[gram] for gram in grams if gram in train.first)
         if not met:
             continue
+        shares[i] = met.total() / len(grams)
         same = whole.get(_normal(text))
-        identical += same is not None
-        shares[i] = sum(met.values()) / len(grams)
         nearest = met.most_common(1)[0][0] if same is None else same
         matches.append(
             {
@@ -121,7 +120,7 @@ def overlap_of(asked: PromptFile, train: PromptFile, threshold: float) -> dict:
         "of": asked.name,
         "in": train.name,
         "prompts": len(asked.texts),
-        "identical": identical,
+        "identical": sum(match["identical"] for match in matches),
         "contaminated": int(np.sum(shares >= threshold)),
         "touched": len(matches),
         "mean_share": float(shares.mean()),
@@ -134,10 +133,7 @@ def _read(path: str, name: str, n: int) -> PromptFile:
     if not texts:
         raise UserError(f"{path} holds no prompts")
     grams = [ngrams(text, n) for text in texts]
-    first: dict = {}
-    for i, some in enumerate(grams):
-        for gram in some:
-            first.setdefault(gram, i)
+    first = {gram: i for i in reversed(range(len(grams))) for gram in grams[i]}
     return PromptFile(name, texts, grams, first)
 
 

@@ -11,7 +11,7 @@ from etils import epy
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import sklearn
-    from scipy import stats
+    from scipy import special, stats
     from sklearn import linear_model, metrics, model_selection
 
 RESAMPLES = 10_000  # bootstrap samples
@@ -56,7 +56,7 @@ def bootstrap_interval(values: np.ndarray, seed: int, level: float = 0.95) -> tu
     """The percentile interval of the mean over RESAMPLES bootstrap samples."""
     if len(values) < 2:
         return float(values[0]), float(values[0])
-    result = stats.bootstrap(
+    interval = stats.bootstrap(
         (values,),
         np.mean,
         n_resamples=RESAMPLES,
@@ -64,8 +64,8 @@ def bootstrap_interval(values: np.ndarray, seed: int, level: float = 0.95) -> tu
         confidence_level=level,
         method="percentile",
         rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 @dataclasses.dataclass
@@ -111,23 +111,22 @@ def length_controlled(
         return LengthControlled(None, "all length differences are the same")
     if np.all(preferences == preferences[0]) and preferences[0] in (0, 1):
         return LengthControlled(None, "every comparison went the same way")
-    features = _features(differences / spread, difficulties, 1.0)
+    features = _features(differences / spread, difficulties, model=1.0)
     train, targets, weights = features, preferences, np.ones(len(preferences))
     if gamed is not None:
-        others = _features(gamed.length_differences, gamed.difficulties, 0.0)
+        others = _features(gamed.length_differences, gamed.difficulties, model=0.0)
         train = np.concatenate([others, features])
         targets = np.concatenate([gamed.preferences, preferences])
         weights = np.concatenate([np.full(len(others), REGULARISATION / 2), weights])
     coefficients = _fit(train, targets, weights)
     features[:, 0] = 0.0
-    return LengthControlled(float(np.mean(1 / (1 + np.exp(-features @ coefficients)))))
+    return LengthControlled(float(np.mean(special.expit(features @ coefficients))))
 
 
 def _features(differences: np.ndarray, difficulties: np.ndarray | None, model: float) -> np.ndarray:
     """[n, features]. model: 1 for the model's answers, 0 for the gamed baseline's."""
-    columns = [np.tanh(differences)]
-    columns += [] if difficulties is None else [difficulties]
-    return np.stack([*columns, np.full(len(differences), model)], axis=1)
+    columns = [np.tanh(differences), difficulties, np.full(len(differences), model)]
+    return np.stack([column for column in columns if column is not None], axis=1)
 
 
 def _fit(features: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from etils import epath, epy
 
-from sharding.errors import UserError, check_scheme
+from sharding.errors import UserError, check_scheme, first_line
 from stages.files.paths import open_input
 from stages.files.rows import Fields, Prompt, Sample, canonical, field, json_rows, messages_of
 
@@ -44,10 +44,9 @@ def local_file(benchmark: str) -> str:
     try:
         return huggingface_hub.hf_hub_download(HUB, HUB_FILE, repo_type="dataset")
     except Exception as error:  # of many kinds: no network, gated, no space
-        line = next((s.strip() for s in str(error).splitlines() if s.strip()), repr(error))
         raise UserError(
-            f"the hub does not give {HUB}'s {HUB_FILE} ({line}): download it elsewhere, and give "
-            "its path"
+            f"the hub does not give {HUB}'s {HUB_FILE} ({first_line(error)}): download it "
+            "elsewhere, and give its path"
         ) from None
 
 
@@ -65,11 +64,11 @@ def read_json_list(path: str) -> list[tuple[str, Fields]]:
     missing value, is read as such."""
     if not is_json_list(path):
         raise UserError(f"{path}: not a JSON list [{{…}}, …]")
-    rows = _parse(_bytes(path), path)
-    for i, row in enumerate(rows):
+    rows = [(f"{path}, item {i}", row) for i, row in enumerate(_parse(path))]
+    for where, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{path}, item {i}: a {type(row).__name__}, not an object {{…}}")
-    return [(f"{path}, item {i}", row) for i, row in enumerate(rows)]
+            raise UserError(f"{where}: a {type(row).__name__}, not an object {{…}}")
+    return rows
 
 
 def rows_of(path: str) -> Iterable[tuple[str, Fields]]:
@@ -77,9 +76,9 @@ def rows_of(path: str) -> Iterable[tuple[str, Fields]]:
     return read_json_list(path) if is_json_list(path) else json_rows(path)
 
 
-def _parse(content: bytes, path: str):
+def _parse(path: str):
     try:
-        return json.loads(content)
+        return json.loads(_bytes(path))
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
         raise UserError(f"{path}: not JSON ({error}): correct the file") from None
 
@@ -99,7 +98,7 @@ def read_instructions(path: str, counts: Counter) -> list[Fields]:
     for where, row in rows_of(path):
         counts["in"] += 1
         fields = _prompt_fields(row, where, counts)
-        prompt = Prompt.parse(fields, where)
+        prompt = Prompt(fields, where)
         key = conversation_key(prompt.messages)
         if key in seen:
             raise UserError(f"{where}: this instruction stood above ({seen[key]}): remove one")
@@ -177,13 +176,21 @@ class ModelOutput:
     """A model's answer to an instruction."""
 
     where: str
-    key: str  # equal for the same instruction in another file
     messages: list[dict]
-    prompt: str  # the prompt that a reward function sees
     text: str
     finish_reason: str = "stop"
     dataset: str | None = None
     generator: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Equal for the same instruction in another file."""
+        return conversation_key(self.messages)
+
+    @property
+    def prompt(self) -> str:
+        """The prompt that a reward function sees."""
+        return self.messages[-1]["content"]
 
 
 def read_outputs(path: str, response: int = 0) -> dict[str, ModelOutput]:
@@ -195,7 +202,7 @@ def read_outputs(path: str, response: int = 0) -> dict[str, ModelOutput]:
     outputs: dict[str, ModelOutput] = {}
     for where, row in rows_of(path):
         if "responses" in row or "instruction" not in row:
-            output = _sampled(Sample.parse(row, where), response)
+            output = _sampled(Sample(row, where), response)
         else:
             output = _model_output(row, where)
         if output.key in outputs:
@@ -210,38 +217,27 @@ def read_outputs(path: str, response: int = 0) -> dict[str, ModelOutput]:
 
 
 def _model_output(row: Fields, where: str) -> ModelOutput:
-    instruction = instruction_of(row, where)
+    texts = {"output": field(row, "output", str, where)}
+    for name in ("finish_reason", "generator"):
+        texts[name] = None if row.get(name) is None else field(row, name, str, where)
     return ModelOutput(
-        where=where,
-        key=instruction,
-        messages=[{"role": "user", "content": instruction}],
-        prompt=instruction,
-        text=field(row, "output", str, where),
-        finish_reason=_text_or_none(row, "finish_reason", where) or "stop",
-        dataset=row.get("dataset"),
-        generator=_text_or_none(row, "generator", where),
+        where,
+        [{"role": "user", "content": instruction_of(row, where)}],
+        texts["output"],
+        texts["finish_reason"] or "stop",
+        row.get("dataset"),
+        texts["generator"],
     )
 
 
-def _text_or_none(row: Fields, name: str, where: str) -> str | None:
-    return None if row.get(name) is None else field(row, name, str, where)
-
-
-def _sampled(row: Sample, response: int) -> ModelOutput:
-    if not 0 <= response < len(row.responses):
+def _sampled(row: Sample, number: int) -> ModelOutput:
+    if not 0 <= number < len(row.responses):
         raise UserError(
-            f"{row.where}: there is no response {response}: the row has {len(row.responses)}, "
+            f"{row.where}: there is no response {number}: the row has {len(row.responses)}, "
             "counted from 0"
         )
-    return ModelOutput(
-        where=row.where,
-        key=conversation_key(row.messages),
-        messages=row.messages,
-        prompt=row.prompt,
-        text=row.responses[response].text,
-        finish_reason=row.responses[response].finish_reason,
-        dataset=row.fields.get("dataset"),
-    )
+    response, dataset = row.responses[number], row.fields.get("dataset")
+    return ModelOutput(row.where, row.messages, response.text, response.finish_reason, dataset)
 
 
 # ---------------------------------------------------------------------- a judge's annotations
@@ -301,7 +297,7 @@ def read_difficulties(path: str, instructions: int) -> np.ndarray:
     """instruction_difficulty.csv (an index and a value per row), or a JSON file
     {"instruction_difficulty": […]}: one value per instruction, in their order."""
     if path.endswith(".json"):
-        content = _parse(_bytes(path), path)
+        content = _parse(path)
         (values,) = _numbers("--difficulty", path, lambda: [content["instruction_difficulty"]])
     else:
         lines = _lines(path)[1:]

@@ -1,8 +1,8 @@
 import pytest
 import transformers
 
-from model.config import DecoderConfig, from_hf
-from model.hf_config import to_hf
+from model.config import from_hf, to_hf
+from scripts.bench.shapes import MISTRAL_7B
 from sharding.errors import UserError
 
 # mistralai/Mistral-7B-Instruct-v0.2's config.json, complete; v0.1 differs in two values.
@@ -63,20 +63,9 @@ SMOLLM2 = {
 
 
 def test_reads_mistral_7b_instruct_v02():
-    assert from_hf(MISTRAL_V2) == DecoderConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        rms_norm_eps=1e-5,
-        rope_theta=1e6,
-        max_position_embeddings=32768,
-        sliding_window=None,
-        torch_dtype="bfloat16",
-    )
+    config = from_hf(MISTRAL_V2)
+    assert config == MISTRAL_7B
+    assert (config.sliding_window, config.torch_dtype) == (None, "bfloat16")
 
 
 def test_reads_mistral_7b_v01_with_its_window():

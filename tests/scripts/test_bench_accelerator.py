@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import jax
@@ -38,8 +39,8 @@ def bench(folder, *words, absent=ABSENT):
     )
 
 
-def given(**changes) -> measuring.Given:
-    return measuring.Given(shapes.TINY, measuring.Clock(600), {}, True, **changes)
+def given() -> measuring.Given:
+    return measuring.Given(shapes.TINY, time.monotonic() + 600, {}, True)
 
 
 # ------------------------------------------------------------------------- the whole command
@@ -244,12 +245,13 @@ def test_an_unseen_accelerator_is_no_reason_to_measure_the_cpu(tmp_path, monkeyp
     assert not (tmp_path / "results").exists()
 
 
-def test_results_are_never_replaced(tmp_path):
-    name = tmp_path / "NVIDIA-H100-80GB-HBM3-2026-01-01.json"
-    assert accelerator.file_name("NVIDIA H100 80GB HBM3") == "NVIDIA-H100-80GB-HBM3"
-    assert accelerator.unused(name) == name
-    name.write_text("")
-    assert accelerator.unused(name).name == "NVIDIA-H100-80GB-HBM3-2026-01-01-2.json"
+def test_results_are_never_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator, "RESULTS", tmp_path)
+    day = time.strftime("%Y-%m-%d")
+    first = accelerator.unused("NVIDIA H100 80GB HBM3")
+    assert first.name == f"NVIDIA-H100-80GB-HBM3-{day}.json"
+    first.write_text("")
+    assert accelerator.unused("NVIDIA H100 80GB HBM3").name == first.stem + "-2.json"
 
 
 def test_a_folder_that_cannot_be_written_does_not_end_the_measuring(tmp_path, capsys):
@@ -289,7 +291,7 @@ def test_training_goes_on_with_fewer_layers_where_memory_runs_out(monkeypatch):
 
     monkeypatch.setattr(training_pieces, "_dpo_steps", steps)
     monkeypatch.setattr(training_pieces, "memory_limit", lambda: int(73.3 * 2**30))
-    full = measuring.Given(shapes.Sizes(), measuring.Clock(9), {}, False)
+    full = measuring.Given(shapes.Sizes(), time.monotonic() + 9, {})
     names = [row["name"] for row in training_pieces.dpo(full)]
     assert names == ["15 layers", "11 layers", "8 layers"]
 
@@ -298,16 +300,16 @@ def test_a_fused_kernel_is_compared_with_the_plain_form(monkeypatch):
     def make(sizes):
         return jnp.square, lambda x: 1.01 * x * x, (jnp.arange(1.0, 5.0),)
 
-    monkeypatch.setattr(pieces, "KERNELS", [pieces.Kernel("squares", lambda device: True, make)])
+    monkeypatch.setattr(pieces, "KERNELS", {"squares": (lambda device: True, make)})
     (row,) = pieces.kernels(given())
     assert row["ms_plain"] > 0 and row["ms_fused"] > 0 and row["times_as_fast"] > 0
     assert row["relative_difference"] == pytest.approx(0.01, rel=1e-3)
     assert row["largest_difference"] == pytest.approx(0.16, rel=1e-3)
 
 
-@pytest.mark.parametrize("kernel", pieces.KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", pieces.KERNELS)
 def test_a_fused_kernel_and_its_plain_form_give_the_same_shapes(kernel):
-    plain, fused, arrays = kernel.make(shapes.TINY)
+    plain, fused, arrays = pieces.KERNELS[kernel][1](shapes.TINY)
     wanted, got = jax.eval_shape(plain, *arrays), jax.eval_shape(fused, *arrays)
     assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
 

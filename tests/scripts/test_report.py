@@ -263,6 +263,6 @@ def test_a_pairwise_ranker_gives_win_rates_and_no_rewards(run, tmp_path):
 
 def test_a_models_reward_has_the_interval_of_a_mean():
     rows = [{"scores": [score], "responses": []} for score in (0.0, 1.0, 1.0, 0.0)]
-    mean, half = gather.Model("m", rows, None, None, None, None, []).reward()
+    mean, half = gather.Model("m", rows, {}, {}, []).reward()
     assert mean == 0.5
     assert half == pytest.approx(1.96 * np.std([0, 1, 1, 0], ddof=1) / 2, abs=1e-3)

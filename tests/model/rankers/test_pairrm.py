@@ -15,8 +15,6 @@ from model.rankers import deberta, deberta_tpu, pairrm
 from model.rankers.blender import BlenderRanker
 from model.rankers.deberta import from_hf as deberta_from_hf
 from model.rankers.pairrm import MARKERS, PairRM, open_folder
-from scripts.plan import programs
-from scripts.plan.arithmetic import PAIRRM
 from scripts.random_pairrm import LARGE, encoder_config
 from sharding.errors import UserError
 from sharding.mesh import make_mesh
@@ -529,19 +527,3 @@ def test_the_published_weights_give_the_published_numbers():
         order = np.argsort(-(found - found.T).mean(axis=1)).tolist()
         ranks.append([order.index(i) + 1 for i in range(3)])
     assert ranks == [[3, 1, 2], [1, 3, 2]]
-
-
-# ------------------------------------------------------------------- without the hardware
-
-
-@pytest.mark.heavy
-def test_pairrm_of_its_own_size_compiles_for_one_tpu_v5e_chip(monkeypatch):
-    pytest.importorskip("libtpu", reason="pip install libtpu: it compiles without a TPU")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other compilations may run beside it
-    device = programs.devices("v5e:1x1")[0]
-    for dtype in ("float32", "bfloat16"):
-        ((_, _, parts),) = programs.pairrm_layer(PAIRRM, device, dtype, rows=8, length=2048)
-        told = {part: f"{size / 2**30:.2f} GiB" for part, size in parts.items()}
-        print(f"{dtype}: a layer over 8 x 2048 tokens, all layers' weights beside it: {told}")
-        assert parts["activations"] < 2**30  # no scores among them: of one layer 1 GiB and more

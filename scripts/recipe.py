@@ -1,0 +1,374 @@
+"""Read a recipe, check it, bind a run to it, and print what scripts/iterate.sh needs of it.
+
+    python -m scripts.recipe snorkel-mistral-7b v5p-8
+
+A recipe is a TOML file: what a run does, and under [machine.NAME] where and how fast.
+scripts/README.md explains each key. All of them are checked before any work, those of the stages'
+tables against the stages' own flags.
+
+RUN/settings.json keeps the settings that decide a run's results. The run goes on with these alone.
+`iterations` may be raised, and what only decides where or how fast may change.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import shlex
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from sharding.errors import UserError
+from stages import dpo, pairs, rank, sample
+from stages.evaluate.kl import Kl
+from stages.files.paths import write_atomically
+from stages.files.run import run_main
+
+RECIPES = Path(__file__).parent / "recipes"
+STAGES = {"sample": sample.Args, "rank": rank.Args, "pairs": pairs.Args, "dpo": dpo.Args}
+STAGES |= {"evaluate.sample": sample.Args, "evaluate.kl": Kl}
+# Flags that only decide where or how fast: they are no settings of a run.
+HOW_FAST = {
+    *("mesh", "slots", "cache_memory", "micro_batch_size", "remat", "rows", "device"),
+    *("save_every", "keep_states", "eval_every", "shardings"),
+}
+# Flags that the loop gives, or cannot use; it leaves the seed of stages.pairs to the recipe.
+BY_LOOP = {
+    *("seed", "test_pairs", "test_out", "coordinator", "processes", "process_id"),
+    *("overwrite", "slice"),
+}
+
+
+def flags_of(table: str) -> dict[str, Any]:
+    """Name → type of the flags that a recipe may set for a stage."""
+    return {
+        field.name: field.type
+        for field in dataclasses.fields(STAGES[table])
+        if field.default is not dataclasses.MISSING
+        and (field.name not in BY_LOOP or (table, field.name) == ("pairs", "seed"))
+    }
+
+
+UNIONS = (types.UnionType, typing.Union)
+
+# What a recipe may hold: key → type, or a table of such; "*" is any key.
+PROMPTS = {"file": str, "dataset": str, "split": str, "first": int, "last": int}
+SETTINGS: dict[str, Any] = {
+    "model": str,
+    "prompts": PROMPTS | {"rows_per_iteration": int},
+    "heldout": PROMPTS,
+    "ranker": str,
+    "iterations": int,
+    **{table: flags_of(table) for table in ("sample", "rank", "pairs", "dpo")},
+    "evaluate": {"sample": flags_of("evaluate.sample"), "kl": flags_of("evaluate.kl")},
+    "export_dtype": Literal["float32", "bfloat16", "float16"],
+}
+MACHINE = SETTINGS | {"plan": str, "environment": {"*": str}, "refuse": {"*": str}}
+APART = {"variant": {"*": SETTINGS}, "machine": {"*": MACHINE}, "from_environment": {"*": str}}
+
+
+@dataclasses.dataclass
+class Recipe:
+    """What a recipe asks for, with the variant, the machine and the environment worked in.
+
+    A stage's table holds its flags, with underscores: dpo["batch_size"] is 64.
+    """
+
+    name: str
+    model: str  # gguf:FILE, checkpoint:FOLDER, or a model in Hugging Face's form: hub id or folder
+    prompts: dict
+    heldout: dict
+    ranker: str
+    iterations: int
+    sample: dict
+    rank: dict
+    pairs: dict
+    dpo: dict
+    evaluate: dict  # "sample": all flags for the held-out answers; "kl"
+    export_dtype: str | None
+    machine: dict  # the chosen [machine.NAME], or empty
+
+    def source(self, iteration: int, limit: int = 0) -> tuple[str, str | None, int, int | None]:
+        """Where an iteration's prompts come from: (file or dataset, split, first row, the row to
+        stop before). Iteration 0: the held-out prompts. limit: at most so many; 0: all."""
+        table = self.prompts if iteration else self.heldout
+        first, last = table.get("first", 0), table.get("last")
+        if rows := table.get("rows_per_iteration"):
+            first, last = (iteration - 1) * rows, iteration * rows
+        if limit:
+            last = min(math.inf if last is None else last, first + limit)
+        names = table.get("file") or table["dataset"], table.get("split")
+        return (
+            *(name and name.replace("{iteration}", str(iteration)) for name in names),
+            first,
+            last,
+        )
+
+
+# ------------------------------------------------------------------------------ reading
+
+
+def read(recipe: str, machine: str = "", environ: Mapping[str, str] = os.environ) -> Recipe:
+    """recipe: a name in scripts/recipes/ or a file. machine: one of its [machine.NAME]. environ:
+    VARIANT, and the variables that the recipe's [from_environment] names."""
+    file = find(recipe)
+    where = os.path.relpath(file)
+    try:
+        raw = tomllib.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{where} is not TOML: {error}") from None
+    for key in ("prompts", "heldout"):
+        if isinstance(raw.get(key), str):
+            raw[key] = {"file": raw[key]}
+    check(where, raw, SETTINGS | APART)
+    if environ.get("ZEPHYR"):
+        raise UserError("ZEPHYR is now VARIANT: set VARIANT=2024, or nothing for 2023")
+
+    # The recipe, over it its variants, the machine, and the environment.
+    variants, machines, variables = (raw.pop(key, {}) for key in APART)
+    on = pick(where, "machine", machine, machines) if machine else {}
+    for name in filter(None, environ.get("VARIANT", "").split(",")):
+        raw = merge(raw, pick(where, "variant", name, variants))
+        if reason := on.get("refuse", {}).get(name):
+            raise UserError(f"{where}, machine {machine}: VARIANT={name} {reason}")
+    raw = merge(raw, {key: value for key, value in on.items() if key in SETTINGS})
+    for variable, key in variables.items():
+        if text := environ.get(variable):
+            raw = merge(raw, from_environment(variable, text, key))
+
+    # The whole.
+    needed = ("model", "prompts", "heldout", "ranker", "iterations")
+    if missing := [key for key in needed if key not in raw]:
+        raise UserError(f"{where}: {missing[0]} is missing: see scripts/recipes/demo.toml")
+    if raw["iterations"] < 1:
+        raise UserError(f"{where}: iterations is {raw['iterations']}: it must be at least 1")
+    tables = {name: raw.get(name, {}) for name in ("sample", "rank", "pairs", "dpo", "evaluate")}
+    answers = tables["sample"] | tables["evaluate"].get("sample", {})
+    tables["evaluate"] = {"kl": {}, **tables["evaluate"], "sample": answers}
+    whole = {key: raw[key] for key in needed} | tables
+    if tables["rank"] and ".py:" in raw["ranker"]:
+        flag = next(iter(tables["rank"]))
+        raise UserError(f"{where}: rank.{flag} is for PairRM, and {raw['ranker']} is a function")
+    made = Recipe(file.stem, **whole, export_dtype=raw.get("export_dtype"), machine=on)
+    check_prompts(where, made)
+    return made
+
+
+def find(recipe: str) -> Path:
+    if recipe.endswith(".sh") and Path(recipe).is_file():
+        raise UserError(f"{recipe}: recipes are TOML: bash scripts/from_shell.sh {recipe}")
+    for file in (Path(recipe), RECIPES / f"{recipe}.toml"):
+        if file.is_file():
+            return file
+    names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+    hint = f"give a file, or one of {names}"
+    if recipe.startswith("mistral-"):  # the name that a machine's recipe had before
+        hint = f"say snorkel-mistral-7b {recipe.removeprefix('mistral-')}"
+    raise UserError(f"no recipe {recipe}: {hint}")
+
+
+def pick(where: str, kind: str, name: str, tables: dict) -> dict:
+    if name not in tables:
+        raise UserError(f"{where} has no {kind} {name}: it has {', '.join(tables) or 'none'}")
+    return tables[name]
+
+
+def merge(base: dict, over: dict) -> dict:
+    """`base` with the keys of `over` in it, table by table."""
+    tables = {k: merge(base.get(k, {}), x) for k, x in over.items() if isinstance(x, dict)}
+    return base | over | tables
+
+
+def from_environment(variable: str, text: str, key: str) -> dict:
+    """A recipe's table with the value of an environment variable at the dotted `key`."""
+    *path, last = key.split(".")
+    known = SETTINGS
+    for part in path:
+        known = known.get(part, {})
+    if isinstance(known.get(last, {}), dict):
+        raise UserError(f"from_environment.{variable} is {key!r}: no such key")
+    value: Any = text
+    if not conforms(text, known[last]) and text.lstrip("-").isdecimal():
+        value = int(text)
+    check(f"{variable}={text}", {last: value}, known, ".".join([*path, ""]))
+    for part in (last, *reversed(path)):
+        value = {part: value}
+    return value
+
+
+# ----------------------------------------------------------------------------- checking
+
+
+def check(where: str, table: dict, known: dict, path: str = "") -> None:
+    """Refuse keys that are not `known`, and values of another type."""
+    for key, value in table.items():
+        kind = known.get(key, known.get("*"))
+        if kind is None:
+            near = difflib.get_close_matches(key, known, n=3) or sorted(known)
+            raise UserError(f"{where}: unknown key {path}{key}: known are {', '.join(near)}")
+        if isinstance(kind, dict) and isinstance(value, dict):
+            check(where, value, kind, f"{path}{key}.")
+        elif not conforms(value, kind):
+            shown = json.dumps(value, default=str)
+            raise UserError(f"{where}: {path}{key} is {shown}: it must be {described(kind)}")
+
+
+def conforms(value: Any, kind: Any) -> bool:
+    """Whether a value of a TOML file is of the type of a flag."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in UNIONS:
+        return any(conforms(value, option) for option in options)
+    if origin is Literal:
+        return value in options
+    if origin is tuple:
+        items = value if isinstance(value, list) else ()
+        of = options[:1] * len(items) if options[-1] is ... else options
+        return isinstance(value, list) and len(items) == len(of) and all(map(conforms, items, of))
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def described(kind: Any) -> str:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in UNIONS:
+        return " or ".join(described(option) for option in options if option is not type(None))
+    if origin is Literal:
+        return f"one of {', '.join(options)}"
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    if origin is tuple:
+        number = "" if options[-1] is ... else f"{len(options)} times "
+        return f"a list of {number}{words[options[0]]}"
+    return words.get(kind, "a table")
+
+
+def check_prompts(where: str, recipe: Recipe) -> None:
+    """Each table names one source of prompts, which exists where it is a local file."""
+    if "split" in recipe.heldout and "dataset" in recipe.prompts:
+        recipe.heldout.setdefault("dataset", recipe.prompts["dataset"])
+    for name, iterations in (("prompts", range(1, recipe.iterations + 1)), ("heldout", [0])):
+        table = getattr(recipe, name)
+        if ("file" in table) == ("dataset" in table):
+            raise UserError(f"{where}: {name} needs one of file and dataset")
+        if "rows_per_iteration" in table and table.keys() & {"first", "last"}:
+            raise UserError(f"{where}: {name} has rows_per_iteration, or first and last, not both")
+        for file in (recipe.source(i)[0] for i in iterations if "file" in table):
+            if not Path(file).is_file():
+                raise UserError(f"{where}: {name}.file: {file} does not exist")
+
+
+# ------------------------------------------------------------------- settings of a run
+
+
+def settings_of(recipe: Recipe, seed: int, limit: int) -> dict[str, Any]:
+    """What decides a run's results: dotted key → value."""
+
+    def flat(table: dict, path: str = "") -> dict[str, Any]:
+        rows: dict[str, Any] = {}
+        for key, value in table.items():
+            if isinstance(value, dict):
+                rows |= flat(value, f"{path}{key}.")
+            elif key not in HOW_FAST:
+                rows[f"{path}{key}"] = value
+        return rows
+
+    told = {k: x for k, x in vars(recipe).items() if k not in ("name", "iterations", "machine")}
+    return {"SEED": seed, "LIMIT": limit} | flat(told)
+
+
+def bind(run: Path, settings: dict[str, Any], write: bool) -> None:
+    """Refuse to go on with a run that other settings began. write: keep a new run's settings."""
+    file = run / "settings.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        for key in before | settings:
+            old, new = (table.get(key, default_of(key)) for table in (before, settings))
+            if old != new:
+                raise UserError(
+                    f"{run} was begun with other settings ({key} was {json.dumps(old)}, now it is "
+                    f"{json.dumps(new)}): choose another NAME, or remove {run}"
+                )
+    elif (run / "settings").exists():
+        raise UserError(
+            f"{run} was begun by an earlier version, whose settings cannot be compared: choose "
+            "another NAME, or finish it with that version"
+        )
+    elif write:
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomically(str(file), json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+
+
+def default_of(key: str) -> Any:
+    """A stage's own value for a setting that is not set; None for any other."""
+    table, _, name = key.rpartition(".")
+    value = getattr(STAGES.get(table), name, None)
+    return list(value) if isinstance(value, tuple) else value
+
+
+# ------------------------------------------------------------------------ for the shell
+
+
+@dataclasses.dataclass
+class Args:
+    recipe: tyro.conf.Positional[str] = "demo"
+    """A name in scripts/recipes/, or a file."""
+    machine: tyro.conf.Positional[str] = ""
+    """One of the recipe's [machine.NAME]. Default: the stages choose for the devices they see."""
+
+
+def main(args: Args) -> None:
+    seed, limit = whole_number("SEED", "0"), whole_number("LIMIT", "0")
+    several = bool(os.environ.get("COORDINATOR"))
+    process_id = several and (whole_number("PROCESSES"), whole_number("PROCESS_ID"))[1]
+    recipe = read(args.recipe, args.machine)
+    parts = [recipe.name, os.environ.get("VARIANT", ""), f"seed{seed}" if seed else ""]
+    name = os.environ.get("NAME") or "-".join(filter(None, parts))
+    run = Path(os.environ.get("RUNS") or "runs") / name
+    bind(run, settings_of(recipe, seed, limit), write=not process_id)
+
+    words = {"NAME": name, "run": run, "SEED": seed, "ITERATIONS": recipe.iterations}
+    words |= {"MODEL": recipe.model, "RANKER": recipe.ranker}
+    for variable, value in words.items():
+        print(f"{variable}={shlex.quote(str(value))}")
+    tables = {name.upper(): getattr(recipe, name) for name in ("sample", "rank", "pairs", "dpo")}
+    tables |= {"HELDOUT_SAMPLE": recipe.evaluate["sample"], "KL": recipe.evaluate["kl"]}
+    tables["EXPORT"] = {"dtype": recipe.export_dtype}
+    for variable, table in tables.items():
+        print(f"{variable}=({shlex.join(flags(table))})")
+    for iteration in range(recipe.iterations + 1):  # 0: the held-out prompts
+        source, *rows = recipe.source(iteration, limit)
+        words = [source, *flags(dict(zip(("split", "first", "last"), rows)))]
+        print(f"PROMPTS_{iteration}=({shlex.join(words)})")
+    for variable, value in recipe.machine.get("environment", {}).items():
+        if variable not in os.environ:
+            print(f"export {variable}={shlex.quote(value)}")
+
+
+def whole_number(variable: str, default: str = "") -> int:
+    text = os.environ.get(variable) or default
+    if not text.isdecimal():
+        raise UserError(f"{variable}={text} is no whole number")
+    return int(text)
+
+
+def flags(table: dict) -> list[str]:
+    """A table as words of a command line."""
+    words = []
+    for key, value in table.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return words
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, Args))
