@@ -33,8 +33,8 @@ show_life() { # in the background, as long as this shell lives
   [[ -z $alive ]] || return 0
   local parent
   while read -r _ _ _ parent _ <"/proc/$BASHPID/stat" && [[ $parent == "$$" ]]; do
-    echo "$BASHPID $SECONDS" >"$run/.process_0.alive.new"
-    mv "$run/.process_0.alive.new" "$run/.process_0.alive"
+    echo "$BASHPID $SECONDS" >"$run/.process_0.alive.new" &&
+      mv "$run/.process_0.alive.new" "$run/.process_0.alive" || true # a full disk ends no sign of life
     sleep 1
   done >/dev/null 2>&1 &
   alive=$!
@@ -77,7 +77,7 @@ ended() {
     echo "stopped: the same command goes on" >&2
   fi
   if [[ -n $alive ]]; then
-    kill "$alive"
+    kill "$alive" 2>/dev/null || true # a signal to the whole group ended it before
     [[ $code == 0 ]] || echo "$code $(date +%s.%N)" >"$run/.process_0.failed"
   fi
   exit "$code"

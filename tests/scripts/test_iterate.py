@@ -199,7 +199,9 @@ def test_what_cannot_run_is_refused_in_one_line(place):
 # ------------------------------------------------------- processes that wait for process 0
 
 
-def part(run: Path, process_id: int, *commands: str, **environment) -> subprocess.Popen:
+def part(
+    run: Path, process_id: int, *commands: str, start_new_session=False, **environment
+) -> subprocess.Popen:
     """A process of two whose loop is `commands`, with scripts/together.sh."""
     script = ["set -euo pipefail", "source scripts/together.sh", *commands]
     return subprocess.Popen(
@@ -207,6 +209,7 @@ def part(run: Path, process_id: int, *commands: str, **environment) -> subproces
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=start_new_session,
         env={
             **{"PATH": os.environ["PATH"], "run": str(run), "COORDINATOR": "localhost:1"},
             **{"PROCESSES": "2", "PROCESS_ID": str(process_id), **environment},
@@ -245,6 +248,22 @@ def test_where_process_0_is_killed_the_others_give_up(tmp_path):
     killed.kill()
     code, said = end(waits)
     assert code == 75 and "process 0 has shown no sign of life for 3 seconds" in said
+
+
+def test_a_signal_to_the_whole_group_of_process_0_ends_it_with_75(tmp_path):
+    waits = part(tmp_path, 1, "once $run/done false")
+    stage = "python3 -c 'import signal; signal.signal(15, lambda *_: exit(75)); signal.pause()'"
+    stopped = part(tmp_path, 0, f"once $run/done {stage}", start_new_session=True)
+    while not (tmp_path / ".process_0.alive").exists():
+        assert stopped.poll() is None
+        time.sleep(0.05)
+    time.sleep(2)
+    os.killpg(stopped.pid, signal.SIGTERM)
+    assert end(stopped) == (75, "stopped: the same command goes on\n")
+    assert end(waits) == (
+        75,
+        "process 0 ended with exit code 75: it said why\nstopped: the same command goes on\n",
+    )
 
 
 def test_a_process_that_jax_aborts_since_another_died_can_go_on(tmp_path):
