@@ -15,6 +15,7 @@ import difflib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import tomllib
@@ -123,17 +124,18 @@ def read(recipe: str, machine: str = "", environ: Mapping[str, str] = os.environ
     where = os.path.relpath(file)
     try:
         raw = tomllib.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not TOML: {error}") from None
-    for key in ("prompts", "heldout"):
-        if isinstance(raw.get(key), str):
-            raw[key] = {"file": raw[key]}
     check(where, raw, SETTINGS | APART)
     if environ.get("ZEPHYR"):
         raise UserError("ZEPHYR is now VARIANT: set VARIANT=2024, or nothing for 2023")
 
     # The recipe, over it its variants, the machine, and the environment.
     variants, machines, variables = (raw.pop(key, {}) for key in APART)
+    for table in (raw, *variants.values(), *machines.values()):
+        for key in ("prompts", "heldout"):
+            if isinstance(table.get(key), str):
+                table[key] = {"file": table[key]}
     on = pick(where, "machine", machine, machines) if machine else {}
     for name in filter(None, environ.get("VARIANT", "").split(",")):
         raw = merge(raw, pick(where, "variant", name, variants))
@@ -146,6 +148,9 @@ def read(recipe: str, machine: str = "", environ: Mapping[str, str] = os.environ
 
     # The whole.
     needed = ("model", "prompts", "heldout", "ranker", "iterations")
+    for variable in on.get("environment", {}):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+            raise UserError(f"{where}: machine.{machine}.environment.{variable} is no variable")
     if missing := [key for key in needed if key not in raw]:
         raise UserError(f"{where}: {missing[0]} is missing: see scripts/recipes/demo.toml")
     if raw["iterations"] < 1:
@@ -154,9 +159,11 @@ def read(recipe: str, machine: str = "", environ: Mapping[str, str] = os.environ
     answers = tables["sample"] | tables["evaluate"].get("sample", {})
     tables["evaluate"] = {"kl": {}, **tables["evaluate"], "sample": answers}
     whole = {key: raw[key] for key in needed} | tables
-    if tables["rank"] and ".py:" in raw["ranker"]:
-        flag = next(iter(tables["rank"]))
-        raise UserError(f"{where}: rank.{flag} is for PairRM, and {raw['ranker']} is a function")
+    try:
+        args = rank.Args(raw["ranker"], "", "", **tables["rank"])
+        rank.ranker_options(args, rank.is_pairwise(args.ranker))
+    except UserError as error:
+        raise UserError(f"{where}, [rank]: {error}") from None
     made = Recipe(file.stem, **whole, export_dtype=raw.get("export_dtype"), machine=on)
     check_prompts(where, made)
     return made
@@ -192,7 +199,7 @@ def from_environment(variable: str, text: str, key: str) -> dict:
     *path, last = key.split(".")
     known = SETTINGS
     for part in path:
-        known = known.get(part, {})
+        known = known[part] if isinstance(known.get(part), dict) else {}
     if isinstance(known.get(last, {}), dict):
         raise UserError(f"from_environment.{variable} is {key!r}: no such key")
     value: Any = text
@@ -216,6 +223,8 @@ def check(where: str, table: dict, known: dict, path: str = "") -> None:
             raise UserError(f"{where}: unknown key {path}{key}: known are {', '.join(near)}")
         if isinstance(kind, dict) and isinstance(value, dict):
             check(where, value, kind, f"{path}{key}.")
+        elif key in ("prompts", "heldout") and isinstance(value, str):
+            pass  # short for `file` alone
         elif not conforms(value, kind):
             shown = json.dumps(value, default=str)
             raise UserError(f"{where}: {path}{key} is {shown}: it must be {described(kind)}")
@@ -232,7 +241,8 @@ def conforms(value: Any, kind: Any) -> bool:
         items = value if isinstance(value, list) else ()
         of = options[:1] * len(items) if options[-1] is ... else options
         return isinstance(value, list) and len(items) == len(of) and all(map(conforms, items, of))
-    return type(value) in ((int, float) if kind is float else (kind,))
+    # NaN is no number, and not equal to itself: `bind` would refuse it for ever.
+    return type(value) in ((int, float) if kind is float else (kind,)) and value == value
 
 
 def described(kind: Any) -> str:
@@ -245,7 +255,7 @@ def described(kind: Any) -> str:
     if origin is tuple:
         number = "" if options[-1] is ... else f"{len(options)} times "
         return f"a list of {number}{words[options[0]]}"
-    return words.get(kind, "a table")
+    return "a table" if isinstance(kind, dict) else words[kind]
 
 
 def check_prompts(where: str, recipe: Recipe) -> None:
@@ -256,8 +266,15 @@ def check_prompts(where: str, recipe: Recipe) -> None:
         table = getattr(recipe, name)
         if ("file" in table) == ("dataset" in table):
             raise UserError(f"{where}: {name} needs one of file and dataset")
+        if "file" in table and "split" in table:
+            raise UserError(f"{where}: {name}.split is for a dataset, and {name} has a file")
         if "rows_per_iteration" in table and table.keys() & {"first", "last"}:
             raise UserError(f"{where}: {name} has rows_per_iteration, or first and last, not both")
+        first = table.get("first", 0)
+        last = table.get("rows_per_iteration", table.get("last", math.inf))
+        if not 0 <= first < last:
+            shown = ", ".join(f"{k} = {x}" for k, x in table.items() if isinstance(x, int))
+            raise UserError(f"{where}: {name} takes no rows ({shown})")
         for file in (recipe.source(i)[0] for i in iterations if "file" in table):
             if not Path(file).is_file():
                 raise UserError(f"{where}: {name}.file: {file} does not exist")
@@ -286,7 +303,10 @@ def bind(run: Path, settings: dict[str, Any], write: bool) -> None:
     """Refuse to go on with a run that other settings began. write: keep a new run's settings."""
     file = run / "settings.json"
     if file.exists():
-        before = json.loads(file.read_text())
+        try:
+            before = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            raise UserError(f"{file} is damaged: restore it, or choose another NAME") from None
         for key in before | settings:
             old, new = (table.get(key, default_of(key)) for table in (before, settings))
             if old != new:
@@ -300,7 +320,6 @@ def bind(run: Path, settings: dict[str, Any], write: bool) -> None:
             "another NAME, or finish it with that version"
         )
     elif write:
-        run.mkdir(parents=True, exist_ok=True)
         write_atomically(str(file), json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
 
 

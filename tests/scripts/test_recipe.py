@@ -184,6 +184,28 @@ def test_adamw_on_one_gpu_is_refused_with_the_reason():
         ("beta = 0.2", "beta = 0.2\n[variant.a.dpo]\nbet = 1", "unknown key variant.a.dpo.bet"),
         ("beta = 0.2", "beta = 0.2\n[machine.a]\nplans = 'x'", "unknown key machine.a.plans"),
         ("beta = 0.2", "beta = 0.2\n[machine.a]\nplan = 3", "machine.a.plan is 3"),
+        ("[sample]\nn = 4", "[[sample]]\nn = 4", "sample is [{"),
+        ("[dpo]", "[evaluate]\nkl = 3\n[dpo]", "evaluate.kl is 3: it must be a table"),
+        ('prompts = "prompts.jsonl"', "prompts = 3", "prompts is 3: it must be a table"),
+        ("iterations = 2", "iterations = 2\nvariant = 'a'", 'variant is "a": it must be a table'),
+        ("beta = 0.2", f"beta = {'[' * 3000}", "is not TOML"),
+        ("beta = 0.2", "beta = nan", "dpo.beta is NaN: it must be a number"),
+        (
+            'ranker = "reward.py:reward"',
+            'ranker = "R"\nrank = {comparisons = "best", aggregation = "max_wins"}',
+            "--aggregation is for --comparisons full",
+        ),
+        ('prompts = "prompts.jsonl"', "prompts = {file = 'prompts.jsonl', split = 'a'}", "split"),
+        (
+            'prompts = "prompts.jsonl"',
+            "prompts = {file = 'prompts.jsonl', first = 9, last = 3}",
+            "prompts takes no rows (first = 9, last = 3)",
+        ),
+        (
+            'prompts = "prompts.jsonl"',
+            "prompts = {file = 'prompts.jsonl', rows_per_iteration = 0}",
+            "prompts takes no rows (rows_per_iteration = 0)",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_refused_with_file_and_key(own, old, new, said):
@@ -213,7 +235,20 @@ def test_the_environment_changes_the_keys_that_the_recipe_names_and_no_others(ow
     assert recipes.read(name, environ={"N": ""}).sample["n"] == 4
     assert "N=x: sample.n" in refusal(name, N="x")
     assert "D=half: rank.dtype" in refusal(name, D="half")
-    assert "no such key" in refusal(own(more='[from_environment]\nN = "dpo.n"'), N="3")
+    for key in ("dpo.n", "model.n", "prompts", ""):
+        assert "no such key" in refusal(own(more=f'[from_environment]\nN = "{key}"'), N="3")
+
+
+def test_a_variant_and_a_machine_may_name_a_file_of_prompts_in_short(own):
+    Path("other.jsonl").write_text("{}\n")
+    more = '[variant.a]\nprompts = "other.jsonl"\n[machine.b]\nheldout = "other.jsonl"'
+    recipe = recipes.read(own(more=more), "b", {"VARIANT": "a"})
+    assert recipe.prompts == recipe.heldout == {"file": "other.jsonl"}
+
+
+def test_a_machines_environment_holds_names_of_variables_alone(own):
+    more = '[machine.a]\nenvironment = {"X;touch y" = "1"}'
+    assert "environment.X;touch y is no variable" in refusal(own(more=more), "a")
 
 
 def test_a_shell_recipe_is_refused_and_translated(own, tmp_path):
@@ -286,6 +321,18 @@ def test_a_run_of_an_earlier_version_is_refused(own):
     Path("runs/own/settings").write_text("seed 0 limit 0 recipe 0123456789abcdef\n")
     refused = shown(own())
     assert refused.returncode == 2 and "runs/own was begun by an earlier version" in refused.stderr
+
+
+def test_a_damaged_run_is_refused(own):
+    name = own()
+    assert shown(name).returncode == 0
+    for content in ("{", "[1]"):
+        Path("runs/own/settings.json").write_text(content)
+        refused = shown(name)
+        assert refused.returncode == 2 and "settings.json is damaged" in refused.stderr
+    Path("a_file").write_text("")
+    refused = shown(name, NAME="a_file", RUNS=".")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
 
 
 def test_bad_numbers_are_refused(own):
