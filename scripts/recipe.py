@@ -349,6 +349,10 @@ def main(args: Args) -> None:
     parts = [recipe.name, os.environ.get("VARIANT", ""), f"seed{seed}" if seed else ""]
     name = os.environ.get("NAME") or "-".join(filter(None, parts))
     run = Path(os.environ.get("RUNS") or "runs") / name
+    if (run / f"iteration_{recipe.iterations + 1}").exists() and not (run / "finished").exists():
+        raise UserError(
+            f"{run} is beyond iteration {recipe.iterations}: `iterations` may be raised, not lowered"
+        )
     bind(run, settings_of(recipe, seed, limit), write=not process_id)
 
     words = {"NAME": name, "run": run, "SEED": seed, "ITERATIONS": recipe.iterations}

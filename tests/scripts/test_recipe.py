@@ -323,6 +323,15 @@ def test_a_run_of_an_earlier_version_is_refused(own):
     assert refused.returncode == 2 and "runs/own was begun by an earlier version" in refused.stderr
 
 
+def test_iterations_are_not_lowered_below_what_a_run_has_begun(own):
+    name = own()
+    Path("runs/own/iteration_3").mkdir(parents=True)
+    refused = shown(name)
+    assert refused.returncode == 2 and "runs/own is beyond iteration 2" in refused.stderr
+    Path("runs/own/finished").write_text("")  # which the loop only tells
+    assert shown(name).returncode == 0
+
+
 def test_a_damaged_run_is_refused(own):
     name = own()
     assert shown(name).returncode == 0
