@@ -327,8 +327,10 @@ def prompts(args: Prompts):
 
 def some_rows(args: Prompts):
     """The rows [--first, --last) of a prompts.jsonl, with every field that they have."""
+    if args.split is not None:
+        raise UserError(f"--split is for a data set, and {args.directory} is a file: leave it out")
     file = rows.read(args.directory, rows.Prompt)
-    ids = file.ids[args.first : args.last] if args.first >= 0 else []
+    ids = file.ids[args.first : args.last] if min(args.first, args.last or 0) >= 0 else []
     if not ids:
         raise UserError(
             f"{args.directory}: --first {args.first} and --last {args.last} leave none of its "

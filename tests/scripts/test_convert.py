@@ -185,3 +185,5 @@ def test_rows_of_a_prompts_file_keep_their_fields_and_their_lineage(tmp_path, ca
     assert "is finished already" in capsys.readouterr().out
     assert "leave none of its 5" in refused(capsys, "prompts", source, out, "--first", "5")
     assert "leave none of its 5" in refused(capsys, "prompts", source, out, "--first", "-1")
+    assert "leave none of its 5" in refused(capsys, "prompts", source, out, "--last", "-1")
+    assert "--split is for a data set" in refused(capsys, "prompts", source, out, "--split", "a")
