@@ -50,10 +50,11 @@ TYPE=${TYPE:-v5litepod-16} TPU=${TPU:-align}
 # /v6e for the types, /tpu/docs/runtimes for the software.
 [[ $TYPE =~ ^(v5litepod|v5p|v6e)-([0-9]+)$ ]] || fail "TYPE=$TYPE: v5litepod-N, v5p-N or v6e-N"
 case ${BASH_REMATCH[1]} in
-  v5litepod) version=v2-alpha-tpuv5-lite machine=v5e-16 ;;
-  v5p) version=v2-alpha-tpuv5 machine=v5p-8 ;;
-  v6e) version=v2-alpha-tpuv6e machine=v6e-8 ;;
+  v5litepod) version=v2-alpha-tpuv5-lite ;;
+  v5p) version=v2-alpha-tpuv5 ;;
+  v6e) version=v2-alpha-tpuv6e ;;
 esac
+machine=${TYPE/litepod/e}
 hosts=1
 ((BASH_REMATCH[2] <= 8)) || hosts=several
 [[ $hosts == 1 || -n ${SHARE:-} ]] ||

@@ -92,6 +92,7 @@ def test_no_shell_file_has_what_a_linter_warns_of():
         ("v5litepod-16", "v2-alpha-tpuv5-lite", "v5e-16", True),
         ("v5p-8", "v2-alpha-tpuv5", "v5p-8", False),
         ("v6e-8", "v2-alpha-tpuv6e", "v6e-8", False),
+        ("v5p-16", "v2-alpha-tpuv5", "", True),  # v5p-8's mesh would not cover it
     ],
 )
 def test_a_dry_run_shows_the_commands_for_a_slice(tmp_path, kind, version, machine, several):
@@ -120,7 +121,7 @@ def test_a_dry_run_shows_the_commands_for_a_slice(tmp_path, kind, version, machi
     for line in (
         f"{gcloud} create align --accelerator-type={kind} --version={version} --spot --zone=z",
         f"{on_all} setup 10.0.0.2:/runs' --zone=z",
-        f"{on_all} run {settings} {name} {machine}' --zone=z",
+        f"{on_all} run {' '.join(filter(None, (settings, name, machine)))}' --zone=z",
         f"{gcloud} ssh align --worker=0 '--command=bash tpu_worker.sh log' --zone=z",
     ):
         assert line in lines
