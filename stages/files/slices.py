@@ -69,6 +69,9 @@ def _slice_of(path: str, slices: int) -> tuple[Manifest, int]:
     if text is None:
         raise UserError(f"{path} is no slice: give files of stages.sample --slice")
     number, _, of = text.partition("/")
+    known = {"sha256", "set_aside"} <= manifest.results.keys() and (number + of).isdecimal()
+    if not known or int(number) >= int(of):
+        raise UserError(f"{manifest_path(path)} was edited: sample the slice again")
     if int(of) != slices:
         raise UserError(f"{path} is slice {text}, of {slices} files: give those of all {of} slices")
     if manifest.results["sha256"] != file_sha256(path):

@@ -113,6 +113,8 @@ def test_slices_that_are_joined_are_the_file_of_one_run(sliced, tmp_path, capsys
         (("0", "1", "edited"), "changed"),
         (("0", "1", "other"), "seed 1"),
         (("0", "1", "4th"), "slice 2/4"),
+        (("0", "1", "9th"), "9th.jsonl.manifest.json was edited"),
+        (("0", "1", "nth"), "nth.jsonl.manifest.json was edited"),
         ((), "PART"),
     ],
 )
@@ -128,6 +130,7 @@ def test_what_makes_no_whole_is_not_joined(base, sliced, tmp_path, capsys, parts
     with change("edited").open("a") as file:
         file.write("{}\n")
     change("other", seed=1), change("4th", slice="2/4")
+    change("9th", slice="9/3"), change("nth", slice="x/3")
     change("half").rename(tmp_path / "half.jsonl.partial")
     folders = [
         tmp_path if (tmp_path / f"{p}.jsonl.manifest.json").exists() else sliced for p in parts
