@@ -351,7 +351,7 @@ def main(args: Args) -> None:
     run = Path(os.environ.get("RUNS") or "runs") / name
     if (run / f"iteration_{recipe.iterations + 1}").exists() and not (run / "finished").exists():
         raise UserError(
-            f"{run} is beyond iteration {recipe.iterations}: `iterations` may be raised, not lowered"
+            f"{run} is beyond iteration {recipe.iterations}: iterations may be raised, not lowered"
         )
     bind(run, settings_of(recipe, seed, limit), write=not process_id)
 
