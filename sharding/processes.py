@@ -219,8 +219,8 @@ class _Others:
                 number = self.signals.recv(1)[0]
                 # A loop has a handler of its own, and saves its work first.
                 if signal.getsignal(number) is signal.default_int_handler:
-                    why = f"process {self.me} ({self.said[0]}) was stopped: {AGAIN}"
-                    self.end(75, f"stopped: {AGAIN}", why)
+                    text = f"stopped: {AGAIN}"
+                    self.end(75, text, f"process {self.me} ({self.said[0]}): {text}")
             if self.client is not None:
                 self.said[1] += 1
                 try:
