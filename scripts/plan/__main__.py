@@ -10,6 +10,7 @@ estimates. Exit code 2, with the reason and a way out, if a program does not fit
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -150,28 +151,25 @@ def refusal(plan, told: dict, compiles: bool) -> str:
     """One line: why a program does not fit, and what would make it."""
     largest = sorted(told["parts"].items(), key=lambda part: -part[1])
     why = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest if size > GIB / 10)
-    way = "64 times as many chips do not help"
+    why = f"{told.get('refused', why)}; a chip of {plan.on} has {plan.on.chip.memory / GIB:.1f} GiB"
     for changed, flags in changes(plan, told["name"].partition(":")[0]):
         program = [each for each in changed.programs() if each["name"] == told["name"]]
         # What lies in memory in any case is known at once, before a compilation.
         known = (compiler.described(changed.on, program, c) for c in {False, compiles})
         if all(fits(*new, changed) for new in known):
-            way = f"{changed.on} fits with {flags}"
-            break
-    limit = f"a chip of {plan.on} has {plan.on.chip.memory / GIB:.1f} GiB"
-    return f"{told['name']} does not fit ({told.get('refused', why)}; {limit}): {way}"
+            return f"{told['name']} does not fit ({why}): {changed.on} fits with {flags}"
+    return f"{told['name']} does not fit ({why}), nor on 64 times as many chips"
 
 
 def changes(plan, stage: str) -> Iterator[tuple]:
     """The plan with other flags of the stage, and these flags; then the same on more chips."""
-    for factor in (1, 2, 4, 8, 16, 32, 64):
-        for cut in (1, 2, 4, 8):
-            flags = {"slots": max(1, plan.slots // cut)}
-            if stage == "dpo":
-                micro = max(1, plan.training.micro_batch_size // cut)
-                flags = {"remat": "full", "micro_batch_size": micro, "optimizer": "rmsprop"}
-            told = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in flags.items())
-            yield plan.on_more(factor).changed(stage, **flags), told
+    for factor, cut in itertools.product((1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8)):
+        flags = {"slots": max(1, plan.slots // cut)}
+        if stage == "dpo":
+            micro = max(1, plan.training.micro_batch_size // cut)
+            flags = {"remat": "full", "micro_batch_size": micro, "optimizer": "rmsprop"}
+        told = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in flags.items())
+        yield plan.on_more(factor).changed(stage, **flags), told
 
 
 # ------------------------------------------------------------------------------- tables

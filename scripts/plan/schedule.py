@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from typing import NamedTuple
+from collections import namedtuple
 
 import jax
 
@@ -35,12 +35,9 @@ PAIRRM = json.loads("""{
 PAIRRM_LONGEST = 2048  # tokens: its own limit on three texts
 
 
-class Stage(NamedTuple):
-    name: str
-    kind: str  # sample, rank, dpo or kl: the efficiency that goes with it
-    times: int  # in a whole run
-    programs: dict[str, float]  # name → how often it runs, each time
-    start: float  # seconds beside them
+# kind: sample, rank, dpo or kl. times: in a whole run. programs: name → how often each time.
+# start: the seconds beside them.
+Stage = namedtuple("Stage", "name kind times programs start")
 
 
 def with_flags(args, table: dict):
@@ -87,10 +84,8 @@ class Plan:
         rest = self.on.size // math.prod(side for side in sizes if side != -1)
         filled = tuple(rest if side == -1 else side for side in sizes)
         if math.prod(filled) != self.on.size:
-            raise UserError(
-                f"{stage}: mesh {' '.join(map(str, sizes))} does not cover {self.on.size} chips: "
-                "change it in the recipe, or choose another machine"
-            )
+            told = f"{stage}: mesh {' '.join(map(str, sizes))} does not cover {self.on.size} chips"
+            raise UserError(f"{told}: change it in the recipe, or choose another machine")
         return filled
 
     def changed(self, stage: str, **flags) -> "Plan":
@@ -142,8 +137,7 @@ class Plan:
         ]
 
     def _comparisons(self, length: int | None = None) -> dict[str, int]:
-        """Of one device in one call, as model/rankers/pairrm.py has it. length: default the usual
-        one."""
+        """In one call of a device, as model/rankers/pairrm.py has it; length: default the usual."""
         if length is None:
             length = round(min(self.lengths[0], 1224) + 2 * self.lengths[1] + 9)
             length = min(PAIRRM_LONGEST, bucket(length, 128))
