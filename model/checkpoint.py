@@ -11,7 +11,6 @@ Nothing is guessed from a folder's name.
 import json
 
 import jax
-import numpy as np
 from etils import epath
 
 from model import config as model_config
@@ -61,42 +60,21 @@ def load_config(folder: str) -> DecoderConfig:
         raise UserError(f"checkpoint {folder}: {error}") from None
 
 
-def load(folder: str, shardings=None) -> tuple[DecoderConfig, decoder.Params]:
-    """(config, fp32 parameters), placed by `shardings` (a tree like the parameters, or one)."""
+def load(folder: str, mesh=None) -> tuple[DecoderConfig, decoder.Params]:
+    """(config, fp32 parameters), placed on the mesh; without one, on the first device."""
     config = load_config(folder)
-    abstract = decoder.abstract(config)
-    if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        abstract,
-        shardings if isinstance(shardings, dict) else jax.tree.map(lambda _: shardings, abstract),
-    )
+    shapes = decoder.abstract(config, mesh)
+    if mesh is None:
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(lambda x: x.update(sharding=first), shapes)
+    return config, load_params(folder, shapes)
+
+
+def load_params(folder: str, shapes: decoder.Params, partial: bool = False) -> decoder.Params:
+    """The parameters that `shapes` (with shardings) has; partial: it may be a part of the tree."""
     try:
-        with orbax(abstract) as ocp:
-            params = ocp.load(epath.Path(folder) / "params", abstract)
+        with orbax(shapes, partial) as ocp:
+            return ocp.load(epath.Path(folder) / "params", shapes)
     except Exception as error:  # Orbax raises many kinds; all of them mean the folder is damaged
-        raise _unreadable(folder, error) from error
-    return config, params
-
-
-def load_leaf(folder: str, config: DecoderConfig, path: tuple[str, ...]) -> np.ndarray:
-    """One parameter, e.g. ("layers", "q"), in host memory: for going through a model that is too
-    large to be loaded whole."""
-    leaf = decoder.abstract(config)
-    for key in path:
-        leaf = leaf[key]
-    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    tree = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu)
-    for key in reversed(path):
-        tree = {key: tree}
-    try:
-        with orbax(tree, partial=True) as ocp:
-            loaded = ocp.load(epath.Path(folder) / "params", tree)
-    except Exception as error:  # as in load
-        raise _unreadable(folder, error) from error
-    return np.asarray(jax.tree.leaves(loaded)[0])
-
-
-def _unreadable(folder: str, error: Exception) -> UserError:
-    return UserError(f"checkpoint {folder}: params cannot be read ({first_line(error)})")
+        message = f"checkpoint {folder}: params cannot be read ({first_line(error)})"
+        raise UserError(message) from error

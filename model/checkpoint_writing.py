@@ -16,37 +16,22 @@ import numpy as np
 from etils import epath
 
 from model.checkpoint import MANIFEST
-from model.config import DecoderConfig
+from model.config import DecoderConfig, to_hf
 from model.decoder import Params
 from model.disk_errors import as_os_error
-from model.hf_config import to_hf
 from model.orbax_settings import orbax
 from sharding import processes
 from sharding.errors import UserError, first_line
 from sharding.mesh import constrain
 
 # What a tokenizer may consist of; copied into every checkpoint as it is.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+TOKENIZER_FILES = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
+    added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json""".split()
 MARK = ".unfinished"  # in a folder that we are writing, or that a killed process left behind
 
 
 def save(
-    folder: str,
-    config: DecoderConfig,
-    params: Params,
-    tokenizer_from: str,
-    origin: dict,
-    **known,
+    folder: str, config: DecoderConfig, params: Params, tokenizer_from: str, origin: dict, **known
 ) -> str:
     """Write a checkpoint and return its identity. Several processes write their shards each, to a
     file system that all of them see.
@@ -67,24 +52,24 @@ def save(
     identity = fingerprint(params)
     if processes.is_first():
         copy_tokenizer(tokenizer_from, unfinished)
-        (unfinished / "config.json").write_text(
-            json.dumps(to_hf(config, config.torch_dtype), indent=2) + "\n"
-        )
-        count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+        write_json(unfinished / "config.json", to_hf(config, config.torch_dtype))
+        count = sum(x.size for x in jax.tree.leaves(params))
         manifest = {"identity": identity, "parameters": count, "origin": origin, **known}
-        (unfinished / MANIFEST).write_text(
-            json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        )
+        write_json(unfinished / MANIFEST, manifest)
         finish_folder(unfinished, folder)
     processes.wait()
     return identity
 
 
+def write_json(path: epath.Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
 def copy_tokenizer(source: str, folder: epath.Path) -> None:
     """Copy a tokenizer's files, and generation_config.json, from one folder into another."""
     for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (epath.Path(source) / name).exists():
-            (epath.Path(source) / name).copy(folder / name)
+        if (file := epath.Path(source) / name).exists():
+            file.copy(folder / name)
 
 
 # ---------------------------------------------------------------- folders that appear whole
@@ -196,8 +181,7 @@ def fingerprint(params) -> str:
         # Stacked leaves go layer by layer: the mixed bits of a whole leaf would take four times its
         # size, and a numpy leaf a copy besides.
         slices = leaf if leaf.ndim > 2 else [leaf]
-        size = int(np.prod(leaf.shape)) // len(slices)
-        lanes = np.zeros(4, np.uint32)
+        size, lanes = leaf.size // len(slices), np.zeros(4, np.uint32)
         for i in range(len(slices)):
             first = jnp.uint32(i * size % 2**32)
             lanes += np.asarray(_lanes(jnp.asarray(slices[i]), first))
@@ -211,10 +195,8 @@ def _lanes(x: jax.Array, first: jax.Array) -> jax.Array:
     count from `first`, modulo 2³²."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
-    for axis in range(x.ndim):
-        index = index * jnp.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(
-            jnp.uint32, x.shape, axis
-        )
+    for axis, size in enumerate(x.shape):
+        index = index * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     index += first
     mixed = _mix(index ^ jnp.uint32(0x9E3779B9)) ^ bits
     # One lane after the other, since all together would take four times the memory.

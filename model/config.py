@@ -25,8 +25,8 @@ BUILT = {
 }
 ARCHITECTURES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 DTYPES = ("float32", "bfloat16", "float16")
-SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim""".split()
+REQUIRED = """vocab_size hidden_size intermediate_size num_hidden_layers
+    num_attention_heads""".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,22 +40,22 @@ class DecoderConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: int
+    # The defaults are those of transformers' classes, for keys that a config.json leaves out.
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 32768
     sliding_window: int | None = None  # how many positions a query sees, its own included
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
     pad_token_id: int | None = None
     initializer_range: float = 0.02
-    model_type: str = "mistral"  # or "llama": decides only what hf_config.py writes
+    model_type: str = "mistral"  # or "llama": decides only what `to_hf` writes
     torch_dtype: str = "float32"  # of the published weights; our parameters are always fp32
 
     def __post_init__(self):
-        for field in SIZES:
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        for field in (*REQUIRED, "num_key_value_heads", "head_dim"):
+            if type(value := getattr(self, field)) is not int or value < 1:
                 raise UserError(f"{field} is {value!r}: it must be a positive whole number")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
@@ -64,10 +64,6 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd: RoPE rotates halves")
-
-    @property
-    def q_per_kv(self) -> int:
-        return self.num_attention_heads // self.num_key_value_heads
 
     @property
     def axis_sizes(self) -> dict[str, int]:
@@ -89,54 +85,34 @@ def from_hf(hf: dict, generation: dict | None = None) -> DecoderConfig:
     Raises UserError for everything that is not built.
     """
     keys = dict(hf)  # what is read is taken out; what is left must be harmless
-
-    def take(key, *default):
-        if key not in keys and not default:
-            raise UserError(f"{key} is missing")
-        return keys.pop(key, *default)
-
-    model_type = take("model_type", None)
-    if model_type not in ARCHITECTURES:
-        raise UserError(f"model_type {model_type!r} is not built: mistral and llama are")
-    mistral = model_type == "mistral"
-    theta = _take_rope_theta(keys)
+    if keys.get("model_type") not in ARCHITECTURES:
+        raise UserError(
+            f"model_type {keys.get('model_type')!r} is not built: mistral and llama are"
+        )
+    mistral = keys["model_type"] == "mistral"
     for key, built in BUILT.items():
-        if take(key, built) != built:
+        if keys.pop(key, built) != built:
             raise UserError(f"{key} {hf[key]!r} is not built: {built!r} is")
-    # Keys that are left out have the defaults of transformers' classes.
-    window = _take_sliding_window(keys, mistral)
-    hidden, heads = take("hidden_size"), take("num_attention_heads")
-    head_dim = take("head_dim", None)
-    if head_dim is None:
+    theta, window = _take_rope_theta(keys), _take_sliding_window(keys, mistral)
+    names = [field.name for field in dataclasses.fields(DecoderConfig)]
+    values = {name: keys.pop(name) for name in names if name in keys}
+    for name in REQUIRED:
+        if name not in values:
+            raise UserError(f"{name} is missing")
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if values.setdefault("num_key_value_heads", 8 if mistral else None) is None:
+        values["num_key_value_heads"] = heads
+    if values.get("head_dim") is None:
         if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
             raise UserError(f"hidden_size {hidden} does not divide into {heads} heads")
-        head_dim = hidden // heads
-    kv_heads = take("num_key_value_heads", 8 if mistral else None)
+        values["head_dim"] = hidden // heads
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise UserError(f"torch_dtype {dtype!r} is not built: {', '.join(DTYPES)} are")
     eos = (generation or {}).get("eos_token_id")
     eos = hf.get("eos_token_id", 2) if eos is None else eos
-    config = DecoderConfig(
-        vocab_size=take("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=take("intermediate_size"),
-        num_hidden_layers=take("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=heads if kv_heads is None else kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=float(take("rms_norm_eps", 1e-6)),
-        rope_theta=float(theta),
-        max_position_embeddings=take("max_position_embeddings", 32768),
-        sliding_window=window,
-        tie_word_embeddings=bool(take("tie_word_embeddings", False)),
-        bos_token_id=hf.get("bos_token_id", 1),
-        eos_token_ids=eos_tuple(eos),
-        pad_token_id=hf.get("pad_token_id"),
-        initializer_range=hf.get("initializer_range", 0.02),
-        model_type=model_type,
-        torch_dtype=dtype,
-    )
+    values |= {"rope_theta": theta, "sliding_window": window, "torch_dtype": dtype}
+    config = DecoderConfig(**values | {"eos_token_ids": eos_tuple(eos)})
     for key, value in keys.items():
         if key in HARMLESS or key.startswith(("_", "transformers.", "unsloth")):
             continue
@@ -156,16 +132,13 @@ def eos_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
 def _take_rope_theta(keys: dict) -> float:
     """The base of RoPE. transformers 5 keeps it in rope_parameters; 4 had rope_theta, with
     rope_scaling beside it."""
-    parameters = keys.pop("rope_parameters", None) or {}
-    for name, rope in (
-        ("rope_scaling", keys.pop("rope_scaling", None) or {}),
-        ("rope_parameters", parameters),
-    ):
+    ropes = {name: keys.pop(name, None) or {} for name in ("rope_scaling", "rope_parameters")}
+    for name, rope in ropes.items():
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or rope.keys() - {"rope_type", "type", "rope_theta"}:
             raise UserError(f"{name} {rope} is not built: only plain RoPE is")
-    theta = keys.pop("rope_theta", 10000.0)
-    return parameters.get("rope_theta", theta)
+    theta = keys.pop("rope_theta", DecoderConfig.rope_theta)
+    return float(ropes["rope_parameters"].get("rope_theta", theta))
 
 
 def _take_sliding_window(keys: dict, mistral: bool) -> int | None:
@@ -179,3 +152,21 @@ def _take_sliding_window(keys: dict, mistral: bool) -> int | None:
     if not mistral and window is not None:
         raise UserError(f"sliding_window {window} in a llama config is not built")
     return window
+
+
+def to_hf(config: DecoderConfig, dtype: str) -> dict:
+    """The `config.json` of the model with its weights stored as `dtype` (one of DTYPES), in the
+    spelling of transformers 4 (rope_theta, torch_dtype), which 5 reads too."""
+    hf = dataclasses.asdict(config) | {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    eos = hf.pop("eos_token_ids")
+    hf["eos_token_id"] = eos[0] if len(eos) == 1 else (list(eos) or None)
+    if config.model_type == "llama":
+        del hf["sliding_window"]
+        hf |= {"attention_bias": False, "mlp_bias": False}
+    return dict(sorted(hf.items()))

@@ -20,12 +20,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import visible
 from model.config import DecoderConfig
 from model.precision import matmul_precision
-from sharding.mesh import constrain
+from sharding.mesh import constrain, placed
 
 Params = dict
+
+
+def _normal(c: DecoderConfig, rngs: nnx.Rngs, shape, axes) -> nnx.Param:
+    value = c.initializer_range * jax.random.normal(rngs.params(), shape)
+    return nnx.Param(value, out_sharding=axes)
 
 
 class Block(nnx.Module):
@@ -33,12 +37,7 @@ class Block(nnx.Module):
 
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
         d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        f = c.intermediate_size
-
-        def normal(shape, axes):
-            value = c.initializer_range * jax.random.normal(rngs.params(), shape)
-            return nnx.Param(value, out_sharding=axes)
-
+        f, normal = c.intermediate_size, partial(_normal, c, rngs)
         self.attn_norm = nnx.Param(jnp.ones((d,)), out_sharding=("act_embed",))
         self.q = normal((d, n, h), ("embed", "heads", "head_dim"))
         self.k = normal((d, k, h), ("embed", "kv_heads", "head_dim"))
@@ -54,10 +53,7 @@ class Decoder(nnx.Module):
     """Declaration of all parameters, layers stacked."""
 
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
-        def normal(shape, axes):
-            value = c.initializer_range * jax.random.normal(rngs.params(), shape)
-            return nnx.Param(value, out_sharding=axes)
-
+        normal = partial(_normal, c, rngs)
         self.embed = normal((c.vocab_size, c.hidden_size), ("vocab", "embed"))
         stack = nnx.vmap(lambda r: Block(c, r), transform_metadata={nnx.PARTITION_NAME: "layers"})
         self.layers = stack(rngs.split(c.num_hidden_layers))
@@ -76,41 +72,17 @@ def init(config: DecoderConfig, seed: int = 0) -> Params:
     return nnx.to_pure_dict(_state(config, seed))
 
 
-def abstract(config: DecoderConfig) -> Params:
-    """The parameters' shapes and dtypes (jax.ShapeDtypeStruct), nothing allocated."""
-    return nnx.to_pure_dict(jax.eval_shape(partial(_state, config, 0)))
+def abstract(config: DecoderConfig, mesh=None, dtype=jnp.float32) -> Params:
+    """The parameters' shapes (jax.ShapeDtypeStruct), with their shardings if there is a mesh.
+    Nothing is allocated, and the mesh may be one without devices."""
 
+    def shape_of(variable):
+        shape = jax.ShapeDtypeStruct(variable.shape, dtype)
+        return shape if mesh is None else placed(shape, variable.get_metadata("out_sharding"), mesh)
 
-def logical_axes(config: DecoderConfig) -> Params:
-    """The parameters' logical axis names (tuples, see sharding/mesh.py) in the same tree."""
     state = jax.eval_shape(partial(_state, config, 0))
-    return nnx.to_pure_dict(
-        jax.tree.map(
-            lambda v: v.get_metadata("out_sharding"),
-            state,
-            is_leaf=lambda v: isinstance(v, nnx.Variable),
-        )
-    )
-
-
-def unstack_layers(params: Params) -> Params:
-    """The same parameters with `layers` a list with one dict per layer, for model/kv_cache.py.
-    Empties `params["layers"]`, so that only one stacked array at a time exists twice."""
-    stacked = params["layers"]
-    names = list(stacked)
-    count = stacked[names[0]].shape[0]
-    layers = [{} for _ in range(count)]
-    for name in names:
-        array = stacked.pop(name)
-        for i in range(count):
-            layers[i][name] = array[i]
-        del array
-    return {**params, "layers": layers}
-
-
-def cast(params: Params, dtype) -> Params:
-    """A copy in the dtype of computation, for sampling; training keeps fp32 masters."""
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+    shapes = jax.tree.map(shape_of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return nnx.to_pure_dict(shapes)
 
 
 # ------------------------------------------------------------------------------- pieces
@@ -192,31 +164,6 @@ def block(w: Params, config: DecoderConfig, x_btd: jax.Array, rope, attend):
 def embed(params: Params, tokens_bt: jax.Array, dtype) -> jax.Array:
     x_btd = params["embed"].astype(dtype)[tokens_bt]
     return constrain(x_btd, "batch", "length", "act_embed")
-
-
-def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
-    """fp32 logits [..., v] of final hidden states [..., d]."""
-    if config.tie_word_embeddings:
-        equation, w = "...d,vd->...v", params["embed"]
-    else:
-        equation, w = "...d,dv->...v", params["unembed"]
-    return jnp.einsum(
-        equation,
-        hidden,
-        w.astype(hidden.dtype),
-        precision=matmul_precision(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
-
-
-@partial(jax.jit, static_argnames="config")
-def rope_and_mask(config: DecoderConfig, tokens_bt, positions_bt, allowed_bts):
-    """(cos and sin of the rotations, which keys a query sees) of whole sequences. positions_bt:
-    None for 0, 1, …; allowed_bts as in `attention.visible`."""
-    if positions_bt is None:
-        positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
-    rope = rope_angles(positions_bt, config.head_dim, config.rope_theta)
-    return rope, visible(positions_bt, positions_bt, allowed_bts, config.sliding_window)
 
 
 def cache_layout(k_btkh: jax.Array, v_btkh: jax.Array):

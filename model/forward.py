@@ -1,7 +1,6 @@
-"""The forward pass over whole sequences, for training: a scan over the stacked layers.
+"""The forward pass over packed rows, for training: a scan over the stacked layers.
 
-Rows may be packed by model/packing.py. Attention is then computed in the unfolded rows, and its
-output folded back.
+Attention is computed in the unfolded rows of model/packing.py, and its output folded back.
 
 Axis letters as in model/decoder.py, and of packed rows: u unfolded row, s position in it, c copy of
 a token.
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 
 from model.attention import attention, visible
 from model.config import DecoderConfig
-from model.decoder import Params, block, cache_layout, embed, rms_norm, rope_and_mask
+from model.decoder import Params, block, cache_layout, embed, rms_norm, rope_angles
 from sharding.mesh import constrain
 
 Remat = Literal["none", "full"]
@@ -23,49 +22,39 @@ Remat = Literal["none", "full"]
 def forward(
     params: Params,
     config: DecoderConfig,
-    tokens_bt: jax.Array,
-    positions_bt: jax.Array | None = None,
-    allowed_bts: jax.Array | None = None,
+    batch: dict[str, jax.Array],
     dtype=jnp.float32,
     remat: Remat = "none",
-    layout: dict[str, jax.Array] | None = None,
 ) -> jax.Array:
-    """Final hidden states [b, t, d] (after the last norm) of whole sequences.
+    """Final hidden states [b, t, d] (after the last norm) of a batch: the arrays of
+    model/packing.py.
 
-    tokens_bt: int ids. positions_bt: each token's position in its own sequence (None: 0, 1, …).
-    allowed_bts: bool, which keys a query may see, at or before its position (None: all of its row);
-    padding, and other sequences in the row, are not allowed.
-    layout: `unfold`, `segments` and `copies` of model/packing.py. Attention is then computed in the
-    unfolded rows, and `segments` takes the place of allowed_bts.
     remat: what the backward pass computes again instead of keeping it. "none": only elementwise
     results, which are quicker to compute than to write and read; products and attention's output
     are kept. "full": everything but each layer's input, for a third more operations.
     """
-    rope, seen_bts = rope_and_mask(config, tokens_bt, positions_bt, allowed_bts)
-    if layout is not None:
-        places, seen_bts = (layout["unfold"], layout["copies"]), _same_segment(config, layout)
+    rope = rope_angles(batch["positions"], config.head_dim, config.rope_theta)
+    places, seen_uss = (batch["unfold"], batch["copies"]), _same_segment(config, batch["segments"])
 
     def attend(q_btnh, k_btkh, v_btkh):
-        if layout is None:
-            return attention(q_btnh, *cache_layout(k_btkh, v_btkh), seen_bts), None
         unfolded = (unfold(x, *places) for x in (q_btnh, k_btkh, v_btkh))
         q, k, v = (constrain(x, "batch", "length", "heads", "head_dim") for x in unfolded)
-        return fold(attention(q, *cache_layout(k, v), seen_bts), *places), None
+        return fold(attention(q, *cache_layout(k, v), seen_uss), *places), None
 
     def body(x_btd, w):
         return block(w, config, x_btd, rope, attend)[0], None
 
-    x_btd = embed(params, tokens_bt, dtype)
+    x_btd = embed(params, batch["tokens"], dtype)
     keep = {"none": jax.checkpoint_policies.save_only_these_names("product"), "full": None}
     body = jax.checkpoint(body, policy=keep[remat])
     x_btd, _ = jax.lax.scan(body, x_btd, params["layers"])
     return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps)
 
 
-def _same_segment(config: DecoderConfig, layout: dict[str, jax.Array]) -> jax.Array:
+def _same_segment(config: DecoderConfig, segments_bus: jax.Array) -> jax.Array:
     """Which tokens see which in the unfolded rows, bool [b·u, s, s]. Positions count through a row,
     since only the distance between two tokens of one text matters."""
-    segments_us = layout["segments"].reshape(-1, layout["segments"].shape[-1])
+    segments_us = segments_bus.reshape(-1, segments_bus.shape[-1])
     places_us = jnp.broadcast_to(jnp.arange(segments_us.shape[-1]), segments_us.shape)
     same_uss = segments_us[:, :, None] == segments_us[:, None, :]
     return visible(places_us, places_us, same_uss, config.sliding_window)

@@ -34,10 +34,18 @@ def check_ln_2(loss: float, dtype: str) -> None:
         )
 
 
-def check_sampler(path: str, sampled: np.ndarray, trained: np.ndarray, tokens: np.ndarray) -> float:
+def check_sampler(path: str, examples: list, reference_p2: np.ndarray) -> dict[str, float]:
     """The sampler's log-probs must be the trainer's where both have the same model: UserError where
-    they differ by far. All arrays [pairs, 2]. Returns the largest difference per token."""
-    per_token = np.abs(trained - sampled) / np.maximum(tokens, 1)
+    they differ by far. Returns the largest difference per token.
+
+    examples: pairs of stages/files/examples.py. reference_p2: the trainer's log-probs of them.
+    """
+    recorded = [i for i, pair in enumerate(examples) if pair.sampled is not None]
+    if not recorded:
+        return {}
+    sampled = np.array([examples[i].sampled for i in recorded])
+    tokens = [[len(examples[i].chosen), len(examples[i].rejected)] for i in recorded]
+    per_token = np.abs(reference_p2[recorded] - sampled) / np.array(tokens)
     mean = per_token.mean()
     print(
         f"sampler and trainer agree within {per_token.max():.1e} of log-prob per token "
@@ -51,4 +59,4 @@ def check_sampler(path: str, sampled: np.ndarray, trained: np.ndarray, tokens: n
         )
     if mean > WARN_DISAGREEMENT:
         print(f"warning: {message} (was one of them computed in bfloat16?)")
-    return float(per_token.max())
+    return {"sampler_disagreement": float(per_token.max())}

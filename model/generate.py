@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import decoder, kv_cache, placement
+from model import decoder, kv_cache
 from model.config import DecoderConfig
 from model.packing import coarse_bucket
 from sharding.errors import UserError
@@ -233,7 +233,7 @@ class Sampler:
         dtype=jnp.float32,
     ):
         self.config, self.sampling, self.decode_text = config, sampling, decode_text
-        self.params = decoder.unstack_layers(params)
+        self.params = kv_cache.unstack_layers(params)
         self.slots, self.dtype = slots, dtype
         self.group = min(sampling.n, slots)  # answers that share one prefill
         self.longest_prompt = longest_prompt
@@ -457,7 +457,7 @@ def arrays_held(config: DecoderConfig, mesh, slots: int, length: int, dtype=jnp.
     of computation, and a cache of `slots` rows with `length` positions each."""
     keys, values = zip(*kv_cache.abstract_cache(config, mesh, slots, length, dtype))
     return {
-        "parameters": placement.parameters(config, mesh, dtype),
+        "parameters": decoder.abstract(config, mesh, dtype),
         "cache": {"keys": list(keys), "values": list(values)},
     }
 
@@ -491,7 +491,7 @@ def _copy_prompts(k_bkhs, v_bksh, prompts_k, prompts_v, slots_g, starts_g):
 def _admit(params, state, hidden_1td, starting, *, config, sampling) -> dict:
     """The state (without the cache) after the first tokens of the starting answers are drawn."""
     slots_g, starts_g, lengths_g = (starting[name] for name in ("slots", "starts", "lengths"))
-    logits_gv = decoder.logits(params, config, hidden_1td[0, starts_g + lengths_g - 1])
+    logits_gv = kv_cache.logits(params, config, hidden_1td[0, starts_g + lengths_g - 1])
     first_g = jnp.zeros_like(slots_g)
     tokens_g, logprobs_g = draw(logits_gv, uniforms(starting["keys"], first_g), sampling)
     active_g = ~_is_eos(tokens_g, config) & (sampling.max_new_tokens > 1)
@@ -526,7 +526,7 @@ def _advance(params, state, stop_at_active, *, config, sampling, dtype) -> dict:
         hidden_bd, cache = kv_cache.decode(
             params, config, state["cache"], last_b, positions_b, dtype
         )
-        logits_bv = decoder.logits(params, config, hidden_bd)
+        logits_bv = kv_cache.logits(params, config, hidden_bd)
         tokens_b, logprobs_b = draw(logits_bv, uniforms(state["keys"], steps_b), sampling)
         at_b = jnp.where(active_b, steps_b, sampling.max_new_tokens)  # beyond: not written
         steps_b = steps_b + active_b

@@ -9,18 +9,18 @@ h head width, f MLP width.
 """
 
 import dataclasses
-import json
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from model import checkpoint, checkpoint_writing
+from model import checkpoint, checkpoint_writing, decoder
 from model import config as model_config
-from model.config import DecoderConfig
-from model.hf_config import to_hf
+from model.checkpoint_writing import write_json
+from model.config import DecoderConfig, to_hf
 from model.weights import (
     Slot,
     check_tensors,
@@ -72,16 +72,12 @@ def empty_params(config: DecoderConfig) -> dict:
 
 
 def put(params: dict, config: DecoderConfig, slot: Slot, tensor: np.ndarray):
-    """Write one HF tensor (fp32, fp16 or bf16: all exact in fp32) into its place, in place."""
-    _place(params, slot)[...] = slot.to_ours(config, tensor)
+    """Write one HF tensor (fp32, fp16 or bf16: all exact in fp32) into its place."""
+    place(params, slot)[...] = slot.to_ours(config, tensor)
 
 
-def get(params: dict, config: DecoderConfig, slot: Slot, dtype) -> np.ndarray:
-    """One HF tensor, contiguous, rounded to `dtype` (to nearest, ties to even)."""
-    return slot.to_hf(config, _cast(_place(params, slot), dtype))
-
-
-def _place(params: dict, slot: Slot) -> np.ndarray:
+def place(params: dict, slot: Slot) -> np.ndarray:
+    """Where a tensor lies in the parameters: a view."""
     leaf = params
     for key in slot.path:
         leaf = leaf[key]
@@ -130,34 +126,25 @@ def read_hf(folder: str) -> tuple[DecoderConfig, dict]:
 
 
 def write_hf(
-    folder: str,
-    dst: str,
-    dtype: str | None = None,
-    max_shard_bytes: int = 5 * 10**9,
-    manifest: dict | None = None,
-    card: str | None = None,
-) -> str:
-    """Write the checkpoint `folder` as a folder that transformers loads; return its dtype.
-
-    dtype: one of config.DTYPES; default: the one the model was published in. The folder appears
-    whole, by a rename. `manifest` is put into it as manifest.json, `card` as README.md.
-    """
+    folder: str, dst: str, dtype: str, max_shard_bytes: int, manifest: dict, card: str
+) -> None:
+    """Write the checkpoint `folder` as a folder that transformers loads. It appears whole, by a
+    rename. dtype: one of config.DTYPES. `manifest` is put into it as manifest.json, `card` as
+    README.md."""
     config = checkpoint.load_config(folder)
-    dtype = dtype or config.torch_dtype
     if checkpoint_writing.is_taken(dst):
         raise UserError(f"{dst} exists: choose another folder, or remove it")
     unfinished = checkpoint_writing.begin_folder(dst)
 
-    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    _, params = checkpoint.load(folder, cpu)
-    params = jax.tree.map(np.asarray, params)  # of CPU arrays: the same memory
+    params = jax.tree.map(np.asarray, checkpoint.load(folder)[1])  # of CPU arrays: the same memory
     shards = _split(config, dtype, max_shard_bytes)
     weight_map, total = {}, 0
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         file = "model.safetensors" if len(shards) == 1 else file
         tensors = {
-            name: get(params, config, slot, jnp.dtype(dtype)) for name, slot in shard.items()
+            name: slot.to_hf(config, _cast(place(params, slot), dtype))
+            for name, slot in shard.items()
         }
         for name, tensor in tensors.items():
             if dtype != "float32" and not np.isfinite(tensor).all():
@@ -168,20 +155,17 @@ def write_hf(
         del tensors, tensor  # before the next file's are made
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(unfinished / "model.safetensors.index.json", index)
+        write_json(unfinished / "model.safetensors.index.json", index)
 
     checkpoint_writing.copy_tokenizer(folder, unfinished)
     hf = to_hf(config, dtype)
-    _write_json(unfinished / "config.json", hf)
+    write_json(unfinished / "config.json", hf)
     if not (unfinished / "generation_config.json").exists():
         ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(unfinished / "generation_config.json", ids)
-    if manifest is not None:
-        _write_json(unfinished / checkpoint.MANIFEST, manifest)
-    if card is not None:
-        (unfinished / "README.md").write_text(card)
+        write_json(unfinished / "generation_config.json", ids)
+    write_json(unfinished / checkpoint.MANIFEST, manifest)
+    (unfinished / "README.md").write_text(card)
     checkpoint_writing.finish_folder(unfinished, dst)
-    return dtype
 
 
 def _split(config: DecoderConfig, dtype: str, max_shard_bytes: int) -> list[dict[str, Slot]]:
@@ -197,10 +181,6 @@ def _split(config: DecoderConfig, dtype: str, max_shard_bytes: int) -> list[dict
     return shards
 
 
-def _write_json(path: epath.Path, content: dict):
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
 # ---------------------------------------------------------------------- what rounding takes away
 
 
@@ -214,8 +194,7 @@ def rounded_away(folder: str, base: str, dtype: str) -> tuple[int, int]:
     if config.axis_sizes != before.axis_sizes or slots(config).keys() != slots(before).keys():
         raise UserError(f"{base} is another architecture than {folder}: give the one trained from")
     lost = changed = 0
-    for path in dict.fromkeys(slot.path for slot in slots(config).values()):
-        ours, theirs = (checkpoint.load_leaf(f, config, path) for f in (folder, base))
+    for ours, theirs in zip(_each_parameter(folder, config), _each_parameter(base, config)):
         for new, old in zip(ours, theirs):
             differs = new != old
             same = _rounded(new, dtype) == _rounded(old, dtype)
@@ -226,18 +205,30 @@ def rounded_away(folder: str, base: str, dtype: str) -> tuple[int, int]:
 
 def inexact(folder: str, dtype: str) -> tuple[int, int]:
     """(weights that `dtype` cannot hold exactly, all weights)."""
-    config, count, total = checkpoint.load_config(folder), 0, 0
-    for path in dict.fromkeys(slot.path for slot in slots(config).values()):
-        for weights in checkpoint.load_leaf(folder, config, path):
+    count = total = 0
+    for parameter in _each_parameter(folder, checkpoint.load_config(folder)):
+        for weights in parameter:
             count += int(np.count_nonzero(_rounded(weights, dtype) != weights))
             total += weights.size
     return count, total
 
 
+def _each_parameter(folder: str, config: DecoderConfig) -> Iterator[np.ndarray]:
+    """The parameters one after the other: the model may be too large to be loaded whole."""
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for path, shape in jax.tree_util.tree_leaves_with_path(decoder.abstract(config)):
+        tree = shape.update(sharding=first)
+        for key in reversed(path):
+            tree = {key.key: tree}
+        tree = checkpoint.load_params(folder, tree, partial=True)
+        yield np.asarray(jax.tree.leaves(tree)[0])
+
+
 def _rounded(weights: np.ndarray, dtype: str) -> np.ndarray:
-    return _cast(weights, jnp.dtype(dtype)).astype(np.float32)
+    return _cast(weights, dtype).astype(np.float32)
 
 
-def _cast(weights: np.ndarray, dtype) -> np.ndarray:
+def _cast(weights: np.ndarray, dtype: str) -> np.ndarray:
+    """Rounded to `dtype`, to nearest, ties to even."""
     with np.errstate(over="ignore"):  # becomes inf; the caller looks for it if it matters
-        return weights.astype(dtype, copy=False)
+        return weights.astype(jnp.dtype(dtype), copy=False)

@@ -1,8 +1,8 @@
 """The forward pass through a KV cache, for sampling.
 
 `prefill` goes through prompts and returns their keys and values; `decode` goes through one token
-per row. Both take parameters from `decoder.unstack_layers`: the compiler unrolls a loop over
-separate arrays, whereas a scan would copy every layer's weights at every token.
+per row. Both take parameters from `unstack_layers`: the compiler unrolls a loop over separate
+arrays, whereas a scan would copy every layer's weights at every token.
 
 Axis letters as in model/decoder.py, and s cache position.
 """
@@ -20,10 +20,33 @@ from model.decoder import (
     cache_layout,
     embed,
     rms_norm,
-    rope_and_mask,
     rope_angles,
 )
-from sharding.mesh import abstract, constrain, tree_shardings
+from model.precision import matmul_precision
+from sharding.mesh import constrain, placed
+
+
+def unstack_layers(params: Params) -> Params:
+    """The parameters with `layers` a list with one dict per layer. Empties `params["layers"]`, so
+    that only one stacked array at a time exists twice."""
+    stacked = params["layers"]
+    layers: list[dict] = [{} for _ in range(stacked["q"].shape[0])]
+    for name in list(stacked):
+        weights = stacked.pop(name)
+        for i, layer in enumerate(layers):
+            layer[name] = weights[i]
+    return {**params, "layers": layers}
+
+
+def unstacked(params: Params) -> Params:
+    """Shapes with shardings (`decoder.abstract`) as `unstack_layers` leaves the parameters."""
+
+    def of_layer(x):
+        sharding = jax.NamedSharding(x.sharding.mesh, jax.P(*x.sharding.spec[1:]))
+        return x.update(shape=x.shape[1:], sharding=sharding)
+
+    count = params["layers"]["q"].shape[0]
+    return params | {"layers": [jax.tree.map(of_layer, params["layers"])] * count}
 
 
 def prefill(
@@ -34,17 +57,31 @@ def prefill(
     allowed_bts: jax.Array | None = None,
     dtype=jnp.float32,
 ):
-    """As `forward.forward`, with the keys and values: (hidden, [(k_bkht, v_bkth) of each layer]).
+    """(final hidden states [b, t, d], after the last norm, of whole sequences; [(k_bkht, v_bkth) of
+    each layer]).
 
-    params: unstacked. Padding behind a sequence needs no mask: nothing before it sees it. Outside
-    jit, one compiled layer is called for all layers, which is quicker when lengths vary.
+    params: unstacked. positions_bt: each token's position in its own sequence (None: 0, 1, …).
+    allowed_bts: bool, which keys a query may see, at or before its position (None: all of its row);
+    other sequences in the row are not allowed. Padding behind a sequence needs no mask: nothing
+    before it sees it. Outside jit, one compiled layer is called for all layers, which is quicker
+    when lengths vary.
     """
-    rope, seen_bts = rope_and_mask(config, tokens_bt, positions_bt, allowed_bts)
+    rope, seen_bts = _rope_and_mask(config, tokens_bt, positions_bt, allowed_bts)
     x_btd, cache = embed(params, tokens_bt, dtype), []
     for w in params["layers"]:
         x_btd, kv = _prefill_layer(w, config, x_btd, rope, seen_bts)
         cache.append(kv)
     return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps), cache
+
+
+@partial(jax.jit, static_argnames="config")
+def _rope_and_mask(config: DecoderConfig, tokens_bt, positions_bt, allowed_bts):
+    """(cos and sin of the rotations, which keys a query sees) of whole sequences. positions_bt:
+    None for 0, 1, …; allowed_bts as in `attention.visible`."""
+    if positions_bt is None:
+        positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
+    rope = rope_angles(positions_bt, config.head_dim, config.rope_theta)
+    return rope, visible(positions_bt, positions_bt, allowed_bts, config.sliding_window)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -54,6 +91,21 @@ def _prefill_layer(w: Params, config: DecoderConfig, x_btd, rope, seen_bts):
         return attention(q_btnh, *kv, seen_bts), kv
 
     return block(w, config, x_btd, rope, attend)
+
+
+def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
+    """fp32 logits [..., v] of final hidden states [..., d]."""
+    if config.tie_word_embeddings:
+        equation, w = "...d,vd->...v", params["embed"]
+    else:
+        equation, w = "...d,dv->...v", params["unembed"]
+    return jnp.einsum(
+        equation,
+        hidden,
+        w.astype(hidden.dtype),
+        precision=matmul_precision(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def empty_cache(config: DecoderConfig, rows: int, length: int, dtype=jnp.float32) -> list:
@@ -75,6 +127,21 @@ def cache_bytes(config: DecoderConfig, length: int, dtype=jnp.float32) -> int:
     return numbers * length * jnp.dtype(dtype).itemsize
 
 
+def free_memory(mesh) -> int:
+    """Bytes that are free on the mesh's devices together; simulated ones share the machine's."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return available_memory()
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    return mesh.size * min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+
+
+def available_memory() -> int:
+    """Bytes that new work on this machine may take: what is free and what the kernel gives back."""
+    with open("/proc/meminfo") as file:
+        line = next(line for line in file if line.startswith("MemAvailable"))
+    return 1024 * int(line.split()[1])
+
+
 # Logical axes of a layer's keys and values.
 CACHE_AXES = (
     ("batch", "kv_heads", "head_dim", "length"),
@@ -90,7 +157,7 @@ def abstract_cache(config: DecoderConfig, mesh, rows: int, length: int, dtype=jn
     """What `empty_cache` makes, as shapes with their shardings. Nothing is allocated, and the mesh
     may be one without devices."""
     shapes = jax.eval_shape(lambda: empty_cache(config, rows, length, dtype))
-    return abstract(shapes, tree_shardings(mesh, [CACHE_AXES] * len(shapes), shapes))
+    return [tuple(map(placed, kv, CACHE_AXES, (mesh, mesh))) for kv in shapes]
 
 
 def decode(

@@ -35,9 +35,7 @@ def response_logprobs(
     batch: the arrays of model/packing.py. The vocabulary product is computed for response tokens
     only. Sums, not means, as in Rafailov et al. 2023.
     """
-    hidden_btd = forward(
-        params, config, batch["tokens"], batch["positions"], None, dtype, remat, layout=batch
-    )
+    hidden_btd = forward(params, config, batch, dtype, remat)
     hidden_btd = jnp.take_along_axis(hidden_btd, batch["predictors"][..., None], axis=1)
     hidden_btd = constrain(hidden_btd, "batch", "length", "act_embed")
     longest = jnp.max(jnp.sum(batch["owners"] >= 0, axis=1))

@@ -20,10 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from model.ahead import ahead
-from model.batches import Batcher, Example, MicroBatch
+from model.batches import Batcher, MicroBatch, ahead
 from sharding import chips
-from sharding.mesh import abstract, batch_shardings, put_batch, replicated
+from sharding.mesh import placed_batch, put_batch, replicated
 
 # (parameters, batch) → (losses [e], {name: values [e]}). The batch holds the arrays of
 # model/packing.py and the sides of its examples (model/batches.py).
@@ -43,13 +42,10 @@ class Optimization:
 
 
 def learning_rate(optimization: Optimization, total_steps: int) -> optax.Schedule:
-    """Learning rate of step 0, 1, …: linear warm-up from 0, then linear or cosine decay to 0.
-
-    The values are those of transformers' get_{linear,cosine,constant}_schedule_with_warmup, with
-    the first step at 0. Warm-up takes ceil(warmup_ratio · total_steps) steps, as in transformers'
-    Trainer.
-    """
-    warmup = -int(-optimization.warmup_ratio * total_steps // 1)
+    """Learning rate of step 0, 1, …: linear warm-up from 0, then linear or cosine decay to 0, as
+    transformers' get_{linear,cosine,constant}_schedule_with_warmup. Warm-up takes
+    ceil(warmup_ratio · total_steps) steps, as in transformers' Trainer."""
+    warmup = math.ceil(optimization.warmup_ratio * total_steps)
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)
@@ -85,15 +81,13 @@ def _is_matrix(params):
 def optimizer_state(tx: optax.GradientTransformation, params):
     """Shapes and shardings of tx's state, nothing allocated: each moment lies as its parameter
     does, a counter lies whole on every device. params: shapes with shardings."""
-    shapes = jax.eval_shape(tx.init, params)
-    shardings = optax.tree_map_params(
+    return optax.tree_map_params(
         tx,
-        lambda _, x: x.sharding,
-        shapes,
+        lambda x, param: x.update(sharding=param.sharding),
+        jax.eval_shape(tx.init, params),
         params,
-        transform_non_params=lambda _: replicated(_mesh(params)),
+        transform_non_params=lambda x: x.update(sharding=replicated(_mesh(params))),
     )
-    return abstract(shapes, shardings)
 
 
 def arrays_held(optimization: Optimization, params, batch: dict) -> dict:
@@ -103,7 +97,7 @@ def arrays_held(optimization: Optimization, params, batch: dict) -> dict:
         "parameters": params,
         "gradients": params,
         "optimizer state": optimizer_state(optimizer(optimization, total_steps=1), params),
-        "batch": abstract(batch, batch_shardings(_mesh(params), batch)),
+        "batch": placed_batch(_mesh(params), batch),
     }
 
 
@@ -114,44 +108,12 @@ def _mesh(params):
 # ------------------------------------------------------------------------------- the step
 
 
-def _accumulate(params, gradients, batch, examples, *, loss: LossFunction):
-    """(gradients + ∂(Σ weights·loss / examples), values [e]). gradients is None for the first
-    micro-batch; `examples` counts the examples of the whole step."""
-
-    def summed(params):
-        loss_e, values = loss(params, batch)
-        return jnp.sum(batch["weights"] * loss_e) / examples, values
-
-    new, values = jax.grad(summed, has_aux=True)(params)
-    return new if gradients is None else jax.tree.map(jnp.add, gradients, new), values
-
-
-def _apply(params, state, gradients, norm, *, tx, max_norm):
-    """Clip the gradients, whose global norm is `norm`, to `max_norm` and update. Returns (params,
-    optimizer state, share of the weights whose bfloat16 rounding has changed)."""
-    scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))  # torch's clip_grad_norm_
-    clipped = jax.tree.map(lambda g: g * scale, gradients)
-    updates, state = tx.update(clipped, state, params)
-    new = optax.apply_updates(params, updates)
-    changed = jax.tree.map(
-        lambda a, b: jnp.sum(a.astype(jnp.bfloat16) != b.astype(jnp.bfloat16), dtype=jnp.float32),
-        params,
-        new,
-    )
-    total = float(sum(x.size for x in jax.tree.leaves(params)))  # too many for an int32
-    return new, state, sum(jax.tree.leaves(changed)) / total
-
-
 class Trainer:
-    """The compiled functions of a training. Call them under its mesh (`jax.set_mesh`).
-
-    `accumulate(params, gradients, batch, examples)`, `norm(gradients)`, `apply(params,
-    optimizer_state, gradients, norm)`, `init_optimizer(params)`, `schedule(step)`. A batch has a
-    multiple of `batch_shards(mesh)` rows.
-    """
+    """The compiled functions of a training. Call them under its mesh (`jax.set_mesh`). A batch has
+    a multiple of `batch_shards(mesh)` rows."""
 
     def __init__(self, loss: LossFunction, optimization: Optimization, total_steps: int, params):
-        """params: shapes with shardings, e.g. of `placement.parameters`."""
+        """params: shapes with shardings, e.g. of `decoder.abstract`."""
         tx = optimizer(optimization, total_steps)
         self.params, self.mesh = params, _mesh(params)
         self.schedule = learning_rate(optimization, total_steps)
@@ -160,17 +122,34 @@ class Trainer:
         of_params, of_state = (
             jax.tree.map(lambda x: x.sharding, tree) for tree in (params, self.optimizer_state)
         )
-        self.accumulate = jax.jit(
-            partial(_accumulate, loss=loss),
-            donate_argnames="gradients",
-            out_shardings=(of_params, whole),
-        )
+
+        @partial(jax.jit, donate_argnames="gradients", out_shardings=(of_params, whole))
+        def accumulate(params, gradients, batch, examples):
+            """(gradients + ∂(Σ weights·loss / examples), values [e]). gradients is None for the
+            first micro-batch; `examples` counts the examples of the whole step."""
+
+            def summed(params):
+                loss_e, values = loss(params, batch)
+                return jnp.sum(batch["weights"] * loss_e) / examples, values
+
+            new, values = jax.grad(summed, has_aux=True)(params)
+            return new if gradients is None else jax.tree.map(jnp.add, gradients, new), values
+
+        @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(of_params, of_state, whole))
+        def apply(params, state, gradients, norm):
+            """Clip the gradients, whose global norm is `norm`, and update: (params, optimizer
+            state, share of the weights whose bfloat16 rounding has changed)."""
+            scale = jnp.minimum(1.0, optimization.max_grad_norm / (norm + 1e-6))  # as torch does
+            clipped = jax.tree.map(lambda g: g * scale, gradients)
+            updates, state = tx.update(clipped, state, params)
+            new = optax.apply_updates(params, updates)
+            before, after = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, new))
+            changed = jax.tree.leaves(jax.tree.map(jnp.not_equal, before, after))
+            total = float(sum(x.size for x in changed))  # too many for an int32
+            return new, state, sum(jnp.sum(x, dtype=jnp.float32) for x in changed) / total
+
+        self.accumulate, self.apply = accumulate, apply
         self.norm = jax.jit(optax.tree.norm, out_shardings=whole)
-        self.apply = jax.jit(
-            partial(_apply, tx=tx, max_norm=optimization.max_grad_norm),
-            donate_argnums=(0, 1),
-            out_shardings=(of_params, of_state, whole),
-        )
         self.init_optimizer = jax.jit(tx.init, out_shardings=of_state)
 
     def gradients(self, params, batches: list[MicroBatch]):
@@ -194,11 +173,11 @@ def for_each(
     compute: Callable[[dict], tuple],
     mesh,
     batcher: Batcher,
-    examples: list[Example],
+    examples: list,
     title: str,
     check_stop: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """What `compute(batch)` gives for each example, fp32 [examples, 2]. `compute` gives a pair of
+    """What `compute(batch)` gives for each example, fp32 [examples, 2]: `compute` gives a pair of
     arrays, each with one value per example of a micro-batch. `title` names the progress bar;
     `check_stop` is called before each micro-batch and may raise."""
     from tqdm import tqdm  # here: a bare image, where scripts.bench measures, has none
@@ -206,10 +185,9 @@ def for_each(
     values = np.zeros((len(examples), 2), np.float32)
     cut = batcher.cut(examples, range(len(examples)))
     packed = ahead(lambda indices: (indices, batcher.pack(examples, indices)), cut)
-    silent = not examples or jax.process_index() > 0
-    for (indices, batch), _ in tqdm(
-        packed, desc=title, unit=" batches", total=len(cut), disable=silent
-    ):
+    silent = jax.process_index() > 0
+    bar = tqdm(packed, desc=title, unit=" batches", total=len(cut), disable=silent)
+    for (indices, batch), _ in bar:
         check_stop()
         for column, x in enumerate(jax.device_get(compute(put_batch(mesh, batch)))):
             values[indices, column] = x[: len(indices)]
@@ -217,11 +195,9 @@ def for_each(
 
 
 def speed(params, batches: list[MicroBatch], seconds: float) -> dict[str, float]:
-    """The metrics of a step's speed and memory.
-
-    Operations count products with weights only, forward and backward, and nothing that is computed
-    twice. params: a decoder's arrays or shapes, with shardings.
-    """
+    """The metrics of a step's speed and memory. Operations count products with weights only,
+    forward and backward, and nothing that is computed twice. params: a decoder's shapes, with
+    shardings."""
     mesh = _mesh(params)
     tokens = sum(np.sum(micro.packed["copies"][..., 0] >= 0) for micro in batches)
     responses = sum(np.sum(micro.packed["owners"] >= 0) for micro in batches)

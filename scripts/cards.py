@@ -140,7 +140,8 @@ def _mean_characters(pairs: Entry) -> str:
 
 def _prompts(data: list[Entry]) -> str:
     """The oldest file of prompts that the manifests name, and the number of prompts."""
-    readers = [e for e in data if e["stage"] in ("sample", "prompts-from-parquet", "from-parquet")]
+    stages = ("sample", "prompts", "prompts-from-parquet", "from-parquet")
+    readers = [entry for entry in data if entry["stage"] in stages]
     if not readers:
         return UNKNOWN
     return f"{_names(readers[-1]['inputs'])} ({readers[0]['counts'].get('in', UNKNOWN)})"

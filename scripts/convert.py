@@ -6,6 +6,8 @@ python -m scripts.convert to-hf C DST --base C0 --results compare.json
 python -m scripts.convert from-parquet DIR D.jsonl
 python -m scripts.convert to-parquet D.jsonl DIR --split train_iteration_1
 python -m scripts.convert prompts DIR P.jsonl --split train_iteration_1
+python -m scripts.convert prompts MINE.jsonl P.jsonl --last 1000
+python -m scripts.convert join S.jsonl SLICE0 SLICE1 …    (of stages.sample --slice 0/2, 1/2, …)
 
 C is a checkpoint folder, DST a folder that transformers loads, DIR a data set as the hub holds it.
 """
@@ -16,6 +18,7 @@ import math
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
@@ -24,9 +27,9 @@ from etils import epath, epy
 
 from scripts import cards
 from sharding.errors import UserError
-from stages.files import formats
+from stages.files import formats, rows, slices
 from stages.files.lock import lock
-from stages.files.output import an_input
+from stages.files.output import Manifest, Output, an_input
 from stages.files.paths import check_distinct, normalised
 from stages.files.provenance import with_roles
 from stages.files.run import run_main
@@ -110,21 +113,32 @@ class ToParquet:
 
 @dataclasses.dataclass
 class Prompts:
-    """The prompts of a data set in parquet files become prompts.jsonl."""
+    """The prompts of a data set in parquet files, or some rows of a JSONL file, become
+    prompts.jsonl."""
 
     directory: tyro.conf.Positional[str]
-    """Folder of parquet files, as the hub holds it, or the data set's hub id."""
+    """Folder of parquet files, as the hub holds it, the data set's hub id, or a prompts.jsonl."""
     out: tyro.conf.Positional[str]
     """JSONL file to write."""
     split: str | None = None
     """Read this split alone."""
     first: int = 0
-    """Start at this row of the split, counted from 0."""
+    """Start at this row, counted from 0."""
     last: int | None = None
     """Stop before this row; default: the end."""
 
 
-Command = FromHf | FromGguf | ToHf | FromParquet | ToParquet | Prompts
+@dataclasses.dataclass
+class Join:
+    """The samples of all slices (stages.sample --slice) become one samples.jsonl."""
+
+    out: tyro.conf.Positional[str]
+    """The samples.jsonl to write, as one run without --slice would write it."""
+    parts: tyro.conf.Positional[tuple[str, ...]]
+    """The samples.jsonl of each slice."""
+
+
+Command = FromHf | FromGguf | ToHf | FromParquet | ToParquet | Prompts | Join
 PATHS = "src file checkpoint dst base directory pairs out".split()  # fields
 
 
@@ -140,6 +154,7 @@ def main(args: Command):
         FromParquet: from_parquet,
         ToParquet: to_parquet,
         Prompts: prompts,
+        Join: join,
     }
     convert[type(args)](args)
 
@@ -305,7 +320,33 @@ def to_parquet(args: ToParquet):
 
 
 def prompts(args: Prompts):
+    if args.directory.endswith(".jsonl"):
+        return some_rows(args)
     formats.read_prompts_dataset(args.directory, args.out, args.split, args.first, args.last)
+
+
+def some_rows(args: Prompts):
+    """The rows [--first, --last) of a prompts.jsonl, with every field that they have."""
+    file = rows.read(args.directory, rows.Prompt)
+    ids = file.ids[args.first : args.last] if args.first >= 0 else []
+    if not ids:
+        raise UserError(
+            f"{args.directory}: --first {args.first} and --last {args.last} leave none of its "
+            f"{len(file)} prompts"
+        )
+    arguments = {"first": args.first, "last": args.last}
+    inputs = {"prompts": an_input(args.directory, file.sha256)}
+    output = Output.open(args.out, Manifest("prompts", arguments, inputs, identities={}))
+    if output.finished:
+        return
+    for prompt_id in ids:
+        if not output.has(prompt_id):
+            output.write(file[prompt_id].fields)
+    output.finish(ids, Counter({"in": len(ids)}))
+
+
+def join(args: Join):
+    slices.join(args.out, args.parts)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Print a recipe of earlier versions, a shell file, as the TOML that it corresponds to.
+# Refuse a recipe of earlier versions, a shell file, with the TOML that it corresponds to on stdout:
 #   bash scripts/from_shell.sh my.sh >my.toml
-# Its functions become comments: `model`, `prompts` and `heldout` are what they did.
+# Its functions become comments; `model`, `prompts` and `heldout` say what they did. Exit code 2.
 set -euo pipefail
 file=$(realpath "$1")
 cd "$(dirname "$0")/.."
@@ -11,6 +11,8 @@ SEED=0 LIMIT=0 ITERATIONS=3 RANKER= SAMPLE= HELDOUT_SAMPLE= RANK= PAIRS= DPO= KL
 # shellcheck source=/dev/null
 source "$file"
 
+body() { declare -f "$1" | sed 's/^/#   /' || true; }
+echo "error: $1: recipes are TOML files now, and this one corresponds to" >&2
 value() {
   if [[ $1 =~ ^-?[0-9]+(\.[0-9]+)?(e-?[0-9]+)?$ ]]; then echo "$1"; else echo "\"$1\""; fi
 }
@@ -37,14 +39,14 @@ table() { # NAME FLAG…
 }
 
 echo "model = \"\" # gguf:FILE, checkpoint:FOLDER, or a hub id or folder; was:"
-declare -f start_model | sed 's/^/#   /'
+body start_model
 echo "ranker = \"$RANKER\""
 echo "iterations = $ITERATIONS"
 [[ -z $EXPORT_DTYPE ]] || echo "export_dtype = \"$EXPORT_DTYPE\""
 printf '\n[prompts]\nfile = "" # or dataset and split; "{iteration}" is 1, 2, …; was:\n'
-declare -f train_prompts | sed 's/^/#   /'
+body train_prompts
 printf '\n[heldout]\nfile = "" # was:\n'
-declare -f heldout_prompts | sed 's/^/#   /'
+body heldout_prompts
 # Splitting the lists of flags is meant.
 # shellcheck disable=SC2086
 {
@@ -55,3 +57,4 @@ declare -f heldout_prompts | sed 's/^/#   /'
   table evaluate.sample $HELDOUT_SAMPLE
   table evaluate.kl $KL
 }
+exit 2

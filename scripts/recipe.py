@@ -40,8 +40,11 @@ HOW_FAST = {
     *("mesh", "slots", "cache_memory", "micro_batch_size", "remat", "rows", "device"),
     *("save_every", "keep_states", "eval_every", "shardings"),
 }
-# Flags that the loop gives; it leaves the seed of stages.pairs to the recipe.
-BY_LOOP = {"seed", "test_pairs", "test_out", "coordinator", "processes", "process_id"}
+# Flags that the loop gives, or cannot use; it leaves the seed of stages.pairs to the recipe.
+BY_LOOP = {
+    *("seed", "test_pairs", "test_out", "coordinator", "processes", "process_id"),
+    *("overwrite", "slice"),
+}
 
 
 def flags_of(table: str) -> dict[str, Any]:

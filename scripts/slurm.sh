@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Run a recipe on GPU nodes under SLURM: one process a node, one mesh over all their GPUs.
 #
-#   sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 scripts/slurm.sh [RECIPE]
+#   sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 scripts/slurm.sh [RECIPE [MACHINE]]
 #
-# from the project's folder, on a file system that the nodes share; default: mistral-gpu-8x80gb. Flags of
-# sbatch go before those below. Five minutes before the time limit (or at `scancel --batch
-# --signal=USR1 JOB`) the stage saves its work and the job goes back into the queue, as it does when it
-# is preempted; it goes on where it was. NAME, SEED, LIMIT, MODEL, … as for scripts/iterate.sh, whose
-# RUNS may lie elsewhere on the shared file system.
+# from the project's folder, on a file system that the nodes share; default: snorkel-mistral-7b
+# gpu-8x80gb. Flags of sbatch take precedence over those below. Five minutes before the time limit (or
+# at `scancel --batch --signal=USR1 JOB`) the stage saves its work and the job goes back into the queue,
+# as it does when it is preempted; it goes on where it was. NAME, VARIANT, SEED, … as for
+# scripts/iterate.sh, whose RUNS may lie elsewhere on the shared file system.
 #SBATCH --job-name=align
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -20,6 +20,7 @@
 set -euo pipefail
 
 [[ -n ${SLURM_JOB_ID:-} ]] || { echo "error: no job: start it with sbatch scripts/slurm.sh" >&2; exit 2; }
+(($#)) || set -- snorkel-mistral-7b gpu-8x80gb
 cd "$SLURM_SUBMIT_DIR" # the batch system runs a copy of this file from elsewhere
 [[ -f scripts/iterate.sh ]] || {
   echo "error: $PWD is not the project's folder: call sbatch there" >&2
@@ -45,13 +46,16 @@ trap 'pass_on' TERM
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 bash -c '
   [[ -z ${PROCESSES:-} ]] || export PROCESS_ID=$SLURM_PROCID
   unset SLURM_LOCALID # what jax would know SLURM by
-  exec bash scripts/iterate.sh "$0"' "${1:-mistral-gpu-8x80gb}" &
+  exec bash scripts/iterate.sh "$@"' bash "$@" &
 task=$!
 signalled=1
 while [[ -n $signalled ]]; do # a signal ends `wait`, and not what it waits for
   signalled= code=0
   wait $task || code=$?
 done
-
+if [[ $code == 134 ]]; then # JAX aborts a process when another one died
+  echo "a process ended: submit the same job again to go on" >&2
+  code=75
+fi
 [[ -z $again || $code != 75 ]] || scontrol requeue "$SLURM_JOB_ID"
 exit "$code"

@@ -20,8 +20,9 @@
 #   SPOT=1              a preemptible slice: a fraction of the price; SHARE keeps what is done
 #   VERSION=            the software of the VM; default: the one for TYPE
 #   SHARE=IP:/NAME      an NFS share (Filestore) for the runs, mounted on every worker
-#   RECIPE=             default: the one for TYPE (scripts/recipes/mistral-…)
-#   NAME SEED LIMIT MODEL DATASET RANKER PAIRRM_DTYPE ZEPHYR as iterate.sh and the recipe take them
+#   RECIPE=             default: snorkel-mistral-7b
+#   MACHINE=            a [machine.NAME] of the recipe; default: the one for TYPE, where it has one
+#   NAME VARIANT SEED LIMIT and the variables of the recipe's [from_environment]
 #
 # The workers of a slice share no disk, theirs has 100 GB (a 7B run needs 300), and a preempted one
 # loses it: hence SHARE, which a slice of several hosts must have. NFS, and no bucket: stages append to
@@ -49,9 +50,9 @@ TYPE=${TYPE:-v5litepod-16} TPU=${TPU:-align}
 # /v6e for the types, /tpu/docs/runtimes for the software.
 [[ $TYPE =~ ^(v5litepod|v5p|v6e)-([0-9]+)$ ]] || fail "TYPE=$TYPE: v5litepod-N, v5p-N or v6e-N"
 case ${BASH_REMATCH[1]} in
-  v5litepod) version=v2-alpha-tpuv5-lite recipe=mistral-v5e-16 ;;
-  v5p) version=v2-alpha-tpuv5 recipe=mistral-v5p-8 ;;
-  v6e) version=v2-alpha-tpuv6e recipe=mistral-v6e-8 ;;
+  v5litepod) version=v2-alpha-tpuv5-lite machine=v5e-16 ;;
+  v5p) version=v2-alpha-tpuv5 machine=v5p-8 ;;
+  v6e) version=v2-alpha-tpuv6e machine=v6e-8 ;;
 esac
 hosts=1
 ((BASH_REMATCH[2] <= 8)) || hosts=several
@@ -59,9 +60,15 @@ hosts=1
   fail "SHARE is not set: $TYPE has several hosts, which need one file system; give SHARE=IP:/NAME"
 [[ -z ${SHARE:-} || $SHARE =~ ^[A-Za-z0-9.-]+:/[A-Za-z0-9][A-Za-z0-9._/-]*$ ]] ||
   fail "SHARE=$SHARE: give an NFS share as IP:/NAME"
-VERSION=${VERSION:-$version} RECIPE=${RECIPE:-$recipe}
-[[ -f $RECIPE || -f scripts/recipes/$RECIPE.sh ]] || fail "RECIPE=$RECIPE: no such recipe"
-NAME=${NAME:-$(basename "$RECIPE" .sh)}
+VERSION=${VERSION:-$version} RECIPE=${RECIPE:-snorkel-mistral-7b}
+file=$RECIPE
+[[ -f $file ]] || file=scripts/recipes/$RECIPE.toml
+[[ -f $file ]] || fail "RECIPE=$RECIPE: no such recipe"
+MACHINE=${MACHINE-$(grep -oP "^\[machine\.\K$machine(?=\])" "$file" || true)}
+[[ -z $MACHINE ]] || grep -qF "[machine.$MACHINE]" "$file" || fail "MACHINE=$MACHINE: not in $file"
+[[ ${SEED:-0} == 0 ]] && seed= || seed=-seed$SEED
+NAME=${NAME:-$(basename "$RECIPE" .toml)${VARIANT:+-$VARIANT}$seed}
+variables=$(sed -n '/^\[from_environment\]/,/^\[/s/^\([A-Za-z0-9_]*\) *=.*/\1/p' "$file")
 runs=runs
 [[ -z ${SHARE:-} ]] || runs=/mnt/runs
 [[ -n $dry ]] || command -v gcloud >/dev/null || fail "no gcloud here: cloud.google.com/sdk/docs/install"
@@ -116,10 +123,10 @@ setup() { on all setup ${SHARE:+"$SHARE"}; }
 run() {
   local variable settings=("RUNS=$runs" "NAME=$NAME")
   [[ $hosts == 1 ]] || settings+=(COORDINATOR=auto)
-  for variable in SEED LIMIT MODEL DATASET RANKER PAIRRM_DTYPE ZEPHYR; do
+  for variable in VARIANT SEED LIMIT $variables; do
     [[ -z ${!variable:-} ]] || settings+=("$variable=${!variable}")
   done
-  on all run "$RECIPE" "${settings[@]}"
+  on all run "${settings[@]}" "$RECIPE" ${MACHINE:+"$MACHINE"}
 }
 log() {
   local code=0 now

@@ -3,7 +3,7 @@
 #
 #   bash tpu_worker.sh copy                   unpack align.tgz to align/
 #   bash tpu_worker.sh setup [IP:/SHARE]      mount the share at /mnt/runs; Python and the packages
-#   bash tpu_worker.sh run RECIPE SETTING=…   start the loop in the background
+#   bash tpu_worker.sh run SETTING=… RECIPE [MACHINE]   start the loop in the background
 #   bash tpu_worker.sh log                    follow it to its end, and end with its exit code
 #   bash tpu_worker.sh stop                   end it, its work saved
 #
@@ -17,7 +17,8 @@ setup() { # [IP:/SHARE]
   if [[ -n ${1:-} ]] && ! mountpoint -q /mnt/runs; then
     sudo apt-get -o DPkg::Lock::Timeout=600 install -y -q nfs-common
     sudo mkdir -p /mnt/runs
-    sudo mount -t nfs "$1" /mnt/runs
+    # The workers wait for files of each other: that one is not there yet must not be remembered.
+    sudo mount -t nfs -o lookupcache=positive "$1" /mnt/runs
     sudo chmod a+rwx /mnt/runs
   fi
   # The VM's own Python is 3.10; uv brings another.
@@ -26,7 +27,7 @@ setup() { # [IP:/SHARE]
   uv python install --quiet 3.11
   PYTHON=$(uv python find 3.11) bash align/scripts/setup.sh
 }
-run() { # RECIPE SETTING=…
+run() { # SETTING=… RECIPE [MACHINE]
   rm -f align.code align.pid
   nohup flock --nonblock align.lock setsid --wait bash tpu_worker.sh loop "$@" </dev/null >>align.log 2>&1 &
   until [[ -f align.pid ]]; do sleep 0.1; done
@@ -35,7 +36,16 @@ loop() { # as `run`; leads its process group, and outlives a signal to note the 
   local code=0
   trap : TERM
   echo $$ >align.pid
-  (cd align && exec env PYTHON=.venv/bin/python "${@:2}" bash scripts/iterate.sh "$1") || code=$?
+  local settings=(PYTHON=.venv/bin/python)
+  while [[ $1 == *=* ]]; do
+    settings+=("$1")
+    shift
+  done
+  (cd align && exec env "${settings[@]}" bash scripts/iterate.sh "$@") || code=$?
+  if [[ $code == 134 ]]; then # JAX aborts a process when another one died
+    echo "another process ended: run the same command again to go on"
+    code=75
+  fi
   echo "$code" >align.code
 }
 idle() { touch align.lock && flock --nonblock align.lock true; }

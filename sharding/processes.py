@@ -4,56 +4,115 @@ its own, and one mesh lies over all of them.
 Every process runs the same programs in the same order, since a program that some do not run keeps
 the others waiting for ever. So whatever decides what runs next must be the same everywhere: read
 from a replicated array, from a file whose content `agree` compared, or asked for here.
+
+A process that ends before the others ends them too. Each keeps a sign of life in the store of JAX's
+coordination service; one that fails leaves its exit code and its reason there. The others say in
+one line who it was, and end with exit code 75, or 2 where it failed by the caller's mistake. What
+was saved is kept, so the same command goes on. When process 0 dies, JAX may abort the others first
+(exit code 134), since the service runs there.
+
+Importing this file loads no JAX.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import select
+import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 
-import jax
 import numpy as np
-from jax._src import distributed
-from jax.experimental import multihost_utils
+from etils import epy
 
-from sharding import watch
-from sharding.errors import UserError
-from sharding.watch import Flags
+from sharding.errors import UserError, first_line
+
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+    import jax
+    from jax._src import distributed
+    from jax.experimental import multihost_utils
+
+BEAT = 0.5  # seconds between two signs of life
+ARRIVAL = 600  # seconds within which all must have come: one may still be installing packages
+GRACE = 6  # beats after which another's death is known, where it made this process fail too
+AGAIN = "run the same command again, on all, to go on"
+
+_others: "_Others | None" = None  # once this process has joined others
+
+
+@dataclasses.dataclass(kw_only=True)
+class Flags:
+    """The flags of every stage that several processes can do together."""
+
+    coordinator: str | None = None
+    """Several processes as one: HOST:PORT of process 0, or "auto" (SLURM, TPU pods). Default:
+    $COORDINATOR."""
+    processes: int | None = None
+    """How many, with --coordinator HOST:PORT. Default: $PROCESSES."""
+    process_id: int | None = None
+    """Which one this is: 0, … Default: $PROCESS_ID."""
+
+    def place(self) -> tuple[str, int, int] | str | None:
+        """(HOST:PORT, how many, which one), "auto", or None where this process is alone, with what
+        the environment says where a flag is not given. UserError: they do not fit together."""
+        coordinator = self.coordinator or os.environ.get("COORDINATOR") or None
+        if coordinator in (None, "auto"):
+            if (self.processes, self.process_id) != (None, None):
+                raise UserError("--processes and --process-id go with --coordinator HOST:PORT")
+            return coordinator
+        numbers = []
+        for name, number in (("PROCESSES", self.processes), ("PROCESS_ID", self.process_id)):
+            text = os.environ.get(name, "") if number is None else str(number)
+            if not text.isdigit():
+                raise UserError(
+                    f"--coordinator {coordinator} needs --processes and --process-id: {name} is "
+                    f"{text!r}, no whole number"
+                )
+            numbers.append(int(text))
+        processes, me = numbers
+        if not 0 <= me < processes:
+            raise UserError(f"--process-id is {me}: a number from 0 to {processes - 1}")
+        port = coordinator.rpartition(":")[2]
+        if not port.isdigit() or not 0 < int(port) < 65536:
+            raise UserError(f"--coordinator {coordinator}: give HOST:PORT, a port below 65536")
+        return coordinator, processes, me
 
 
 def start(flags: Flags) -> None:
     """Join the other processes, before anything asks for devices; nothing where this one is alone,
     or where a stage that calls this one has joined them.
 
-    From here on process 0 alone prints to stdout, and sharding/watch.py names one that dies. Raises
-    UserError where the flags do not fit together, the processes do not find each other, or were
-    given different flags: also one that changes no result may change what programs they run.
+    From here on process 0 alone prints to stdout. Raises UserError where the flags do not fit
+    together, the processes do not find each other, or were given different flags: also one that
+    changes no result may change what programs they run.
     """
+    global _others
     place = flags.place()
-    if place is None or distributed.global_state.client is not None:  # alone, or joined before
+    if place is None or _others is not None:
         return
-    explicit = place != "auto"
     # On CPU two programs in flight may meet in their collectives, in another order in each process,
     # and wait for good: with one device a process this runs them one after the other. (The queues
     # of accelerators keep their order.)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # JAX's own watch comes after ours: it aborts, and names nobody.
-    patience = {
-        "initialization_timeout": int(watch.ARRIVAL),
-        "heartbeat_timeout_seconds": int(4 * watch.timeout()),
-    }
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+    others = _Others()
     try:
-        if explicit:
-            watch.start(*place)
-        jax.distributed.initialize(*(place if explicit else ()), **patience)
-        if not explicit:
-            address = distributed.global_state.coordinator_address
-            watch.start(address, jax.process_count(), jax.process_index())
+        jax.distributed.initialize(
+            *(place if place != "auto" else ()),
+            initialization_timeout=ARRIVAL,
+            heartbeat_timeout_seconds=int(2 * others.timeout),  # it aborts, and names nobody
+        )
     except (RuntimeError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(f"--coordinator {place[0] if explicit else place}: {line}") from None
+        others.close()
+        where = place if place == "auto" else place[0]
+        raise UserError(f"--coordinator {where}: {first_line(error)}") from None
+    others.me, others.client = distributed.global_state.process_id, distributed.global_state.client
+    _others = others
     places = {field.name for field in dataclasses.fields(Flags)}
     same = {name: x for name, x in dataclasses.asdict(flags).items() if name not in places}
     if not agree(json.dumps(same, default=str)):
@@ -64,7 +123,7 @@ def start(flags: Flags) -> None:
 
 def is_first() -> bool:
     """Whether this is the process that writes and tells."""
-    return jax.process_index() == 0
+    return _others is None or jax.process_index() == 0
 
 
 def wait() -> None:
@@ -74,7 +133,7 @@ def wait() -> None:
 
 def from_first(values: np.ndarray) -> np.ndarray:
     """Process 0's `values` in all processes; they have one shape and dtype everywhere."""
-    if jax.process_count() == 1:
+    if _others is None:
         return values
     _nothing_in_flight()
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
@@ -88,19 +147,19 @@ def _nothing_in_flight() -> None:
 
 def from_all(value: int) -> list[int]:
     """Each process's `value`, in order."""
-    if jax.process_count() == 1:
+    if _others is None:
         return [value]
     _nothing_in_flight()
     return multihost_utils.process_allgather(np.int32(value)).tolist()
 
 
 def all_check(check: Callable[[], None], of_another: Exception) -> None:
-    """Call `check`; where it raises in any process, raise in all: its own exception, in the others
-    `of_another`."""
+    """Call `check`; where it raises an exception of `of_another`'s class in any process, raise in
+    all: its own exception, in the others `of_another`."""
     raised = None
     try:
         check()
-    except Exception as error:
+    except type(of_another) as error:
         raised = error
     if any(from_all(raised is not None)):
         raise raised or of_another
@@ -112,7 +171,104 @@ def agree(text: str) -> bool:
     return 1 not in from_all(int((from_first(digest) != digest).any()))
 
 
+# ------------------------------------------------------------------------------ the end of a run
+
+
+def leave() -> None:
+    """The end of a run that all processes come to: waits until all are here."""
+    if _others is not None:
+        wait()
+        _others.close()
+
+
+def fail(code: int, text: str) -> None:
+    """End with `code`, and all others with this process; returns only where it is alone. text: why,
+    for the user; where another's death is the cause, that is said instead."""
+    if _others is not None:
+        if code != 75:
+            beats = _others.said[1] + GRACE
+            while _others.said[1] < beats and _others.thread.is_alive():
+                time.sleep(BEAT / 5)
+            _others.name_the_dead((GRACE - 1) * BEAT)
+        why = f"process {_others.me} ({_others.said[0]}): {text.splitlines()[-1]}"
+        _others.end(code, text, why)
+
+
+class _Others:
+    """What the other processes hear of this one and this one hears of them, in a thread."""
+
+    def __init__(self):
+        text = os.environ.get("PROCESS_TIMEOUT") or "100"
+        if not text.replace(".", "", 1).isdigit() or float(text) < 2:
+            raise UserError(f"PROCESS_TIMEOUT={text}: give seconds, at least 2")
+        self.timeout, self.client, self.me = float(text), None, 0
+        self.said = [socket.gethostname(), 0, 0, ""]  # host, beats, exit code, why it ends
+        # What each process said last, and for how many seconds it has been silent since.
+        self.heard: dict[str, tuple[list, float]] = {"0": (self.said, 0.0)}
+        self.over, self.ending = threading.Event(), threading.Lock()
+        # While the main thread waits for the others it handles no signal: the thread sees them.
+        self.signals, received = socket.socketpair()
+        received.setblocking(False)
+        signal.set_wakeup_fd(received.detach(), warn_on_full_buffer=False)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while not self.over.is_set():
+            if select.select([self.signals], [], [], BEAT)[0]:
+                number = self.signals.recv(1)[0]
+                # A loop has a handler of its own, and saves its work first.
+                if signal.getsignal(number) is signal.default_int_handler:
+                    why = f"process {self.me} ({self.said[0]}) was stopped: {AGAIN}"
+                    self.end(75, f"stopped: {AGAIN}", why)
+            if self.client is not None:
+                self.said[1] += 1
+                try:
+                    self._say()
+                    self._hear()
+                except (RuntimeError, ValueError):
+                    self.end(75, f"process 0 ({self.heard['0'][0][0]}) died: {AGAIN}")
+                self.name_the_dead(self.timeout)
+
+    def _say(self) -> None:
+        key, text = f"processes/{self.me}", json.dumps(self.said)
+        self.client.key_value_set(key, text, allow_overwrite=True)
+
+    def _hear(self) -> None:
+        for key, text in self.client.key_value_dir_get("processes/"):
+            name, said = key.rpartition("/")[2], json.loads(text)
+            before, silent = self.heard.get(name, (None, 0.0))
+            # Beats are counted: a machine that slept has heard nothing, and missed nothing.
+            self.heard[name] = said, (silent + BEAT if said == before else 0.0)
+            _, _, code, why = said
+            if why:
+                self.end(2 if code == 2 else 75, why)
+
+    def name_the_dead(self, seconds: float) -> None:
+        """End where a process has said nothing for so long."""
+        name, (said, silent) = max(self.heard.items(), key=lambda item: item[1][1])
+        if silent >= seconds:
+            how = "died" if seconds < self.timeout else f"has been silent for {seconds:.0f} s"
+            self.end(75, f"process {name} ({said[0]}) {how}: {AGAIN}")
+
+    def end(self, code: int, text: str, why: str = "") -> None:
+        """Tell the user `text` and the others why, and end."""
+        self.ending.acquire()  # never released: whoever comes second waits for the end
+        os.write(2, f"\n{text}\n".encode())  # below a progress bar
+        self.said[2:] = code, why or text
+        if self.client is not None:
+            with contextlib.suppress(RuntimeError, ValueError):  # process 0 is gone
+                self._say()
+                time.sleep(4 * BEAT if self.me == 0 else 0)  # the store ends with process 0
+        os._exit(code)
+
+    def close(self) -> None:
+        self.over.set()
+        self.thread.join()
+        signal.set_wakeup_fd(-1)
+
+
 if __name__ == "__main__":  # where the environment says who is who: HOST:PORT PROCESSES PROCESS_ID
-    jax.distributed.initialize(initialization_timeout=int(watch.ARRIVAL))
-    found = distributed.global_state
-    print(found.coordinator_address, found.num_processes, found.process_id)
+    jax.distributed.initialize(initialization_timeout=ARRIVAL)
+    state = distributed.global_state
+    print(state.coordinator_address, state.num_processes, state.process_id)

@@ -29,7 +29,7 @@ from typing import Literal
 import numpy as np
 from etils import epy
 
-from sharding import watch
+from sharding import processes
 from sharding.errors import UserError
 from stages.files.output import Manifest, an_input, counts_line, read_lineage
 from stages.files.paths import check_distinct, normalised
@@ -41,18 +41,18 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
     import jax.numpy as jnp
 
-    from model import batches, checkpoint, checkpoint_writing, gates, logprobs, losses, placement
+    from model import batches, checkpoint, checkpoint_writing, decoder, gates, logprobs, losses
     from model import tokenizer as tokenizers
     from model import train as training
     from sharding import mesh as meshes
-    from sharding import processes, table
+    from sharding import table
     from stages.files import examples as reading
     from stages.files import loop
     from stages.files import work as working
 
 
 @dataclasses.dataclass
-class Args(watch.Flags):
+class Args(processes.Flags):
     checkpoint: str
     """The policy's start: a checkpoint folder."""
     pairs: str
@@ -167,9 +167,9 @@ def main(args: Args) -> None:
         inputs={role: an_input(file.path, file.sha256) for role, file in files.items()},
         identities=identities,
     )
-    for role, prefix in {"pairs": "", "test_pairs": "test "}.items():
-        counts = files[role].counts if role in files else {}
-        manifest.counts |= {f"{prefix}{name}": count for name, count in counts.items()}
+    for role, file in files.items():
+        prefix = "test " if role == "test_pairs" else ""
+        manifest.counts |= {f"{prefix}{name}": count for name, count in file.counts.items()}
     if not processes.agree(json.dumps(manifest.key())):
         raise UserError("the processes were given different pairs or checkpoints")
     if working.is_finished(args.out, manifest):
@@ -181,7 +181,7 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------------------ mesh, model, optimizer
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(jax.device_count(), config))
-    shapes, dtype = placement.parameters(config, mesh), jnp.dtype(args.dtype)
+    shapes, dtype = decoder.abstract(config, mesh), jnp.dtype(args.dtype)
     batcher = batches.Batcher(
         args.seed, args.batch_size, args.micro_batch_size, args.rows, meshes.batch_shards(mesh)
     )
@@ -196,9 +196,6 @@ def main(args: Args) -> None:
     tell = table.table if args.shardings else table.summary
     print(tell(mesh, training.arrays_held(optimization, shapes, longest)))
 
-    def load(folder: str):
-        return checkpoint.load(folder, jax.tree.map(lambda x: x.sharding, shapes))[1]
-
     def logprobs_of(params, role: str, *title_and_check) -> np.ndarray:
         """The summed log-probs of every pair's chosen and rejected response, fp32 [pairs, 2]."""
         compute = partial(pair_logprobs, params)
@@ -207,7 +204,7 @@ def main(args: Args) -> None:
     with (
         jax.set_mesh(mesh),
         stop_signal() as check_stop,
-        working.Work(args.out, manifest, total_steps, args.keep_states, aside) as work,
+        working.open_work(args.out, manifest, total_steps, args.keep_states, aside) as work,
     ):
         # ------------------------------------------------------------ reference log-probs
         params = None  # of the reference, where they are needed
@@ -215,12 +212,14 @@ def main(args: Args) -> None:
 
         def compute(role: str) -> np.ndarray:
             nonlocal params
-            params = load(reference) if params is None else params
+            params = checkpoint.load(reference, mesh)[1] if params is None else params
             return logprobs_of(params, role, f"reference, {role}", check_together)
 
-        reference_p2 = reference_logprobs(args, loss, manifest, work, examples, compute)
-        if loss.needs_reference and all(on_policy):
-            check_sampler(args.pairs, train, reference_p2["pairs"], manifest)
+        reference_p2 = {role: np.zeros((len(e), 2), np.float32) for role, e in examples.items()}
+        if loss.needs_reference:
+            reference_p2 |= reference_logprobs(args, manifest, work, examples, compute)
+            if all(on_policy):
+                manifest.results |= gates.check_sampler(args.pairs, train, reference_p2["pairs"])
         if not starts_at_reference:
             params = None  # frees them
 
@@ -233,7 +232,7 @@ def main(args: Args) -> None:
             step, state = saved
             print(f"{work.folder}: going on after step {step} of {total_steps}")
         else:
-            params = load(args.checkpoint) if params is None else params
+            params = checkpoint.load(args.checkpoint, mesh)[1] if params is None else params
             step, state = 0, {"params": params, "optimizer": trainer.init_optimizer(params)}
         del params  # donated at the first step
 
@@ -260,25 +259,25 @@ def main(args: Args) -> None:
             state,
             batches_of=partial(batcher.of_step, train, partial(sides_of, "pairs")),
             metrics=metrics,
-            evaluate=evaluate if test else None,
+            evaluate=evaluate,
             check_stop=check_stop,
             steps_per_epoch=batcher.steps_per_epoch(train),
-            eval_every=args.eval_every,
+            eval_every=args.eval_every if test else 0,
             save_every=args.save_every,
         )
 
         # -------------------------------------------------------------------------- finish
-        seconds = round(time.monotonic() - loop_begun, 1)
-        manifest.results |= {"steps": total_steps, "train_seconds": seconds}
+        manifest.results["steps"] = total_steps
+        manifest.results["train_seconds"] = round(time.monotonic() - loop_begun, 1)
         del state["optimizer"]
         if test:
             after = evaluate(state["params"])
             work.log(total_steps, after)
             manifest.results |= after
         manifest.seconds = round(time.monotonic() - begun, 1)
-        origin = dataclasses.asdict(manifest)
+        known["origin"] = dataclasses.asdict(manifest)
         identity = checkpoint_writing.save(
-            args.out, config, state["params"], args.checkpoint, origin, **known
+            args.out, config, state["params"], args.checkpoint, **known
         )
         work.done()
     print(f"{args.out}: trained {total_steps} steps, identity {identity[:12]}")
@@ -351,35 +350,21 @@ def check_lineage(file: RowFile, identities: dict[str, str], args: Args) -> bool
     return model == identities["reference"]
 
 
-def check_sampler(
-    path: str, pairs: "list[reading.Example]", reference_p2, manifest: Manifest
-) -> None:
-    """The sampler's log-probs must be the trainer's, since the reference sampled these pairs."""
-    recorded = [i for i, pair in enumerate(pairs) if pair.sampled is not None]
-    if recorded:
-        sampled = np.array([pairs[i].sampled for i in recorded])
-        tokens = np.array([[len(pairs[i].chosen), len(pairs[i].rejected)] for i in recorded])
-        furthest = gates.check_sampler(path, sampled, reference_p2[recorded], tokens)
-        manifest.results["sampler_disagreement"] = furthest
-
-
 def reference_logprobs(
     args: Args,
-    loss: "losses.Loss",
     manifest: Manifest,
     work: "working.Work",
     examples: "dict[str, list[reading.Example]]",
     compute: Callable[[str], np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """The reference's log-probs of each file's pairs, fp32 [pairs, 2]: kept ones, else computed;
-    zeros where the loss needs no reference.
+    """The reference's log-probs of each file's pairs, fp32 [pairs, 2]: kept ones, else computed.
 
     They are kept beside the pairs, or, where nothing can be written there, in OUT.work, under a
     name made of everything that decides them.
     """
-    reference_p2 = {role: np.zeros((len(e), 2), np.float32) for role, e in examples.items()}
+    reference_p2 = {}
     for role, entry in manifest.inputs.items():
-        if not examples[role] or not loss.needs_reference:
+        if not examples[role]:
             continue
         flags = args.max_length, args.max_prompt_length, args.dtype
         makers = (manifest.identities[n] for n in ("reference", "tokenizer", "chat_template"))
@@ -387,12 +372,10 @@ def reference_logprobs(
         name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
         folders = f"{entry['path']}.reference", work.folder / "reference"
         places = [f"{folder}/{name}.npy" for folder in folders]
-        if (kept := working.read_array(places, reference_p2[role].shape)) is None:
-            kept = compute(role)
-            working.keep_array(places, kept)
-        reference_p2[role] = kept
+        shape = len(examples[role]), 2
+        reference_p2[role] = working.kept_array(places, shape, partial(compute, role))
     return reference_p2
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, Args, several=watch))
+    sys.exit(run_main(main, Args, several=processes))

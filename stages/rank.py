@@ -15,9 +15,9 @@ model/rankers/functions.py describes. Each row gains
 A function that raises, or returns the wrong number of scores or one that is not finite, stops the
 stage at that prompt; what was ranked before is kept.
 
-Several processes share the work with --coordinator HOST:PORT --processes 4 and --process-id 0 to 3,
-the rest of the command the same, on a file system that all of them see. Each process ranks every
-fourth row on its own devices, and process 0 puts the parts together.
+PairRM computes on all devices of this process, or of several: --coordinator HOST:PORT --processes 4
+and --process-id 0 to 3, the rest of the command the same, on a file system that all of them see.
+Process 0 writes, and alone calls a reward function.
 
 The manifest's results are also printed. They say how many pairs of answers were compared, and the
 share of them that both orders decide alike (swap_consistency), that tie (tie_rate), and that lost
@@ -38,19 +38,20 @@ from model.rankers.comparisons import Report
 from model.rankers.opening import open_ranker
 from model.rankers.pairwise import as_comparison
 from model.rankers.ranking import Ranking, Request
-from sharding import watch
+from sharding import processes
 from sharding.errors import UserError
-from stages.files.output import Manifest, Output, an_input, read_lineage, read_manifest
+from stages.files.output import Manifest, Output, an_input, read_lineage
 from stages.files.paths import check_distinct
 from stages.files.rows import RowFile, Sample, read
-from stages.files.run import run_main, stop_signal
+from stages.files.run import STOPPED_TOGETHER, run_main, stop_signal
+from stages.files.together import Elsewhere, open_output
 
-with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
-    from stages.files import shares as sharing
+with epy.lazy_imports():  # loaded at its first use, so that --help answers at once
+    import jax
 
 
 @dataclasses.dataclass
-class Args(watch.Flags):
+class Args(processes.Flags):
     ranker: str
     """A PairRM's folder or hub id, or FILE.py:FUNCTION, a reward function."""
     samples: str
@@ -66,7 +67,7 @@ class Args(watch.Flags):
     backend: Literal["jax", "llm-blender"] | None = None
     """PairRM: our implementation (jax, the default) or llm-blender's own, on the host."""
     device: Literal["accelerator", "host"] | None = None
-    """PairRM: computed on all accelerators of this process (the default), or on the host."""
+    """PairRM: computed on all accelerators (the default), or on the host."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """PairRM: the dtype of computation. Default: float32."""
     overwrite: bool = False
@@ -89,7 +90,9 @@ def main(args: Args) -> None:
     pairwise = is_pairwise(args.ranker)
     options = ranker_options(args, pairwise)
     check_distinct({"--ranker": ranker_path(args.ranker)}, {"--out": args.out})
-    share, shares = sharing.join(args, on_host=options.get("device") == "host")
+    if options.pop("device", None) == "host":
+        jax.config.update("jax_platforms", "cpu")  # before the first device is asked for
+    processes.start(args)
     samples = read(args.samples, Sample)
     ranker = open_ranker(args.ranker, **options)
 
@@ -97,28 +100,25 @@ def main(args: Args) -> None:
     lineage = read_lineage(args.samples, samples.sha256)
     manifest = Manifest(
         stage="rank",
-        arguments={name: value for name, value in options.items() if name != "device"},
+        arguments=options,
         inputs={"samples": an_input(args.samples, samples.sha256)},
         identities={**(lineage.identities if lineage else {}), "ranker": ranker.identity},
     )
-    if shares > 1:
-        sharing.check_same(manifest)
-    output = Output.open(args.out, manifest, args.overwrite, (share, shares))
+    output, left = open_output(args.out, manifest, args.overwrite, samples.ids)
 
     # ------------------------------------------------------------------ rank
-    mine = samples.ids[share::shares]
-    if not output.finished:
-        requests = requests_of(samples, mine, output, pairwise)
+    if left:
+        requests = requests_of(samples, left, output, pairwise)
         unit = "comparisons" if pairwise else None
-        rank_all(ranker, requests, output, len(mine), "rank", ranked_fields, unit)
+        done = len(samples) - len(left), len(samples)
+        rank_all(ranker, requests, output, done, "rank", ranked_fields, unit)
 
     # ------------------------------------------------------------------ finish
-    sharing.finish_share(
-        output, manifest, args.out, samples, share, shares, partial(results_of, args)
-    )
-    results = read_manifest(args.out).results if share == 0 else {}
-    numbers = [f"{name} {x:.4g}" for name, x in results.items() if not isinstance(x, str)]
-    if numbers:
+    if not output.finished:
+        output.finish(samples.ids, samples.counts, results_of(args, output))
+    if processes.is_first():
+        results = output.manifest.results
+        numbers = [f"{name} {x:.4g}" for name, x in results.items() if not isinstance(x, str)]
         print(", ".join(numbers))
 
 
@@ -151,12 +151,10 @@ def ranker_options(args: Args, pairwise: bool) -> dict:
 
 
 def requests_of(
-    samples: RowFile[Sample], mine: list[str], output: Output, pairwise: bool
+    samples: RowFile[Sample], left: list[str], output: Output | Elsewhere, pairwise: bool
 ) -> Iterator[Request]:
-    """The rows of `mine` that are still to be ranked; what cannot be is set aside."""
-    for row in map(samples.__getitem__, mine):
-        if output.has(row.prompt_id):
-            continue
+    """The rows that are still to be ranked; what cannot be is set aside."""
+    for row in map(samples.__getitem__, left):
         for name in MADE:
             row.fields.pop(name, None)
         if not row.responses:
@@ -187,31 +185,41 @@ def request_of(row: Sample) -> Request:
 def rank_all(
     ranker,
     requests: Iterable[Request],
-    output: Output,
-    total: int,
+    output: Output | Elsewhere,
+    done: tuple[int, int],
     title: str,
     fields: Callable[[Ranking], dict],
     unit: str | None = None,
 ) -> None:
     """Write request.row | fields(ranking) of every request as it is ranked; a signal stops between
-    two. total: rows of the output when it is whole; unit: what the ranker counts, shown per
-    second."""
-    made = 0
-    bar = tqdm(total=total, initial=len(output), unit=" prompts", desc=title)
-    with bar, stop_signal() as check_stop:
+    two. A ranker that does not compute on the mesh runs in process 0, and the others wait.
 
-        def done(count: int) -> None:
+    done: (rows that are ranked already, rows in all); unit: what the ranker counts, shown per
+    second.
+    """
+    made = 0
+    bar = tqdm(initial=done[0], total=done[1], unit=" prompts", desc=title)
+    bar.disable |= not processes.is_first()
+
+    def rank(check_stop: Callable[[], None]) -> None:
+        def count(number: int) -> None:
             nonlocal made
-            made += count
+            made += number
             if unit is not None:
                 rate = made / max(bar.format_dict["elapsed"], 1e-3)
                 bar.set_postfix_str(f"{rate:.3g} {unit}/s")
             check_stop()
 
-        for request, ranking in ranker.rank_all(requests, done):
+        for request, ranking in ranker.rank_all(requests, count):
             output.write(request.row | fields(ranking))
-            bar.update(len(output) - bar.n)
-            check_stop()
+            bar.update()
+
+    with bar, stop_signal() as check_stop:
+        if ranker.on_mesh:
+            rank(partial(processes.all_check, check_stop, STOPPED_TOGETHER))
+        else:
+            alone = partial(rank, check_stop) if processes.is_first() else lambda: None
+            processes.all_check(alone, STOPPED_TOGETHER)
         seconds = bar.format_dict["elapsed"]
     if unit is not None and made:
         print(f"{made} {unit} in {seconds:.1f} s: {made / seconds:.3g} per second")
@@ -242,4 +250,4 @@ def results_of(args: Args, output: Output) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, Args, several=watch))
+    sys.exit(run_main(main, Args, several=processes))

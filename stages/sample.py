@@ -6,15 +6,15 @@ Each row gains `prompt_token_ids` and `responses`: n times {text, token_ids, end
 finish_reason}. Rows are written as their answers end; a run that is stopped goes on where it was.
 A prompt too long for the model's context (less --max-new-tokens) is set aside with its reason.
 
-Several processes can share the work, each on devices of its own: one with --share 0 4, one with
---share 1 4, … The process that ends last puts the shares together in the order of the prompts.
+The devices of several hosts work as one: --coordinator HOST:PORT --processes 4 and --process-id 0
+to 3, the rest of the command the same. Process 0 writes. Machines without a network between them
+take a slice of the prompts each: --slice 0/4, --slice 1/4, …; then
 
-A model too large for one host's devices spans those of several: --coordinator HOST:PORT
---processes 4 and --process-id 0 to 3, the rest of the command the same. Process 0 writes.
+    python -m scripts.convert join samples.jsonl slice-0.jsonl slice-1.jsonl slice-2.jsonl …
 """
 
 import dataclasses
-import json
+import re
 import sys
 import time
 from collections import Counter
@@ -25,26 +25,26 @@ import numpy as np
 from etils import epy
 from tqdm import tqdm
 
-from sharding import watch
+from sharding import processes
 from sharding.errors import UserError
-from stages.files.output import Manifest, Output, an_input, read_lineage
+from stages.files.output import Manifest, an_input, read_lineage
 from stages.files.paths import check_distinct
 from stages.files.rows import Prompt, read
 from stages.files.run import STOPPED_TOGETHER, run_main, stop_signal
+from stages.files.together import open_output
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, decoder, generate, kv_cache
+    from model import checkpoint, generate, kv_cache
     from model import tokenizer as tokenizers
     from sharding import mesh as meshes
-    from sharding import processes, table
-    from stages.files import shares as merging
+    from sharding import table
 
 
 @dataclasses.dataclass
-class Args(watch.Flags):
+class Args(processes.Flags):
     checkpoint: str
     """The model that answers: a checkpoint folder."""
     prompts: str
@@ -80,19 +80,15 @@ class Args(watch.Flags):
     and the MLP divide, the rest along data; along fsdp, every token would collect the weights."""
     shardings: bool = False
     """Print a table of what lies where: shapes, cuts, bytes per device."""
-    share: tuple[int, int] | None = None
-    """I N: answer only every Nth prompt, from the Ith (0, …) on."""
+    slice: str | None = None
+    """I/N: answer only every Nth prompt, beginning with number I (counted from 0)."""
     overwrite: bool = False
     """Replace an --out that exists."""
 
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------ flags and model
-    if args.share is not None and args.place() is not None:
-        raise UserError("--share and --coordinator: give one of them")
-    share, shares = args.share or (0, 1)
-    if not 0 <= share < shares:
-        raise UserError(f"--share {share} {shares}: the first is a number from 0 to {shares - 1}")
+    first, slices = parse_slice(args.slice)
     if args.slots is not None and args.slots < 1:
         raise UserError(f"--slots is {args.slots}: it must be at least 1")
     if args.slots is not None and args.cache_memory is not None:
@@ -134,7 +130,8 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ output
     manifest = Manifest(
         stage="sample",
-        arguments={**dataclasses.asdict(sampling), "dtype": args.dtype},
+        arguments={**dataclasses.asdict(sampling), "dtype": args.dtype}
+        | ({"slice": f"{first}/{slices}"} if args.slice else {}),
         inputs={"prompts": an_input(args.prompts, prompts.sha256)},
         identities={
             "model": checkpoint.identity(args.checkpoint),
@@ -142,19 +139,13 @@ def main(args: Args) -> None:
             "chat_template": tokenizer.template_identity,
         },
     )
-    if not processes.agree(json.dumps(manifest.key())):
-        raise UserError("the processes were given different prompts or checkpoints")
-    output = None  # the other processes of a mesh write nothing
-    if processes.is_first():
-        output = Output.open(args.out, manifest, args.overwrite, (share, shares))
-    mine = prompts.ids[share::shares]
-    is_finished = processes.from_first(np.array(output is not None and output.finished))
+    mine = prompts.ids[first::slices]
+    output, left = open_output(args.out, manifest, args.overwrite, mine)
+    results = {}
 
     # ------------------------------------------------------------------ sample
-    if not is_finished:
-        done = processes.from_first(np.array([output is not None and output.has(i) for i in mine]))
-        left = [i for i, is_done in zip(mine, done) if not is_done]
-        style = {"unit": " prompts", "desc": "sample", "disable": output is None}
+    if left:
+        style = {"unit": " prompts", "desc": "sample", "disable": not processes.is_first()}
         bar = tqdm(total=len(mine), initial=len(mine) - len(left), **style)
 
         def to_answer() -> Iterator[tuple[str, list[int]]]:
@@ -163,9 +154,8 @@ def main(args: Args) -> None:
                 if len(ids) <= most:
                     yield prompt_id, ids
                     continue
-                if output is not None:
-                    fields = prompts[prompt_id].fields | {"prompt_token_ids": ids}
-                    output.set_aside(fields, f"prompt longer than {most} tokens")
+                fields = prompts[prompt_id].fields | {"prompt_token_ids": ids}
+                output.set_aside(fields, f"prompt longer than {most} tokens")
                 bar.update()
 
         with bar, jax.set_mesh(mesh), stop_signal() as check_stop:
@@ -176,34 +166,44 @@ def main(args: Args) -> None:
                 processes.all_check(check_stop, STOPPED_TOGETHER)
 
             for prompt_id, answers in sampler.run(to_answer(), check_together):
-                if output is not None:
-                    ids = np.frombuffer(token_ids[prompt_id], np.int32).tolist()
-                    responses = [dataclasses.asdict(answer) for answer in answers]
-                    new = {"prompt_token_ids": ids, "responses": responses}
-                    output.write(prompts[prompt_id].fields | new)
+                ids = np.frombuffer(token_ids[prompt_id], np.int32).tolist()
+                responses = [dataclasses.asdict(answer) for answer in answers]
+                new = {"prompt_token_ids": ids, "responses": responses}
+                output.write(prompts[prompt_id].fields | new)
                 rate = sampler.tokens_drawn / (time.monotonic() - start)
                 bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
                 bar.update()
         seconds = round(time.monotonic() - start, 1)
+        sitting = {"tokens": sampler.tokens_drawn, "seconds": seconds, "slots": sampler.slots}
+        results["last_sitting"] = sitting
 
-        # -------------------------------------------------------------- finish
-        if output is not None:
-            sitting = {"tokens": sampler.tokens_drawn, "seconds": seconds, "slots": sampler.slots}
-            counts = prompts.counts if shares == 1 else Counter({"in": len(mine)})
-            output.finish(mine, counts, {"last_sitting": sitting})
-    if shares > 1:
-        whole = prompts.ids, prompts.counts
-        merging.merge(args.out, manifest, shares, lambda merged: merged.finish(*whole))
+    # ------------------------------------------------------------------ finish
+    if not output.finished:
+        counts = prompts.counts.copy()
+        if args.slice:  # what scripts.convert join needs to put the rows in the prompts' order
+            is_aside = {row["prompt_id"]: why is not None for row, why in output.rows()}
+            results["set_aside"] = [n for n, i in enumerate(mine) if is_aside[i]]
+            others = len(prompts) - len(mine)
+            counts = counts - Counter({"in": others}) if first == 0 else Counter({"in": len(mine)})
+        output.finish(mine, counts, results)
+
+
+def parse_slice(text: str | None) -> tuple[int, int]:
+    """(which, of how many) of a text such as 0/4. Raises UserError."""
+    numbers = re.fullmatch(r"(\d+)/(\d+)", text or "0/1")
+    first, slices = map(int, numbers.groups()) if numbers else (0, 0)
+    if first >= slices:
+        raise UserError(f"--slice {text}: give I/N, where I is a number from 0 to N − 1")
+    return first, slices
 
 
 def load_sampler(args: Args, config, tokenizer, sampling, mesh, longest: int, prompts: int, bar):
     """The engine (generate.Sampler) with the checkpoint's weights, for so many prompts. longest:
     tokens of the longest one."""
-    shardings = meshes.tree_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
-    params = checkpoint.load(args.checkpoint, shardings)[1]
+    params = checkpoint.load(args.checkpoint, mesh)[1]
     dtype = jnp.dtype(args.dtype)
     if dtype != jnp.float32:
-        params = decoder.cast(params, dtype)
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
     length = longest + args.max_new_tokens
     slot_bytes = kv_cache.cache_bytes(config, length, dtype)
     slots = min(processes.from_all(count_slots(args, mesh, slot_bytes, args.n * prompts)))
@@ -222,7 +222,7 @@ def count_slots(args: Args, mesh, slot_bytes: int, answers: int) -> int:
         if args.cache_memory is not None:
             memory = parse_bytes(args.cache_memory, "--cache-memory")
         else:
-            memory = meshes.free_memory(mesh) * (0.25 if on_cpu else 0.8)
+            memory = kv_cache.free_memory(mesh) * (0.25 if on_cpu else 0.8)
         slots = int(memory / (slot_bytes * shards)) * shards
         if slots < 1:
             raise UserError(
@@ -250,4 +250,4 @@ def parse_bytes(text: str, flag: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, Args, several=watch))
+    sys.exit(run_main(main, Args, several=processes))

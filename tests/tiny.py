@@ -4,6 +4,7 @@ import json
 import socket
 from pathlib import Path
 
+import jax.numpy as jnp
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -38,6 +39,21 @@ def write_tokenizer(folder: Path, template: str = TEMPLATE) -> None:
     )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
+
+
+def rows_of_one(tokens_bt, valid_bt=None) -> dict:
+    """The arrays of model/packing.py that `forward` takes, for one text per row. valid_bt: bool,
+    False at padding."""
+    b, t = tokens_bt.shape
+    valid_bt = jnp.ones((b, t), bool) if valid_bt is None else valid_bt
+    places_bt = jnp.broadcast_to(jnp.arange(t), (b, t))
+    return {
+        "tokens": jnp.asarray(tokens_bt),
+        "positions": jnp.maximum(jnp.cumsum(valid_bt, axis=1) - 1, 0),
+        "unfold": places_bt[:, None],
+        "segments": jnp.asarray(valid_bt, jnp.int32)[:, None],
+        "copies": places_bt[..., None],
+    }
 
 
 def config(**changes) -> DecoderConfig:

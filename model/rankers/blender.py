@@ -39,6 +39,8 @@ def import_blender():
 class BlenderRanker:
     """The backend llm-blender, with the interface of pairrm.PairRM."""
 
+    on_mesh = False
+
     def __init__(self, folder: str):
         """folder: as the hub holds PairRM (its config.json names the encoder), or its hub id."""
         for package in ("torch", "llm_blender"):

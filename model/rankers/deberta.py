@@ -30,6 +30,7 @@ import numpy as np
 from model.precision import matmul_precision
 from model.rankers import deberta_tpu
 from sharding.errors import UserError
+from sharding.mesh import by_rows
 
 Params = dict
 
@@ -275,6 +276,12 @@ def embed(params: Params, config: DebertaConfig, tokens_bt: jax.Array) -> jax.Ar
 def layer(
     w: Params, config: DebertaConfig, x_btd, real_bt, read_br=None, kernel: bool = False
 ) -> jax.Array:
+    """One layer, each device of the mesh computing its sequences: see `_layer`."""
+    function = partial(_layer, config=config, kernel=kernel)
+    return by_rows(function)(w, x_btd, real_bt, read_br)
+
+
+def _layer(w: Params, x_btd, real_bt, read_br, config: DebertaConfig, kernel: bool) -> jax.Array:
     """One layer over all tokens [b, t, d]; with `read_br`, its output at those tokens alone,
     [b, r, d]. kernel: compute attention for all tokens by the kernel of deberta_tpu.py, if it takes
     this many. On a TPU that is quicker than looking up positions, even for a few tokens."""

@@ -23,6 +23,8 @@ from sharding.errors import UserError
 class FunctionRanker:
     """A reward function from the user's file. `identity` is the sha256 of the file and the name."""
 
+    on_mesh = False
+
     def __init__(self, path: str, name: str):
         self.name = f"{path}:{name}"
         if not Path(path).is_file():

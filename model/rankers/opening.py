@@ -14,7 +14,6 @@ def open_ranker(
     comparisons: Comparisons = "full",
     aggregation: Aggregation = "max_logits",
     backend: Literal["jax", "llm-blender"] = "jax",
-    device: Literal["accelerator", "host"] = "accelerator",
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> FunctionRanker | PairwiseRanker:
     """Open the ranker `name`. All other arguments are for PairRM, whose weights are loaded when the
@@ -30,13 +29,9 @@ def open_ranker(
 
             model = BlenderRanker(name)
         else:
-            import jax  # here, as the next line: a reward function needs no JAX
+            from model.rankers.pairrm import PairRM  # here: a reward function needs no JAX
 
-            from model.rankers.pairrm import PairRM
-
-            if device == "host":
-                jax.config.update("jax_platforms", "cpu")  # leave the accelerator alone
-            model = PairRM(name, dtype=jax.numpy.dtype(dtype))
+            model = PairRM(name, dtype=dtype)
     except UserError as error:
         raise UserError(f"ranker {error}") from error
     return PairwiseRanker(model, comparisons, aggregation)

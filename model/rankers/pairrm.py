@@ -22,10 +22,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
-import queue
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +35,7 @@ from model.packing import bucket
 from model.rankers import deberta, deberta_tpu
 from model.weights import Slot, check_tensors, local_folder, read_json, stored_tensors, table_slots
 from sharding.errors import UserError, first_line
+from sharding.mesh import batch_shards, constrain, make_mesh, put_batch, replicated
 
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
 SOURCE_LENGTH, CANDIDATE_LENGTH = 1224, 412  # in tokens, with [CLS], the marker and [SEP]
@@ -107,7 +105,7 @@ def head(params: dict, markers_brd: jax.Array) -> jax.Array:
         )
         return jnp.dot(x_bd, params["head_out"], precision=precision) + params["head_out_bias"]
 
-    return (score(1) - score(2)).mean(axis=-1)
+    return constrain((score(1) - score(2)).mean(axis=-1), None)  # every process reads them all
 
 
 def compare(
@@ -123,37 +121,39 @@ def compare(
 
 
 class PairRM:
-    """A PairRM with a copy of its weights on each of its devices, loaded at the first `logits`."""
+    """A PairRM on a mesh: every device holds the weights and computes its rows of each batch.
+
+    Every process of the mesh calls `logits` with the same comparisons, and gets all logits.
+    """
+
+    on_mesh = True
 
     def __init__(
         self,
         folder: str,
         dtype=jnp.float32,
         tokens_per_batch: int | None = None,
-        devices: list[jax.Device] | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         """folder: as the hub holds it, or its hub id. dtype: of the encoder, float32 or bfloat16.
-        tokens_per_batch: about how many tokens one call computes (a longer comparison goes alone);
-        default: as many as suit a CPU's cache, or keep an accelerator busy. devices: default all
-        of this process; on CPU only one, since all of them are the same cores."""
-        self._files, self._dtype = open_folder(folder), dtype
+        tokens_per_batch: about how many tokens a device computes in one call (a longer comparison
+        goes alone); default: as many as suit a CPU's cache, or keep an accelerator busy. mesh:
+        default all devices."""
+        self._files, self._dtype = open_folder(folder), jnp.dtype(dtype)
         self.config, self.identity = self._files.config, self._files.identity
         self.layout = Layout(self._files.tokenizer, self.config)
-        here = jax.local_devices()
-        self._on_cpu = here[0].platform == "cpu"
-        self.devices = devices or (here[:1] if self._on_cpu else here)
-        self._kernel = deberta_tpu.runs_on(self.devices[0].device_kind)
+        self.mesh = make_mesh(-1, 1, 1) if mesh is None else mesh
+        device = self.mesh.devices.flat[0]
+        self._on_cpu, self._kernel = (
+            device.platform == "cpu",
+            deberta_tpu.runs_on(device.device_kind),
+        )
         self.tokens_per_batch = tokens_per_batch or (1024 if self._on_cpu else 16384)
-        # Batches computed at the same time, each on one device. On two cores, two batches at the
-        # same time take a seventh less than one after the other: some of XLA's work uses one core.
-        cores = min(8, os.cpu_count() or 1) if self._on_cpu else 1
-        self.at_a_time = max(cores, len(self.devices))
 
     @functools.cached_property
-    def copies(self) -> list[dict]:
-        """The parameters on each device."""
-        first = load(self._files, self.devices[0], self._dtype)
-        return [first, *(jax.device_put(first, device) for device in self.devices[1:])]
+    def params(self) -> dict:
+        """The parameters, loaded at the first `logits`."""
+        return load(self._files, replicated(self.mesh), self._dtype)
 
     def encode(self, source: str, candidates: list[str]) -> Encoded:
         return self.layout.encode(source, candidates)
@@ -163,45 +163,33 @@ class PairRM:
     ) -> list[float]:
         """The logit of each comparison. `done(n)` is called when a batch of n is finished; it may
         raise to stop the run. Raises UserError for a logit that is not finite."""
-        logits = [0.0] * len(comparisons)
-        copies = self.copies  # loaded once, before the threads need them
-        free = queue.SimpleQueue()  # numbers of the devices that wait for a batch
-        for thread in range(self.at_a_time):
-            free.put(thread % len(self.devices))
+        logits, computing = [0.0] * len(comparisons), []
 
-        def compute(batch_and_arrays):
-            batch, arrays = batch_and_arrays
-            number = free.get()
-            try:
-                with jax.default_device(self.devices[number]):  # the batch goes there too
-                    logits_b = compare(
-                        copies[number], self.config, *map(jnp.asarray, arrays), kernel=self._kernel
-                    )
-                    return batch, np.asarray(logits_b)
-            finally:
-                free.put(number)
+        def take(batch: list[int], logits_b: jax.Array) -> None:
+            if not np.isfinite(logits_b := np.asarray(logits_b)).all():
+                raise UserError(
+                    f"{self._files.weights} gives logits that are not finite: download it again"
+                )
+            for i, logit in zip(batch, logits_b):
+                logits[i] = float(logit)
+            done(len(batch))
 
-        with ThreadPoolExecutor(self.at_a_time) as pool:
-            try:
-                for batch, logits_b in pool.map(compute, self.batches(comparisons)):
-                    if not np.isfinite(logits_b).all():
-                        raise UserError(
-                            f"{self._files.weights} gives logits that are not finite: "
-                            "download it again"
-                        )
-                    for i, logit in zip(batch, logits_b):
-                        logits[i] = float(logit)
-                    done(len(batch))
-            except BaseException:  # also what `done` raises: batches that wait are not computed
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with jax.set_mesh(self.mesh):
+            for batch, arrays in self.batches(comparisons):
+                arrays = put_batch(self.mesh, arrays)
+                logits_b = compare(self.params, self.config, **arrays, kernel=self._kernel)
+                computing.append((batch, logits_b))
+                if len(computing) > 1:  # read while the next batch is computed
+                    take(*computing.pop(0))
+            for batch, logits_b in computing:
+                take(batch, logits_b)
         return logits
 
     def enough(self, comparisons: list[Comparison]) -> bool:
-        """Whether these make 8 batches per device: enough to put comparisons of similar length
-        together, and not so many that much is lost when a run is stopped."""
+        """Whether these make 8 batches: enough to put comparisons of similar length together, and
+        not so many that much is lost when a run is stopped."""
         tokens = sum(e.length(i, j) for e, i, j in comparisons)
-        return tokens >= 8 * self.tokens_per_batch * len(self.devices)
+        return tokens >= 8 * self.tokens_per_batch * batch_shards(self.mesh)
 
     def _padded(self, length: int) -> int:
         """The length to compile for: on CPU many lengths, since compiling costs less than a
@@ -210,27 +198,26 @@ class PairRM:
             return -(-length // 32) * 32
         return bucket(length, deberta_tpu.BLOCK if self._kernel else 32)
 
-    def batches(self, comparisons: list[Comparison]):
-        """(indices, (tokens_bt, lengths_b, markers_br)) of batches of one padded length each.
+    def batches(self, comparisons: list[Comparison]) -> Iterator[tuple[list[int], dict]]:
+        """(indices, the arrays that `compare` takes) of batches, the longest comparisons first.
 
-        A batch has as many comparisons as `tokens_per_batch` allows, rounded down to a power of
-        two: few shapes to compile, and no row is padding. On accelerators compiling takes longer
-        than computing; there all batches of a length have the same number of rows, the last batch
-        filled up with its first comparison.
+        A batch takes the next comparisons by length, as many as `tokens_per_batch` allows, rounded
+        down to a power of two a device, so that few shapes are compiled. The last batch is filled
+        up with its first comparison; on CPU, where computing takes longer than compiling, only
+        until each device has as many rows as the others.
         """
-        by_length: dict[int, list[int]] = {}
-        for index, (encoded, i, j) in enumerate(comparisons):
-            by_length.setdefault(self._padded(encoded.length(i, j)), []).append(index)
-        for length in sorted(by_length, reverse=True):
-            waiting = by_length[length]
-            while waiting:
-                most = max(1, self.tokens_per_batch // length)
-                if self._on_cpu:
-                    most = min(len(waiting), most)
-                rows = 1 << (most.bit_length() - 1)
-                batch, waiting = waiting[:rows], waiting[rows:]
-                filled = batch + [batch[0]] * (rows - len(batch))
-                yield batch, self.layout.join([comparisons[i] for i in filled], length)
+        length_of = {n: e.length(i, j) for n, (e, i, j) in enumerate(comparisons)}
+        waiting = sorted(length_of, key=lambda n: -length_of[n])
+        devices = batch_shards(self.mesh)
+        while waiting:
+            length = self._padded(length_of[waiting[0]])
+            most = max(1, self.tokens_per_batch // length)
+            if self._on_cpu:
+                most = min(most, -(-len(waiting) // devices))
+            rows = devices << (most.bit_length() - 1)
+            batch, waiting = waiting[:rows], waiting[rows:]
+            filled = batch + [batch[0]] * (rows - len(batch))
+            yield batch, self.layout.join([comparisons[n] for n in filled], length)
 
 
 # ---------------------------------------------------------------------------- the layout
@@ -287,8 +274,9 @@ class Layout:
             return ids, False
         return [*ids[: most - 1], self.sep_id], True
 
-    def join(self, comparisons: list[Comparison], length: int):
-        """(tokens [b, length], lengths [b], places of the three markers [b, 3]), int32."""
+    def join(self, comparisons: list[Comparison], length: int) -> dict[str, np.ndarray]:
+        """tokens_bt [b, length], lengths_b [b] and the places of the three markers, markers_br
+        [b, 3], int32."""
         b = len(comparisons)
         tokens_bt = np.full((b, length), self.pad_id, np.int32)
         lengths_b, markers_br = np.zeros(b, np.int32), np.ones((b, 3), np.int32)
@@ -299,7 +287,7 @@ class Layout:
                 ids += [candidate[0], self.marker_ids[place], *candidate[2:]]
             tokens_bt[row, : len(ids)] = ids
             lengths_b[row] = len(ids)
-        return tokens_bt, lengths_b, markers_br
+        return {"tokens_bt": tokens_bt, "lengths_b": lengths_b, "markers_br": markers_br}
 
 
 def open_tokenizer(folder: str) -> Tokenizer:
@@ -422,8 +410,8 @@ def open_folder(name: str) -> Files:
     return Files(config, weights, str(tokenizer), stored, digest.hexdigest())
 
 
-def load(files: Files, device, dtype) -> dict:
-    """The parameters on `device`: the encoder prepared in `dtype`, the head fp32."""
+def load(files: Files, sharding: jax.sharding.NamedSharding, dtype) -> dict:
+    """The parameters with this sharding: the encoder prepared in `dtype`, the head fp32."""
     layers = [{} for _ in range(files.config.encoder.num_hidden_layers)]
     params: dict = {"encoder": {"layers": layers}}
     for name, slot in _slots(files.config).items():
@@ -431,7 +419,10 @@ def load(files: Files, device, dtype) -> dict:
         parent = params if name.startswith("head_layer") else params["encoder"]
         for key in slot.path[:-1]:
             parent = parent[key]
-        parent[slot.path[-1]] = jax.device_put(np.ascontiguousarray(array, np.float32), device)
+        array = np.ascontiguousarray(array, np.float32)
+        parent[slot.path[-1]] = jax.make_array_from_callback(
+            array.shape, sharding, array.__getitem__
+        )
     params["encoder"] = deberta.prepare(params["encoder"], files.config.encoder, dtype)
     return params
 

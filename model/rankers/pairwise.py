@@ -17,12 +17,12 @@ CONVERSATION = (
 class PairwiseRanker:
     """PairRM, or llm-blender's: compares answers in pairs, the pairs of many prompts together.
 
-    model: has `identity`, `encode(source, candidates)`, `logits(comparisons, done)`, and
+    model: has `identity`, `on_mesh`, `encode(source, candidates)`, `logits(comparisons, done)`, and
     `enough(comparisons)`, which says whether these fill its batches.
     """
 
     def __init__(self, model, comparisons: Comparisons, aggregation: Aggregation):
-        self.model, self.identity = model, model.identity
+        self.model, self.identity, self.on_mesh = model, model.identity, model.on_mesh
         self._comparisons, self._aggregation = comparisons, aggregation
 
     def rank_all(

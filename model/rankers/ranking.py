@@ -1,6 +1,7 @@
 """What every ranker takes and gives: a Request goes in, a Ranking comes out. Without JAX.
 
-A ranker has `identity`, the sha256 of whatever decides its scores, and
+A ranker has `identity`, the sha256 of whatever decides its scores; `on_mesh`, whether it computes
+on the mesh of all processes, each of which then calls it with the same requests; and
 
     rank_all(requests, done) -> iterator of (request, ranking)
 

@@ -169,7 +169,8 @@ class Report:
         self.told = {
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "arguments": {name: x for name, x in vars(args).items() if x and name != "out"},
-            "code": printed("git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"),
+            "code": printed("git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty")
+            or None,
             "machine": nvidia_smi(),
             "pieces": {},
         }

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from model import generate
+from model.kv_cache import available_memory
 from model.precision import matmul_precision
 from scripts.bench import shapes
+from scripts.bench.machine import timed
 from scripts.bench.shapes import Sizes
 from sharding.errors import first_line
-from sharding.mesh import available_memory
 
 Row = dict  # "name" and figures, their units in the keys
 
@@ -50,9 +51,7 @@ class Given:
         jax.block_until_ready(run())
         took, begun = [], time.perf_counter()
         while len(took) < 3 or (len(took) < 11 and time.perf_counter() - begun < 2):
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            took.append(time.perf_counter() - start)
+            took.append(timed(lambda: jax.block_until_ready(run()))[0])
             if self.left() < took[-1]:
                 break
         return statistics.median(took)
@@ -101,10 +100,10 @@ class DecodeCall:
         self.state, random = empty(slots, length), shapes.Random()
         for layer, kv in enumerate(self.state["cache"]):
             self.state["cache"][layer] = tuple(random.normal(x.shape, x.dtype) for x in kv)
-        begun = time.perf_counter()
-        self.state, none_left = self._from_the_start(), jnp.int32(0)
-        self.program = advance.lower(params, self.state, none_left).compile()
-        self.compiling = time.perf_counter() - begun
+        self.state = self._from_the_start()
+        self.compiling, self.program = timed(
+            lambda: advance.lower(params, self.state, jnp.int32(0)).compile()
+        )
 
     def _from_the_start(self) -> dict:
         """All slots as many tokens before the cache is full as a call draws."""
@@ -120,9 +119,9 @@ class DecodeCall:
 
     def __call__(self) -> float:
         state = jax.block_until_ready(self._from_the_start())
-        start = time.perf_counter()
-        self.state = jax.block_until_ready(self.program(self.params, state, jnp.int32(0)))
-        seconds = time.perf_counter() - start
+        seconds, self.state = timed(
+            lambda: jax.block_until_ready(self.program(self.params, state, jnp.int32(0)))
+        )
         self.steps = int(jnp.max(self.state["steps"])) - 1
         return seconds / self.steps
 

@@ -18,6 +18,7 @@ import numpy as np
 from model import generate, kv_cache, packing
 from model.rankers import deberta, deberta_tpu
 from scripts.bench import kernel_profile, shapes
+from scripts.bench.machine import timed
 from scripts.bench.measuring import (
     DecodeCall,
     Given,
@@ -171,9 +172,7 @@ def pairrm(given: Given) -> Iterator[Row]:
         def run(params=params):
             return deberta.encode(params, config, tokens_bt, lengths_b, markers_br, kernel)
 
-        start = time.perf_counter()
-        finite = bool(jnp.isfinite(run()).all())
-        compiling = time.perf_counter() - start
+        compiling, finite = timed(lambda run=run: bool(jnp.isfinite(run()).all()))
         seconds = given.seconds(run)
         yield {
             "name": f"{name}, {sizes.compared} tokens, {b} at a time",

@@ -17,9 +17,7 @@ from sharding.errors import UserError
 from stages.files.rows import Sample, read
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
-    import jax.numpy as jnp
-
-    from model.rankers import blender, deberta, pairrm
+    from model.rankers import blender, pairrm
     from scripts import random_pairrm
     from scripts.bench import shapes
 
@@ -144,17 +142,14 @@ class Ours(Worker):
             for i, j in permutations(range(len(answers)), 2)
         ]
 
-    def batches(self, groups: list[list[Prompt]]) -> list[tuple]:
-        """The arrays of each batch that these groups make."""
-        batches = (self.model.batches(self.comparisons(group)) for group in groups)
-        return [arrays for group in batches for _, arrays in group]
-
     def warm(self, groups: list[list[Prompt]]) -> None:
-        """Compile each shape, through two layers instead of all."""
-        params = self.model.copies[0]["encoder"]
-        short = params | {"layers": [params["layers"][0], params["layers"][-1]]}
-        for arrays in {arrays[0].shape: arrays for arrays in self.batches(groups)}.values():
-            deberta.encode(short, self.model.config.encoder, *map(jnp.asarray, arrays))
+        """Compile each shape: everything is computed once, through two layers instead of all."""
+        encoder = self.model.params["encoder"]
+        layers = encoder["layers"]
+        encoder["layers"] = [layers[0], layers[-1]]
+        for group in groups:
+            self.rank(group)
+        encoder["layers"] = layers
 
     def rank(self, group: list[Prompt]) -> tuple[float, list[np.ndarray]]:
         """(seconds, each prompt's logits [n, n])."""
@@ -176,7 +171,9 @@ class Ours(Worker):
             + shapes.layer_operations(c, length, 3)
             for length in lengths
         )
-        return sum(lengths), sum(arrays[0].size for arrays in self.batches(groups)), flops
+        batches = [self.model.batches(self.comparisons(group)) for group in groups]
+        padded = sum(arrays["tokens_bt"].size for group in batches for _, arrays in group)
+        return sum(lengths), padded, flops
 
 
 class Theirs(Worker):

@@ -142,7 +142,7 @@ class Random:
 
 
 def unstacked(config: DecoderConfig) -> decoder.Params:
-    """The shapes of the parameters, as `decoder.unstack_layers` leaves them."""
+    """The shapes of the parameters, as `kv_cache.unstack_layers` leaves them."""
     shapes = decoder.abstract(config)
     layer = jax.tree.map(lambda x: x.update(shape=x.shape[1:]), shapes["layers"])
     return shapes | {"layers": [layer] * config.num_hidden_layers}

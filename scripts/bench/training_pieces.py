@@ -13,8 +13,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from model import checkpoint_writing, losses, packing, placement, train
+from model import checkpoint_writing, decoder, losses, packing, train
 from scripts.bench import shapes
+from scripts.bench.machine import timed
 from scripts.bench.measuring import (
     Given,
     Row,
@@ -32,7 +33,7 @@ class Training:
     """A DPO training: fp32 masters and moments, products in `dtype`."""
 
     def __init__(self, config, pairs: int, dtype, mesh, load=None):
-        """load: gives the parameters for their shardings; default: random ones."""
+        """load: gives the parameters on a mesh; default: random ones."""
         self.config, self.pairs, self.mesh, self.whole = config, pairs, mesh, replicated(mesh)
         model = {"config": config, "dtype": dtype}
         self.logprobs = jax.jit(
@@ -40,13 +41,13 @@ class Training:
         )
         loss = partial(losses.pair_loss, loss=losses.Loss(), **model)
         optimization = train.Optimization(5e-7, "linear", 0.1, "adamw", 0.0, 1.0)
-        placed = placement.parameters(config, mesh)
+        placed = decoder.abstract(config, mesh)
         self.trainer = train.Trainer(loss, optimization, 100, placed)
         shardings = jax.tree.map(lambda x: x.sharding, placed)
         if load is None:
             self.params = jax.device_put(shapes.Random().weights(placed), shardings)
         else:
-            self.params = load(shardings)
+            self.params = load(mesh)
         self.state = self.trainer.init_optimizer(self.params)
         self.accumulate = self.trainer.accumulate
 
@@ -122,9 +123,11 @@ def checkpointing(given: Given) -> Iterator[Row]:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
-        begun = time.perf_counter()
-        loaded = jax.block_until_ready(checkpoint_writing.load_state(f"{folder}/state", abstract))
-        seconds = time.perf_counter() - begun
+        seconds, loaded = timed(
+            lambda: jax.block_until_ready(
+                checkpoint_writing.load_state(f"{folder}/state", abstract)
+            )
+        )
     same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), state, loaded)
     yield {
         "name": "restore (from the page cache)",
@@ -157,17 +160,16 @@ def _dpo_steps(given: Given, layers: int) -> Iterator[Row]:
     packed = packing.pack(sequences)
     parts = {"reference": [], "gradients": [], "update": []}
 
-    def timed(part, run, *args):
-        start = time.perf_counter()
-        made = jax.block_until_ready(run(*args))
-        parts[part].append(time.perf_counter() - start)
+    def timed_part(part, run, *args):
+        seconds, made = timed(lambda: jax.block_until_ready(run(*args)))
+        parts[part].append(seconds)
         return made
 
     def step():
-        logps = timed("reference", training.logprobs, training.params, tokens)
+        logps = timed_part("reference", training.logprobs, training.params, tokens)
         batch = training.with_reference(tokens, logps, sizes.length - sizes.prompt)
-        gradients, values = timed("gradients", training.gradients, batch)
-        timed("update", training.update, gradients)
+        gradients, values = timed_part("gradients", training.gradients, batch)
+        timed_part("update", training.update, gradients)
         return values["loss"]
 
     with jax.set_mesh(training.mesh):

@@ -20,8 +20,9 @@ from etils import epath
 
 from scripts.report import gather, plots, tables
 from sharding.errors import UserError
+from stages.files.benchmarks import conversation_key
 from stages.files.paths import write_atomically
-from stages.files.rows import Fields, messages_of
+from stages.files.rows import messages_of
 from stages.files.run import run_main
 
 
@@ -157,23 +158,26 @@ def side_by_side(models: list[gather.Model]) -> list[dict]:
     """
     prompts: dict[str, dict] = {}
     for i, model in enumerate(models):
-        won = gather.preferences(model.against.get("start"))
+        compared = model.against.get("start", {"per_instruction": []})["per_instruction"]
+        # 1 where the model won, 0.5 at a tie, 0 where it lost.
+        won = {row["instruction"]: row["preference"] for row in compared}
         for row in model.rows:
+            messages = messages_of(row, "held-out prompts")
             entry = prompts.setdefault(
-                row["prompt_id"], {"prompt": conversation(row), "answers": [None] * len(models)}
+                row["prompt_id"],
+                {"prompt": conversation(messages), "answers": [None] * len(models)},
             )
             first = row["responses"][0]
             entry["answers"][i] = {
                 "text": first["text"],
                 "finished": first.get("finish_reason") == "stop",
                 "score": row["scores"][0] if row.get("scores") and not model.relative else None,
-                "won": won.get(gather.instruction(row)),
+                "won": won.get(conversation_key(messages)),
             }
     return list(prompts.values())
 
 
-def conversation(row: Fields) -> str:
-    messages = messages_of(row, "held-out prompts")
+def conversation(messages: list[dict]) -> str:
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)

@@ -15,8 +15,7 @@ from etils import epath
 from scripts.report import graph
 from sharding.errors import UserError
 from stages.evaluate.winrates import standard_error
-from stages.files.benchmarks import conversation_key
-from stages.files.rows import Fields, json_rows, messages_of
+from stages.files.rows import Fields, json_rows
 
 Z = 1.959964  # 97.5% quantile of the normal distribution
 
@@ -125,17 +124,6 @@ def models(run: str) -> list[Model]:
             measured = (_measured(place, name) for name in ("against", "kl_to"))
             read_so_far.append(Model(place.name, rows, *measured, metrics))
     return read_so_far
-
-
-def preferences(compared: Fields | None) -> dict[str, float]:
-    """Instruction → 1 where the model won, 0.5 at a tie, 0 where it lost."""
-    rows = compared["per_instruction"] if compared else []
-    return {row["instruction"]: row["preference"] for row in rows}
-
-
-def instruction(row: Fields) -> str:
-    """The name of a row's prompt in the files of `evaluate compare`."""
-    return conversation_key(messages_of(row, "held-out prompts"))
 
 
 # ---------------------------------------------------------------------------------- reading

@@ -12,7 +12,7 @@ Each explains itself: python -m stages.evaluate compare --help
 
 import sys
 
-from sharding import watch
+from sharding import processes
 from stages.evaluate import compare, judge, kl, outputs, overlap, score
 from stages.files.run import run_main
 
@@ -33,4 +33,4 @@ def main(args: Command) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, Command, several=watch))
+    sys.exit(run_main(main, Command, several=processes))

@@ -11,32 +11,30 @@ import numpy as np
 from etils import epy
 
 from model.rankers.ranking import Ranking, Request
-from sharding import watch
+from sharding import processes
 from stages import rank
 from stages.evaluate import winrates
 from stages.evaluate.answers import align, generator_of
 from stages.files.benchmarks import ModelOutput, read_difficulties, read_outputs
-from stages.files.output import Manifest, Output, an_input
+from stages.files.output import Manifest, an_input
 from stages.files.paths import check_distinct
+from stages.files.together import open_output
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     from model.rankers import comparisons, opening
-    from sharding import processes
-    from stages.files import shares as sharing
 
 # The entries of --out that the manifest's results leave out.
 LONG = ("outputs", "baseline", "ranker", "generators", "per_instruction")
 
 
 @dataclasses.dataclass
-class Compare(watch.Flags):
+class Compare(processes.Flags):
     """How often a ranker prefers a model's answers to a baseline's.
 
     PairRM compares each pair in both orders; a reward function scores both answers. The JSON has
     wins, ties, losses, the win rate (a tie counts half) with its standard error and 95% bootstrap
     interval, mean lengths in characters, the length-controlled win rate, and each instruction's
-    preference (1: the model won, 0.5: a tie), margin and lengths. Several processes judge a part
-    each, and process 0 puts the parts together.
+    preference (1: the model won, 0.5: a tie), margin and lengths.
     """
 
     outputs: str
@@ -63,7 +61,7 @@ class Compare(watch.Flags):
 def main(args: Compare) -> None:
     # ------------------------------------------------------------------------------ inputs
     check_distinct({"--ranker": rank.ranker_path(args.ranker)}, {"--out": args.out})
-    share, shares = sharing.join(args)
+    processes.start(args)
     files = (args.outputs, args.baseline)
     ours, baseline = (read_outputs(path, args.response) for path in files)
     counts: Counter = Counter()
@@ -84,33 +82,22 @@ def main(args: Compare) -> None:
             "ranker": ranker.identity,
         },
     )
-    if shares > 1:
-        sharing.check_same(manifest)
-    output = Output.open(args.out, manifest, args.overwrite, (share, shares))
+    pairs_by_id = {ours.key: (ours, theirs) for ours, theirs in pairs}
+    output, left = open_output(args.out, manifest, args.overwrite, list(pairs_by_id))
 
     # ------------------------------------------------------------------------------ rank
-    mine = pairs[share::shares]
-    if not output.finished:
-        requests = (_request(a, b) for a, b in mine if not output.has(a.key))
-        rank.rank_all(ranker, requests, output, len(mine), "compare", _judged)
+    if left:
+        requests = (_request(*pairs_by_id[key]) for key in left)
+        done = len(pairs) - len(left), len(pairs)
+        rank.rank_all(ranker, requests, output, done, "compare", _judged)
 
     # ------------------------------------------------------------------------------ finish
-    def finish(whole: Output) -> None:
-        rows = {row["prompt_id"]: row for row, _ in whole.rows()}
+    if not output.finished:
+        rows = {row["prompt_id"]: row for row, _ in output.rows()}
         generators = [generator_of(ours, files[0]), generator_of(baseline, files[1])]
-        content = _summary(args, [rows[a.key] for a, _ in pairs], generators, difficulties)
-        whole.finish_as(content, counts, {k: x for k, x in content.items() if k not in LONG})
+        content = _summary(args, [rows[key] for key in pairs_by_id], generators, difficulties)
+        output.finish_as(content, counts, {k: x for k, x in content.items() if k not in LONG})
         _show(content)
-
-    if shares > 1:
-        if not output.finished:
-            output.finish([a.key for a, _ in mine], Counter({"in": len(mine)}))
-        processes.wait()
-        if share == 0:
-            sharing.merge(args.out, manifest, shares, finish)
-        processes.wait()
-    elif not output.finished:
-        finish(output)
 
 
 def _request(ours: ModelOutput, baseline: ModelOutput) -> Request:

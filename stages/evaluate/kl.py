@@ -4,7 +4,6 @@ python -m stages.evaluate kl --checkpoint C --samples runs/me/samples.jsonl --ou
 """
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from functools import partial
@@ -16,26 +15,26 @@ from etils import epy
 from tqdm import tqdm
 
 from model.packing import Sequence, pack
-from sharding import watch
+from sharding import processes
 from sharding.errors import UserError
 from stages.evaluate.winrates import standard_error
 from stages.files.output import Manifest, Output, an_input, read_lineage
 from stages.files.paths import check_distinct
 from stages.files.rows import Response, Sample, field, read
 from stages.files.run import STOPPED_TOGETHER, stop_signal
+from stages.files.together import Elsewhere, open_output
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, decoder, logprobs
+    from model import checkpoint, logprobs
     from model import tokenizer as tokenizers
     from sharding import mesh as meshes
-    from sharding import processes
 
 
 @dataclasses.dataclass
-class Kl(watch.Flags):
+class Kl(processes.Flags):
     """KL(the model that sampled ‖ --checkpoint) per token and per answer, estimated from samples.
 
     It is the mean over the samples of their log-prob under the model that drew them, which they
@@ -115,24 +114,15 @@ def main(args: Kl) -> None:
             "model": checkpoint.identity(args.checkpoint),
         },
     )
-    if not processes.agree(json.dumps(manifest.key())):
-        raise UserError("the processes were given different samples or checkpoints")
-    output = None  # the other processes of a mesh write nothing
-    if processes.is_first():
-        output = Output.open(args.out, manifest, args.overwrite)
-    if processes.from_first(np.array(output is not None and output.finished)):
-        return
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    output, left = open_output(args.out, manifest, args.overwrite, list(by_id))
 
     # ------------------------------------------------------------------------------ log-probs
-    done = processes.from_first(
-        np.array([output is not None and output.has(p.prompt_id) for p in prompts])
-    )
-    left = [prompt for prompt, is_done in zip(prompts, done) if not is_done]
     if left:
-        compute(args, config, left, output)
+        compute(args, config, [by_id[prompt_id] for prompt_id in left], output)
 
     # ------------------------------------------------------------------------------ finish
-    if output is not None:
+    if not output.finished:
         logprobs_of = {row["prompt_id"]: row["logprobs"] for row, _ in output.rows()}
         drawn_with = {
             name: value
@@ -153,7 +143,6 @@ def main(args: Kl) -> None:
         )
         if any(value != PLAIN[name] for name, value in drawn_with.items()):
             print("(drawn more sharply than the model itself: an estimate for likelier answers)")
-    processes.wait()
 
 
 # The sampler's settings that draw from the model's own distribution.
@@ -199,24 +188,21 @@ def _own_ids(ids: list, config, where: str) -> list[int]:
     return ids
 
 
-def compute(args: Kl, config, prompts: list[Answered], output: Output | None) -> None:
+def compute(args: Kl, config, prompts: list[Answered], output: Output | Elsewhere) -> None:
     """Write a row {prompt_id, logprobs} for each prompt: log π(response | prompt) of its answers
-    under --checkpoint. output None: another process writes. Raises UserError for NaN."""
+    under --checkpoint. Raises UserError for NaN."""
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(jax.device_count(), config))
     most = max(args.batch_size, max(len(p.logprobs) for p in prompts))
     dtype = jnp.dtype(args.dtype)
     with jax.set_mesh(mesh), stop_signal() as check_stop:
-        shardings = meshes.tree_shardings(
-            mesh, decoder.logical_axes(config), decoder.abstract(config)
-        )
-        params = checkpoint.load(args.checkpoint, shardings)[1]
+        params = checkpoint.load(args.checkpoint, mesh)[1]
 
         @partial(jax.jit, out_shardings=meshes.replicated(mesh))
         def response_logprobs(params, batch):
             return logprobs.response_logprobs(params, config, batch, most, dtype)
 
         batches = _batches(prompts, most)
-        for indices in tqdm(batches, desc="kl", unit=" batches", disable=output is None):
+        for indices in tqdm(batches, desc="kl", unit=" batches", disable=not processes.is_first()):
             batch = pack([prompts[i].sequence for i in indices], meshes.batch_shards(mesh))
             values = response_logprobs(params, meshes.put_batch(mesh, batch))
             values = np.asarray(jax.device_get(values))
@@ -227,8 +213,7 @@ def compute(args: Kl, config, prompts: list[Answered], output: Output | None) ->
                     f"too large for {args.dtype}"
                 )
             for i, mine in zip(indices, np.split(values[: ends[-1]], ends[:-1])):
-                if output is not None:
-                    output.write({"prompt_id": prompts[i].prompt_id, "logprobs": mine.tolist()})
+                output.write({"prompt_id": prompts[i].prompt_id, "logprobs": mine.tolist()})
             processes.all_check(check_stop, STOPPED_TOGETHER)
 
 

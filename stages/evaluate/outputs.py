@@ -8,18 +8,15 @@ the best of n, NAME.ranked.jsonl
         --best-of 16 --ranker llm-blender/PairRM
 """
 
-import contextlib
 import dataclasses
 import gc
-import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from etils import epy
 
-from sharding import watch
+from sharding import processes
 from sharding.errors import UserError
 from stages import rank, sample
 from stages.evaluate.judge import official_command
@@ -28,22 +25,21 @@ from stages.files.output import Manifest, Output, an_input, read_manifest
 from stages.files.paths import check_distinct
 from stages.files.rows import Prompt, Ranked, RowFile, Sample, read
 
-with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
+with epy.lazy_imports():  # loaded at its first use, so that --help answers at once
     from model.rankers import opening
-    from sharding import processes
 
 
 @dataclasses.dataclass
-class Outputs(watch.Flags):
+class Outputs(processes.Flags):
     """A model's answers to a benchmark, exactly one per instruction. With --best-of 16 it is the
     one that a ranker finds best among 16.
 
     stages.sample writes all answers to NAME.samples.jsonl, and stages.rank their scores to
     NAME.ranked.jsonl. A stopped run goes on by the same command.
 
-    Several processes sample on one mesh and rank a part each: the same command in each process,
-    with --coordinator HOST:PORT --processes 4 and --process-id 0 to 3 (or --coordinator auto), on a
-    file system that all of them see. Process 0 does the rest.
+    Several processes compute on one mesh: the same command in each process, with --coordinator
+    HOST:PORT --processes 4 and --process-id 0 to 3 (or --coordinator auto), on a file system that
+    all of them see. Process 0 writes.
     """
 
     checkpoint: str
@@ -83,87 +79,73 @@ class Outputs(watch.Flags):
 
 
 def main(args: Outputs) -> None:
-    with interrupted_by_sigterm():
-        # -------------------------------------------------------------------------- refusals
-        _check(args)
-        place = {name: getattr(args, name) for name in ("coordinator", "processes", "process_id")}
-        several = args.place() is not None
-        if several:
-            processes.start(args)
-        is_first = not several or processes.is_first()
-        if args.ranker is not None:
-            opening.open_ranker(args.ranker)  # refuses before hours of sampling; loads no weights
-        stem = args.out.removesuffix(".json")
-        prompts, samples, ranked = (f"{stem}.{x}.jsonl" for x in ("prompts", "samples", "ranked"))
-        written = {"prompts": prompts, "samples": samples, "ranked": ranked}
-        check_distinct(
-            {"--checkpoint": args.checkpoint, "--benchmark": args.benchmark},
-            {"--out": args.out} | {f"{name} beside --out": path for name, path in written.items()},
+    # -------------------------------------------------------------------------- refusals
+    _check(args)
+    place = {name: getattr(args, name) for name in ("coordinator", "processes", "process_id")}
+    processes.start(args)
+    if args.ranker is not None:
+        opening.open_ranker(args.ranker)  # refuses before hours of sampling; loads no weights
+    stem = args.out.removesuffix(".json")
+    prompts, samples, ranked = (f"{stem}.{x}.jsonl" for x in ("prompts", "samples", "ranked"))
+    written = {"prompts": prompts, "samples": samples, "ranked": ranked}
+    check_distinct(
+        {"--checkpoint": args.checkpoint, "--benchmark": args.benchmark},
+        {"--out": args.out} | {f"{name} beside --out": path for name, path in written.items()},
+    )
+
+    # -------------------------------------------------------------------------- prompts
+    if processes.is_first():
+        write_prompts(args, prompts)
+    processes.wait()
+
+    # -------------------------------------------------------------------------- sample
+    sample.main(
+        sample.Args(
+            checkpoint=args.checkpoint,
+            prompts=prompts,
+            out=samples,
+            n=args.best_of,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+            slots=args.slots,
+            dtype=args.dtype,
+            mesh=args.mesh,
+            overwrite=args.overwrite,
+            **place,
         )
+    )
+    processes.wait()
+    gc.collect()  # what cycles still hold of the model, before the ranker needs the memory
+    answered = read(samples, Sample)
+    check_all_answered(args, prompts, answered)
 
-        # -------------------------------------------------------------------------- prompts
-        if is_first:
-            write_prompts(args, prompts)
-        if several:
-            processes.wait()
-
-        # -------------------------------------------------------------------------- sample
-        sample.main(
-            sample.Args(
-                checkpoint=args.checkpoint,
-                prompts=prompts,
-                out=samples,
-                n=args.best_of,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                max_new_tokens=args.max_new_tokens,
-                seed=args.seed,
-                slots=args.slots,
-                dtype=args.dtype,
-                mesh=args.mesh,
+    # -------------------------------------------------------------------------- rank
+    if args.best_of > 1:
+        is_function = not rank.is_pairwise(args.ranker)
+        comparisons = None if is_function else BEST_OF_N[args.comparisons]
+        rank.main(
+            rank.Args(
+                ranker=args.ranker,
+                samples=samples,
+                out=ranked,
+                comparisons=comparisons,
                 overwrite=args.overwrite,
                 **place,
             )
         )
-        gc.collect()  # what cycles still hold of the model, before the ranker needs the memory
-        answered = read(samples, Sample)
+        processes.wait()
+        answered = read(ranked, Ranked)
         check_all_answered(args, prompts, answered)
 
-        # -------------------------------------------------------------------------- rank
-        if args.best_of > 1:
-            is_function = not rank.is_pairwise(args.ranker)
-            comparisons = None if is_function else BEST_OF_N[args.comparisons]
-            rank.main(
-                rank.Args(
-                    ranker=args.ranker,
-                    samples=samples,
-                    out=ranked,
-                    comparisons=comparisons,
-                    overwrite=args.overwrite,
-                    **place,
-                )
-            )
-            answered = read(ranked, Ranked)
-            check_all_answered(args, prompts, answered)
-
-        # -------------------------------------------------------------------------- finish
-        if is_first:
-            write_outputs(args, answered)
+    # -------------------------------------------------------------------------- finish
+    if processes.is_first():
+        write_outputs(args, answered)
 
 
 # How a ranker finds the best: by all scores, or in a knock-out that scores only the best.
 BEST_OF_N = {"full": "full", "bubble": "best"}
-
-
-@contextlib.contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM becomes a KeyboardInterrupt (exit code 75) between the stages; within their loops
-    they handle it themselves."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _check(args: Outputs) -> None:

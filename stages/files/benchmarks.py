@@ -98,7 +98,7 @@ def read_instructions(path: str, counts: Counter) -> list[Fields]:
     for where, row in rows_of(path):
         counts["in"] += 1
         fields = _prompt_fields(row, where, counts)
-        prompt = Prompt.parse(fields, where)
+        prompt = Prompt(fields, where)
         key = conversation_key(prompt.messages)
         if key in seen:
             raise UserError(f"{where}: this instruction stood above ({seen[key]}): remove one")
@@ -202,7 +202,7 @@ def read_outputs(path: str, response: int = 0) -> dict[str, ModelOutput]:
     outputs: dict[str, ModelOutput] = {}
     for where, row in rows_of(path):
         if "responses" in row or "instruction" not in row:
-            output = _sampled(Sample.parse(row, where), response)
+            output = _sampled(Sample(row, where), response)
         else:
             output = _model_output(row, where)
         if output.key in outputs:

@@ -70,9 +70,42 @@ def read_pairs(
         )
     examples, counts = [], Counter()
 
+    def example_of(pair: Pair) -> Example | str:
+        """The pair as an Example, or the reason why it cannot be trained on."""
+        if pair.unusable is not None:
+            return pair.unusable
+        prompt = _prompt_ids(pair, tokenizer)
+        responses = [_response_ids(r, tokenizer) for r in (pair.chosen, pair.rejected)]
+        if not prompt or not all(responses):
+            return "empty prompt or response"
+        if responses[0] == responses[1]:
+            return "chosen equals rejected"
+        full = prompt, *responses
+        if len(prompt) > max_prompt_length:
+            prompt = prompt[:head] + prompt[len(prompt) - max_prompt_length + head :]
+            counts["prompts cut"] += 1
+        room = max_length - len(prompt)
+        if too_long := sum(len(ids) > room for ids in responses):
+            counts["responses cut"] += too_long
+        chosen, rejected = (ids[:room] for ids in responses)
+        if chosen == rejected:
+            return "chosen equals rejected after the cut"
+        if max(map(max, (prompt, chosen, rejected))) >= vocabulary:
+            raise UserError(
+                f"{pair.where}: a token id is beyond the vocabulary of {vocabulary}: was another "
+                "tokenizer used, or the line edited?"
+            )
+        logprobs = pair.chosen.logprob, pair.rejected.logprob
+        is_cut = (prompt, chosen, rejected) != full
+        return Example(
+            pair.prompt_id,
+            *(np.array(ids, np.int32) for ids in (prompt, chosen, rejected)),
+            sampled=None if is_cut or None in logprobs else logprobs,
+            win_probability=_win_probability(pair.fields, pair.where),
+        )
+
     def each(pair: Pair) -> None:
-        lengths = head, max_prompt_length, max_length
-        example = _example(pair, tokenizer, vocabulary, lengths, counts)
+        example = example_of(pair)
         if isinstance(example, str):
             counts[f"set aside: {example}"] += 1
             aside.append({"file": path, "prompt_id": pair.prompt_id, "reason": example})
@@ -84,51 +117,10 @@ def read_pairs(
     return examples, file
 
 
-def _example(
-    pair: Pair, tokenizer: ChatTokenizer, vocabulary: int, lengths: tuple, counts: Counter
-) -> Example | str:
-    """One pair as an Example, or the reason why it cannot be trained on."""
-    head, max_prompt_length, max_length = lengths
-    if pair.unusable is not None:
-        return pair.unusable
-    prompt = _prompt_ids(pair, tokenizer)
-    responses = [_response_ids(r, tokenizer) for r in (pair.chosen, pair.rejected)]
-    if not prompt or not all(responses):
-        return "empty prompt or response"
-    if responses[0] == responses[1]:
-        return "chosen equals rejected"
-    cut = len(prompt) > max_prompt_length
-    if cut:
-        prompt = prompt[:head] + prompt[len(prompt) - max_prompt_length + head :]
-        counts["prompts cut"] += 1
-    room = max_length - len(prompt)
-    for i, ids in enumerate(responses):
-        if len(ids) > room:
-            responses[i], cut = ids[:room], True
-            counts["responses cut"] += 1
-    if responses[0] == responses[1]:
-        return "chosen equals rejected after the cut"
-    if max(map(max, (prompt, *responses))) >= vocabulary:
-        raise UserError(
-            f"{pair.where}: a token id is beyond the vocabulary of {vocabulary}: was another "
-            "tokenizer used, or the line edited?"
-        )
-    logprobs = pair.chosen.logprob, pair.rejected.logprob
-    return Example(
-        prompt_id=pair.prompt_id,
-        prompt=np.array(prompt, np.int32),
-        chosen=np.array(responses[0], np.int32),
-        rejected=np.array(responses[1], np.int32),
-        sampled=None if cut or None in logprobs else logprobs,
-        win_probability=_win_probability(pair.fields, pair.where),
-    )
-
-
 def _prompt_ids(pair: Pair, tokenizer: ChatTokenizer) -> list[int]:
     if pair.fields.get("prompt_token_ids") is not None:
         ids = field(pair.fields, "prompt_token_ids", list, pair.where)
-        if not all(type(i) is int and i >= 0 for i in ids):
-            raise UserError(f"{pair.where}: field 'prompt_token_ids' must hold token ids only")
+        rows.check_token_ids(ids, "prompt_token_ids", pair.where)
         return ids
     try:
         return tokenizer.prompt_ids(pair.messages)
@@ -163,8 +155,7 @@ def _win_probability(fields: dict, where: str) -> float | None:
         if not 0 <= probability <= 1:
             raise UserError(f"{where}: win_probability is {probability}, not between 0 and 1")
         return float(probability)
-    names = "chosen_index", "rejected_index", "all_rm_scores"
-    best, worst, scores = (fields.get(name) for name in names)
+    best, worst, scores = map(fields.get, ("chosen_index", "rejected_index", "all_rm_scores"))
     if not isinstance(best, int) or not isinstance(worst, int) or not isinstance(scores, list):
         return None
     try:

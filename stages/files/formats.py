@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -141,7 +141,7 @@ def split_facts(directory: str) -> list[dict]:
 # ---------------------------------------------------------------------- reading
 
 
-def read_dataset(source: str, out: str, split: str | None = None, overwrite: bool = False) -> None:
+def read_dataset(source: str, out: str, split: str | None = None) -> None:
     """Write the preference pairs of a dataset to the pairs.jsonl `out`.
 
     source: a folder in the hub's layout, or the name of a dataset on the hub. split: SPLIT or
@@ -152,16 +152,10 @@ def read_dataset(source: str, out: str, split: str | None = None, overwrite: boo
     repeats another is merged. Raises UserError.
     """
     shards = Shards(source, split)
-    manifest = Manifest("from-parquet", {"split": shards.split}, shards.inputs(), identities={})
-    output = Output.open(out, manifest, overwrite)
-    if output.finished:
-        return
-    counts: Counter = Counter()
-    order: list[str] = []
-    seen: dict[str, str] = {}
-    with stop_signal() as check_stop:
+
+    def pairs(counts: Counter) -> Iterator[tuple[Fields, str | None]]:
+        seen: dict[str, str] = {}
         for where, source_row in shards.rows(("prompt", "chosen", "rejected")):
-            check_stop()
             counts["in"] += 1
             row, reason = _pair(_json_values(source_row, where, counts), where)
             digest = text_sha256(repr(sorted(row.items())))
@@ -173,23 +167,13 @@ def read_dataset(source: str, out: str, split: str | None = None, overwrite: boo
                 counts["merged: the same row again"] += 1
                 continue
             seen[row["prompt_id"]] = digest
-            order.append(row["prompt_id"])
-            if output.has(row["prompt_id"]):
-                continue
-            if reason is None:
-                output.write(row)
-            else:
-                output.set_aside(row, reason)
-    output.finish(order, counts)
+            yield row, reason
+
+    _write(out, Manifest("from-parquet", {"split": shards.split}, shards.inputs(), {}), pairs)
 
 
 def read_prompts_dataset(
-    source: str,
-    out: str,
-    split: str | None = None,
-    first: int = 0,
-    last: int | None = None,
-    overwrite: bool = False,
+    source: str, out: str, split: str | None = None, first: int = 0, last: int | None = None
 ) -> None:
     """Write the prompts (prompt_id, prompt) of a dataset's rows [first, last) to `out`.
 
@@ -202,37 +186,49 @@ def read_prompts_dataset(
     if last is not None and last <= first:
         raise UserError(f"--last is {last}: it must be above --first, which is {first}")
     shards = Shards(source, split)
-    arguments = {"split": shards.split, "first": first, "last": last}
-    manifest = Manifest("prompts-from-parquet", arguments, shards.inputs(), identities={})
-    output = Output.open(out, manifest, overwrite)
-    if output.finished:
-        return
-    counts: Counter = Counter()
-    prompts: dict[str, str] = {}  # prompt_id → sha256 of the prompt
-    with stop_signal() as check_stop:
+
+    def prompts(counts: Counter) -> Iterator[tuple[Fields, str | None]]:
+        seen: dict[str, str] = {}  # prompt_id → sha256 of the prompt
         for where, source_row in islice(shards.rows(("prompt",)), first, last):
-            check_stop()
             counts["in"] += 1
             prompt = field(source_row, "prompt", str, where)
             prompt_id, digest = _prompt_id(source_row, where), text_sha256(prompt)
-            if prompt_id in prompts:
-                if prompts[prompt_id] != digest:
-                    raise UserError(
-                        f"{where}: prompt_id {prompt_id!r} stood above with another prompt"
-                    )
+            if seen.get(prompt_id, digest) != digest:
+                raise UserError(f"{where}: prompt_id {prompt_id!r} stood above with another prompt")
+            if prompt_id in seen:
                 counts["merged: the same prompt again"] += 1
                 continue
-            prompts[prompt_id] = digest
+            seen[prompt_id] = digest
             row = {"prompt_id": prompt_id, "prompt": prompt}
-            if output.has(prompt_id):
+            yield row, None if prompt.strip() else "the prompt is empty"
+        if not seen and first:
+            raise UserError(f"{source}, split {shards.split} has no row {first} (--first)")
+
+    arguments = {"split": shards.split, "first": first, "last": last}
+    _write(out, Manifest("prompts-from-parquet", arguments, shards.inputs(), {}), prompts)
+
+
+def _write(
+    out: str, manifest: Manifest, rows: Callable[[Counter], Iterator[tuple[Fields, str | None]]]
+) -> None:
+    """Write what `rows(counts)` yields, which adds to the counts: (row, why it is set aside or
+    None). Its prompt_ids differ."""
+    output = Output.open(out, manifest)
+    if output.finished:
+        return
+    counts: Counter = Counter()
+    order: list[str] = []
+    with stop_signal() as check_stop:
+        for row, reason in rows(counts):
+            check_stop()
+            order.append(row["prompt_id"])
+            if output.has(row["prompt_id"]):
                 continue
-            if prompt.strip():
+            if reason is None:
                 output.write(row)
             else:
-                output.set_aside(row, "the prompt is empty")
-    if not prompts and first:
-        raise UserError(f"{source}, split {shards.split} has no row {first} (--first)")
-    output.finish(list(prompts), counts)
+                output.set_aside(row, reason)
+    output.finish(order, counts)
 
 
 class Shards:
@@ -401,7 +397,7 @@ def _pair(source_row: Fields, where: str) -> tuple[Fields, str | None]:
         return row, "an answer is empty"
     if answers[0] == answers[1]:
         return row, "chosen and rejected are the same text"
-    return row, Pair.parse(row, where).unusable  # refuses here what the next stage would refuse
+    return row, Pair(row, where).unusable  # refuses here what the next stage would refuse
 
 
 def _turns(row: Fields, name: str, where: str) -> list[dict]:

@@ -10,8 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from model import gates
-from model.ahead import ahead
-from model.batches import MicroBatch
+from model.batches import MicroBatch, ahead
 from model.train import Trainer, speed
 from sharding import processes
 from sharding.errors import UserError
@@ -26,7 +25,7 @@ def train(
     state: dict,
     batches_of: Callable[[int], list[MicroBatch]],
     metrics: Callable[[int, dict[str, np.ndarray]], dict[str, float]],
-    evaluate: Callable[[dict], dict[str, float]] | None,
+    evaluate: Callable[[dict], dict[str, float]],
     check_stop: Callable[[], None],
     *,
     steps_per_epoch: int,
@@ -40,14 +39,8 @@ def train(
     `eval_every` steps. Where a number is not finite, or a signal says stop, the state is saved
     before the exception leaves.
     """
-    total_steps = work.total_steps
-    progress = tqdm(
-        total=total_steps,
-        initial=step,
-        unit=" steps",
-        desc="train",
-        disable=not processes.is_first(),
-    )
+    total_steps, silent = work.total_steps, not processes.is_first()
+    progress = tqdm(total=total_steps, initial=step, unit=" steps", desc="train", disable=silent)
     try:
         for batches, waited in ahead(batches_of, range(step, total_steps)):
             start = time.monotonic() - waited
@@ -69,7 +62,7 @@ def train(
             progress.set_postfix(shown, refresh=False)
             progress.update()
             is_last = step == total_steps
-            if evaluate and eval_every and step % eval_every == 0 and not is_last:
+            if eval_every and step % eval_every == 0 and not is_last:
                 work.log(step, evaluate(state["params"]))
             processes.all_check(check_stop, STOPPED_TOGETHER)
             if save_every and step % save_every == 0 and not is_last:

@@ -158,15 +158,12 @@ class Output:
         self._file = None
 
     @classmethod
-    def open(
-        cls, path: str, manifest: Manifest, overwrite: bool = False, share: tuple[int, int] = (0, 1)
-    ) -> "Output":
+    def open(cls, path: str, manifest: Manifest, overwrite: bool = False) -> "Output":
         """Begin the file, or go on with it, under a lock; or find it finished.
 
         overwrite: replace a file of other arguments, finished or not, and an edited one. What is
         there stays until the new file is whole. A file of this very run goes on or is finished, so
         that the same command can be given again.
-        share (i, n): write only this process's share; shares.py makes `path` of all of them.
         Raises UserError.
         """
         if path.endswith("/") or epath.Path(normalised(path, "--out")).is_dir():
@@ -177,8 +174,6 @@ class Output:
         if epath.Path(path).exists() and not (overwrite and output._is_another()):
             output._recognise()
             return output
-        if share[1] > 1:
-            return cls.open(share_path(path, *share), manifest, overwrite)
         for folder in (epath.Path(path).parent, epath.Path(output.partial).parent):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -331,8 +326,7 @@ class Output:
             for opened in (file, aside_file):
                 opened.flush()
                 os.fsync(opened.fileno())
-        self._publish(whole, set_aside if aside else None, file_sha256(whole), results)
-        self._done()
+        self._publish(whole, set_aside if aside else None, results)
 
     def finish_as(self, content: dict | list, counts: dict[str, int], results: dict | None = None):
         """Write OUT as the JSON `content` that was made of the rows, not as the rows."""
@@ -340,14 +334,13 @@ class Output:
         self.manifest.counts = dict(counts)
         whole = f"{self.partial}.sorted"
         write_atomically(whole, text)
-        self._publish(whole, None, file_sha256(whole), results)
-        self._done()
+        self._publish(whole, None, results)
 
-    def _publish(self, whole: str, set_aside: str | None, sha256: str, results: dict | None):
+    def _publish(self, whole: str, set_aside: str | None, results: dict | None):
         """Put the finished files in their places, such that a kill between two of them leaves
         nothing that says it is finished and is not."""
         self.manifest.seconds = round(time.monotonic() - self._opened, 1)
-        self.manifest.results = dict(results or {}) | {"sha256": sha256}
+        self.manifest.results = dict(results or {}) | {"sha256": file_sha256(whole)}
         # What --overwrite replaces goes first: under the new manifest it would pass for the new
         # file. The manifest goes before the file, which without one would pass for a user's own.
         for old in (self.path, f"{self.path}.set_aside.jsonl"):
@@ -356,8 +349,6 @@ class Output:
             publish(set_aside, f"{self.path}.set_aside.jsonl")
         self.manifest.write(manifest_path(self.path))
         publish(whole, self.path)
-
-    def _done(self) -> None:
         self._remove_partial()
         self._file.close()
         self.finished = True
@@ -372,10 +363,6 @@ class Output:
 def _is_at(file, path: str) -> bool:
     """Whether the open file is the one that lies at `path` now."""
     return os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-
-
-def share_path(path: str, share: int, shares: int) -> str:
-    return f"{path}.share-{share}-of-{shares}"
 
 
 def counts_line(counts: dict[str, int]) -> str:

@@ -4,7 +4,7 @@ A training keeps this list in its checkpoint and a published split in its Parque
 their cards can be written when the files themselves are gone.
 """
 
-from collections.abc import Iterator
+import dataclasses
 
 from etils import epath
 
@@ -22,31 +22,24 @@ def provenance(path: str, sha256: str | None = None) -> list[Entry]:
     world nothing of a user's folders. The walk ends at files that have no manifest, that are gone
     or that have another content than was read. sha256: of the file, where it is known.
     """
-    return list(_entries(path, sha256 or file_sha256(path)))
-
-
-def _entries(path: str, sha256: str) -> Iterator[Entry]:
-    manifest = read_manifest(path)
-    if manifest is None:
-        return
-    yield {
-        "file": short_name(path),
-        "sha256": sha256,
-        "edited": manifest.results.get("sha256", sha256) != sha256,
-        "stage": manifest.stage,
-        "arguments": manifest.arguments,
-        "inputs": {
-            short_name(role): entry | {"path": short_name(entry["path"])}
-            for role, entry in with_roles(manifest.inputs).items()
-        },
-        "identities": manifest.identities,
-        "counts": manifest.counts,
-        "results": manifest.results,
+    if (manifest := read_manifest(path)) is None:
+        return []
+    sha256 = sha256 or file_sha256(path)
+    inputs = with_roles(manifest.inputs)
+    edited = manifest.results.get("sha256", sha256) != sha256
+    entry = {"file": short_name(path), "sha256": sha256, "edited": edited}
+    entry |= dataclasses.asdict(manifest)
+    entry["inputs"] = {
+        short_name(role): made_of | {"path": short_name(made_of["path"])}
+        for role, made_of in inputs.items()
     }
-    for entry in with_roles(manifest.inputs).values():
-        file, content = entry["path"], entry["sha256"]
+    del entry["seconds"]
+    entries = [entry]
+    for made_of in inputs.values():
+        file, content = made_of["path"], made_of["sha256"]
         if not on_hub(file) and epath.Path(file).exists() and file_sha256(file) == content:
-            yield from _entries(file, content)
+            entries += provenance(file, content)
+    return entries
 
 
 def with_roles(inputs: dict) -> dict[str, dict]:

@@ -16,7 +16,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 from sharding.errors import UserError
 from stages.files.paths import is_remote, open_input, text_sha256
@@ -28,29 +28,22 @@ MERGED = "merged: the same prompt again"
 # ---------------------------------------------------------------------- the records
 
 
-@dataclasses.dataclass(slots=True)
 class Prompt:
     """A row of prompts.jsonl: a conversation to answer."""
 
-    where: str  # "FILE, line N", for messages
-    prompt_id: str
-    messages: list[dict]  # [{"role", "content"}, …], a user turn last
-    fields: Fields  # the row with every field it came with, and prompt_id
+    COMPARED: tuple[str, ...] = ()  # fields that rows of one prompt_id must share
 
-    COMPARED: ClassVar[tuple[str, ...]] = ()  # fields that rows of one prompt_id must share
-
-    @classmethod
-    def parse(cls, fields: Fields, where: str) -> Self:
-        messages = messages_of(fields, where)
-        if not messages[-1]["content"].strip():
+    def __init__(self, fields: Fields, where: str, may_be_empty: bool = False):
+        """fields: the row, which gets a prompt_id if it has none. where: "FILE, line N", for
+        messages. Raises UserError."""
+        self.fields, self.where = fields, where
+        self.messages = messages_of(fields, where)  # [{"role", "content"}, …], a user turn last
+        if not may_be_empty and not self.prompt.strip():
             raise UserError(f"{where}: the prompt is empty: write one, or remove the line")
-        prompt_id = _identify(fields, where)
-        return cls(where, prompt_id, messages, fields, **cls._further(fields, where))
-
-    @classmethod
-    def _further(cls, fields: Fields, where: str) -> dict:
-        """What a subclass reads of the row beyond the prompt, checked."""
-        return {}
+        if fields.get("prompt_id") is None:
+            fields["prompt_id"] = text_sha256(prompt_key(fields, where))
+        # Interned: rows are read more than once, and their ids are kept.
+        self.prompt_id = fields["prompt_id"] = sys.intern(field(fields, "prompt_id", str, where))
 
     @property
     def prompt(self) -> str:
@@ -84,46 +77,38 @@ class Response:
             for name, kind in (kinds | {"finish_reason": str}).items()
             if fields.get(prefix + name) is not None
         }
-        if not all(type(i) is int and i >= 0 for i in values.get("token_ids", [])):
-            raise UserError(f"{where}: field '{prefix}token_ids' must hold token ids only")
+        check_token_ids(values.get("token_ids", []), f"{prefix}token_ids", where)
         return cls(field(fields, "text", str, where), **values)
 
 
-@dataclasses.dataclass(slots=True)
 class Sample(Prompt):
-    """A row of samples.jsonl: a prompt and its answers."""
-
-    responses: list[Response]
+    """A row of samples.jsonl: a prompt and its answers, `responses`."""
 
     COMPARED = ("responses",)
 
-    @classmethod
-    def _further(cls, fields: Fields, where: str) -> dict:
-        responses = []
+    def __init__(self, fields: Fields, where: str):
+        super().__init__(fields, where)
+        self.responses: list[Response] = []
         for i, response in enumerate(field(fields, "responses", list, where)):
             at = f"{where}, responses[{i}]"
             if not isinstance(response, dict):
                 raise UserError(f"{at}: a {type(response).__name__}, not an object with a text")
-            responses.append(Response.parse(response, at))
-        return {"responses": responses}
+            self.responses.append(Response.parse(response, at))
 
     @property
     def texts(self) -> list[str]:
         return [response.text for response in self.responses]
 
 
-@dataclasses.dataclass(slots=True)
 class Ranked(Sample):
-    """A row of ranked.jsonl: a sample and a score for each of its answers, higher is better."""
-
-    scores: list[float]
+    """A row of ranked.jsonl: a sample, and in `scores` a float for each of its answers, higher is
+    better."""
 
     COMPARED = ("responses", "scores", "comparisons")
 
-    @classmethod
-    def _further(cls, fields: Fields, where: str) -> dict:
-        further = super(Ranked, cls)._further(fields, where)
-        scores, n = field(fields, "scores", list, where), len(further["responses"])
+    def __init__(self, fields: Fields, where: str):
+        super().__init__(fields, where)
+        scores, n = field(fields, "scores", list, where), len(self.responses)
         if len(scores) != n:
             raise UserError(f"{where}: {len(scores)} scores for {n} responses: give one for each")
         for i, score in enumerate(scores):
@@ -131,57 +116,47 @@ class Ranked(Sample):
                 raise UserError(
                     f"{where}, scores[{i}]: {score!r} is no finite number: correct the line"
                 )
-        return further | {"scores": [float(score) for score in scores]}
+        self.scores = [float(score) for score in scores]
 
 
-@dataclasses.dataclass(slots=True)
 class Pair(Prompt):
-    """A row of pairs.jsonl: a conversation (`messages`) and two answers to it.
+    """A row of pairs.jsonl: a conversation (`messages`) and two answers to it, the Responses
+    `chosen` and `rejected`. `unusable` says why a well-formed pair cannot be trained on.
 
-    `chosen` and `rejected` are lists of messages that end with the assistant's answer. What stands
-    before it must be the row's own conversation. `unusable` says why a well-formed pair cannot be
-    trained on.
+    The row's fields `chosen` and `rejected` are lists of messages that end with the assistant's
+    answer. What stands before it is left out, or is the row's own conversation: its `messages`, or
+    one of whose user turns is its `prompt`.
     """
-
-    chosen: Response
-    rejected: Response
-    unusable: str | None
 
     COMPARED = ("chosen", "rejected", "chosen_token_ids", "rejected_token_ids")
 
-    @classmethod
-    def parse(cls, fields: Fields, where: str) -> Self:
-        sides, before = {}, []
-        for side in ("chosen", "rejected"):
-            turns = _turns(field(fields, side, list, where), f"{where}, {side}")
-            if not turns or turns[-1]["role"] != "assistant":
-                raise UserError(f"{where}: {side!r} must end with the assistant's answer")
-            *conversation, answer = turns
-            before.append(conversation)
-            known = fields | {"text": answer["content"]}
-            sides[side] = Response.parse(known, where, prefix=f"{side}_")
-        messages, unusable = cls._conversation(fields, where, *before)
-        if not messages[-1]["content"].strip():
-            unusable = "the prompt is empty"
-        prompt_id = _identify(fields, where)
-        return cls(where, prompt_id, messages, fields, **sides, unusable=unusable)
+    def __init__(self, fields: Fields, where: str):
+        super().__init__(fields, where, may_be_empty=True)
+        (before, self.chosen), (before_rejected, self.rejected) = (
+            self._answer(side) for side in ("chosen", "rejected")
+        )
+        self.unusable: str | None = None
+        if before != before_rejected:
+            self.unusable = "chosen and rejected answer different conversations"
+        elif before and before != self.messages:
+            users = [turn["content"] for turn in before if turn["role"] == "user"]
+            if "messages" in fields or self.prompt not in users or before[-1]["role"] != "user":
+                self.unusable = (
+                    "chosen and rejected answer another conversation than the row's prompt"
+                )
+            else:
+                self.messages = before
+        if not self.prompt.strip():
+            self.unusable = "the prompt is empty"
 
-    @staticmethod
-    def _conversation(fields: Fields, where: str, chosen: list[dict], rejected: list[dict]):
-        """(the conversation that both answers end, why there is none or None).
-
-        The row says it as `messages`, or as `prompt`, which is then a user turn of the conversation
-        before the answers; these may also leave it out.
-        """
-        messages = messages_of(fields, where)
-        if chosen != rejected:
-            return messages, "chosen and rejected answer different conversations"
-        if not chosen or chosen == messages:
-            return messages, None
-        users = [turn["content"] for turn in chosen if turn["role"] == "user"]
-        if "messages" in fields or fields["prompt"] not in users or chosen[-1]["role"] != "user":
-            return messages, "chosen and rejected answer another conversation than the row's prompt"
-        return chosen, None
+    def _answer(self, side: str) -> tuple[list[dict], Response]:
+        """(the messages before a side's answer, the answer)."""
+        turns = _turns(field(self.fields, side, list, self.where), f"{self.where}, {side}")
+        if not turns or turns[-1]["role"] != "assistant":
+            raise UserError(f"{self.where}: {side!r} must end with the assistant's answer")
+        *before, answer = turns
+        fields = self.fields | {"text": answer["content"]}
+        return before, Response.parse(fields, self.where, prefix=f"{side}_")
 
 
 # ---------------------------------------------------------------------- a file of them
@@ -191,15 +166,13 @@ Kind = TypeVar("Kind", bound=Prompt)
 
 
 class RowFile(Generic[Kind]):
-    """A JSONL file whose rows are all checked; holds where they lie, not the rows.
+    """What `read` gives: where the rows lie, not the rows.
 
     ids: the prompt_ids in the file's order. counts: "in", and what was merged. sha256: of the
     file's content. Iterating, and `file[prompt_id]`, read from the file opened at the start.
     """
 
-    def __init__(self, path: str, kind: type[Kind], each: Callable[[Kind], None] | None = None):
-        """each: called with every distinct row of the first pass. Raises UserError with file, line
-        and field."""
+    def __init__(self, path: str, kind: type[Kind], each: Callable[[Kind], None] | None):
         self.path, self._kind = path, kind
         self.counts: Counter[str] = Counter()
         self._file = open_input(path)
@@ -210,7 +183,7 @@ class RowFile(Generic[Kind]):
             content.update(line)
             if (row := self._row(line, number)) is not None:
                 self.counts["in"] += 1
-                if self._is_new(row, offset, number) and each is not None:
+                if self._is_new(row, offset, number) and each:
                     each(row)
             offset += len(line)
         self.sha256 = content.hexdigest()
@@ -241,7 +214,7 @@ class RowFile(Generic[Kind]):
     def _row(self, line: bytes, number: int) -> Kind | None:
         where = f"{self.path}, line {number}"
         fields = decode_line(line, where, first=number == 1)
-        return None if fields is None else self._kind.parse(fields, where)
+        return None if fields is None else self._kind(fields, where)
 
     def _is_new(self, row: Kind, offset: int, number: int) -> bool:
         digest = row.digest()
@@ -258,7 +231,8 @@ class RowFile(Generic[Kind]):
 
 
 def read(path: str, kind: type[Kind], each: Callable[[Kind], None] | None = None) -> RowFile[Kind]:
-    """The rows of a file, all checked. Raises UserError with file, line and field."""
+    """The rows of a file, all checked; `each` is called with every distinct one. Raises UserError
+    with file, line and field."""
     return RowFile(path, kind, each)
 
 
@@ -323,6 +297,12 @@ def field(fields: Fields, name: str, kind: type | tuple[type, ...], where: str):
     return value
 
 
+def check_token_ids(ids: list, name: str, where: str) -> None:
+    """Raise UserError where the list in the field `name` holds anything but token ids."""
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise UserError(f"{where}: field {name!r} must hold token ids only")
+
+
 # ---------------------------------------------------------------------- conversations
 
 
@@ -356,15 +336,6 @@ def prompt_key(fields: Fields, where: str) -> str:
     if "messages" in fields:
         return canonical(messages_of(fields, where))
     return field(fields, "prompt", str, where)
-
-
-def _identify(fields: Fields, where: str) -> str:
-    """The row's prompt_id, put into the row where it has none."""
-    if fields.get("prompt_id") is None:
-        fields["prompt_id"] = text_sha256(prompt_key(fields, where))
-    # Interned: rows are read more than once, and their ids are kept.
-    fields["prompt_id"] = sys.intern(field(fields, "prompt_id", str, where))
-    return fields["prompt_id"]
 
 
 def canonical(messages: list[dict]) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 
 import tyro
@@ -25,43 +26,50 @@ class Stopped(Exception):
     """Stopped by a signal, all work saved: the same command goes on. Exit code 75."""
 
 
+AGAIN = "run the same command again to go on"
 STOPPED_TOGETHER = Stopped("stopped with the other processes, the work is saved")
 
 
 def run_main(main: Callable, args_type: type, argv: list[str] | None = None, several=None) -> int:
     """Parse `args_type` (a dataclass) from the command line, run main(args), give the exit code.
 
-    several: sharding.watch, for a command that several processes do together: it names a process
-    that died, and ends this one with the others.
+    several: sharding.processes, for a command that several processes do together: where one of them
+    fails, the others end with it.
     """
     args = tyro.cli(args_type, args=argv, description=sys.modules[main.__module__].__doc__)
-    code = 1
+    # A signal ends the command at once, except in the loops, which save their work first.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code, text = 0, ""
     try:
-        code = _exit_code(main, args, several)
-    finally:
+        try:
+            main(args)
+        except Stopped as stop:  # in all processes together
+            code, text = 75, f"{stop}: {AGAIN}"
         if several is not None:
-            several.end(code)
+            several.leave()
+    except BaseException as error:
+        code, text = _told(error)
+        if several is not None:
+            several.fail(code, text)
+        if code == 1:
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if text:
+        print(text, file=sys.stderr)
     return code
 
 
-def _exit_code(main: Callable, args, several) -> int:
-    try:
-        main(args)
-    except UserError as error:
-        if several is not None:
-            several.settle()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in REFUSED_BY_DISK:
-            raise
+def _told(error: BaseException) -> tuple[int, str]:
+    """The exit code of a command that an exception ended, and what to say."""
+    if isinstance(error, KeyboardInterrupt):
+        return 75, f"stopped: {AGAIN}"
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    if isinstance(error, OSError) and error.errno in REFUSED_BY_DISK:
         path = f"{error.filename}: " if error.filename else ""
-        print(f"error: {path}{error.strerror}: make room or give another path", file=sys.stderr)
-        return 2
-    except (Stopped, KeyboardInterrupt) as stop:
-        print(f"{str(stop) or 'stopped'}: run the same command again to go on", file=sys.stderr)
-        return 75
-    return 0
+        return 2, f"error: {path}{error.strerror}: make room or give another path"
+    return 1, "".join(traceback.format_exception(error)).rstrip()
 
 
 @contextlib.contextmanager

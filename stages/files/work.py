@@ -12,11 +12,11 @@ import io
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from etils import epath
+from etils import epath, epy
 
 from model import checkpoint, checkpoint_writing
 from sharding import processes
@@ -24,6 +24,9 @@ from sharding.errors import UserError
 from stages.files.lock import lock
 from stages.files.output import Manifest, refuse_other
 from stages.files.paths import is_remote, local_path, write_atomically
+
+with epy.lazy_imports():  # slow: it imports torch where that is installed
+    from tensorboardX import event_file_writer, proto
 
 STATE = re.compile(r"state-(\d+)")
 LOGGED = {"metrics.jsonl": b'{"step": ', "set_aside.jsonl": b'{"file": '}  # and how they begin
@@ -51,42 +54,41 @@ def _refuse_other_run(manifest: Manifest, made: Manifest, path: str, mend: str) 
     refuse_other(manifest, made, path, mend)
 
 
-class Work:
-    """OUT.work and OUT.log of a training, held by a lock.
+@contextlib.contextmanager
+def open_work(
+    out: str, manifest: Manifest, total_steps: int, keep: int, aside: list[dict]
+) -> "Iterator[Work]":
+    """OUT.work and OUT.log of a training, held by a lock. keep: how many saved states stay. aside:
+    rows for OUT.log/set_aside.jsonl.
 
-    with Work(out, manifest, total_steps, keep, aside) as work:
+    with open_work(…) as work:
         begun = work.load_state(shapes)
         …work.log(step, metrics); work.save_state(step, state)…
         work.finish_saving(); …write OUT…; work.done()
     """
+    work = Work(out, total_steps, keep)
+    with contextlib.ExitStack() as held:
+        if processes.is_first():
+            held.enter_context(lock(out))
+            work.begin(manifest, aside)
+            work.open_log(max(work.states(), default=0))
+            held.callback(work.close_log)
+        processes.wait()
+        yield work
 
-    def __init__(self, out: str, manifest: Manifest, total_steps: int, keep: int, aside: list):
-        """keep: how many saved states stay. aside: rows for OUT.log/set_aside.jsonl."""
-        self.out, self.manifest, self.total_steps = out, manifest, total_steps
-        self.keep, self.aside = keep, aside
+
+class Work:
+    """What `open_work` gives."""
+
+    def __init__(self, out: str, total_steps: int, keep: int):
+        self.out, self.total_steps, self.keep = out, total_steps, keep
         self.folder = epath.Path(f"{out}.work")
         self.log_folder = Path(local_path(f"{out}.log"))
         self._remote_log = f"{out}.log" if is_remote(out) else None
         self._finish: Callable[[], None] = lambda: None  # ends the saving in progress
         self._metrics = self._board = None
-        self._held = contextlib.ExitStack()
 
-    def __enter__(self) -> "Work":
-        if processes.is_first():
-            with contextlib.ExitStack() as held:
-                held.enter_context(lock(self.out))
-                self._begin()
-                self._open_log(max(self.states(), default=0))
-                held.callback(self._metrics.close)
-                held.callback(self._board.close)
-                self._held = held.pop_all()
-        processes.wait()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._held.close()
-
-    def _begin(self) -> None:
+    def begin(self, manifest: Manifest, aside: list[dict]) -> None:
         """Refuse what is in the way, then make OUT.work and remove what a cut-off save left."""
         if checkpoint_writing.is_taken(self.out):
             raise UserError(f"{self.out} was finished by another process just now")
@@ -106,26 +108,30 @@ class Work:
                     f"{file} is damaged ({error}): remove {self.folder} to begin anew"
                 ) from None
             if states:
-                _refuse_other_run(self.manifest, made, str(self.folder), f"remove {self.folder}")
+                _refuse_other_run(manifest, made, str(self.folder), f"remove {self.folder}")
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is not of this stage: choose another --out, or move it")
-        self.manifest.write(str(file))
+        manifest.write(str(file))
         for path in self.folder.glob("state-*"):
-            if _step_of(path) not in states:
+            if path not in map(self._state, states):
                 path.rmtree() if path.is_dir() else path.unlink()
         if self._remote_log and states and not self.log_folder.exists():  # of another machine
             _copy(self._remote_log, self.log_folder)
         self.log_folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.aside)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in aside)
         aside_file = self.log_folder / "set_aside.jsonl"
         aside_file.write_text(lines) if lines else aside_file.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------ the states
 
     def states(self) -> list[int]:
-        """The steps whose state is whole, ascending."""
-        whole = filter(checkpoint_writing.is_whole_state, self.folder.glob("state-*"))
-        return sorted(int(step) for path in whole if (step := _step_of(path)) is not None)
+        """The steps whose state is whole, ascending. (A save that was cut off has another name.)"""
+        names = (STATE.fullmatch(path.name) for path in self.folder.glob("state-*"))
+        steps = sorted(int(name[1]) for name in names if name)
+        return [n for n in steps if checkpoint_writing.is_whole_state(self._state(n))]
+
+    def _state(self, step: int) -> epath.Path:
+        return self.folder / f"state-{step}"
 
     def load_state(self, shapes) -> tuple[int, dict] | None:
         """(step, state) of the last whole state; None where there is none. shapes: of the state's
@@ -133,13 +139,13 @@ class Work:
         step = int(processes.from_first(np.array(max(self.states(), default=-1))))
         if step < 0:
             return None
-        return step, checkpoint_writing.load_state(str(self.folder / f"state-{step}"), shapes)
+        return step, checkpoint_writing.load_state(str(self._state(step)), shapes)
 
     def save_state(self, step: int, state: dict) -> None:
         """Begin to save; the next call, or `finish_saving`, waits for its end."""
         self.finish_saving()
         if not processes.from_first(np.array(step in self.states())):
-            self._finish = checkpoint_writing.save_state(str(self.folder / f"state-{step}"), state)
+            self._finish = checkpoint_writing.save_state(str(self._state(step)), state)
 
     def finish_saving(self) -> None:
         """Wait until the state is whole; then the oldest ones go."""
@@ -148,7 +154,7 @@ class Work:
         if processes.is_first():
             self._keep_log()
             for old in self.states()[: -self.keep]:
-                (self.folder / f"state-{old}").rmtree()
+                self._state(old).rmtree()
 
     def done(self) -> None:
         """OUT is whole: nothing more is needed to go on."""
@@ -158,7 +164,7 @@ class Work:
 
     # --------------------------------------------------------------------------- the log
 
-    def _open_log(self, step: int) -> None:
+    def open_log(self, step: int) -> None:
         """Forget the metrics of steps after `step`, which will be made again; the last step's
         evaluation too, since no state is saved after it."""
         file = self.log_folder / "metrics.jsonl"
@@ -173,7 +179,14 @@ class Work:
                 kept.append(line + "\n")
         write_atomically(str(file), "".join(kept))
         self._metrics = open(file, "a")
-        self._board = _Board(self.log_folder / "tensorboard", step)
+        # Not its SummaryWriter, which writes in a thread: when a full disk ends that, the next call
+        # waits for ever.
+        folder = self.log_folder / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._board = event_file_writer.EventsWriter(str(folder / "events"))
+        # TensorBoard forgets what an earlier sitting wrote for steps from `step` on.
+        start = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
+        self._event(step, session_log=start)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write a step's metrics to metrics.jsonl and for TensorBoard."""
@@ -181,7 +194,18 @@ class Work:
             return
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
-        self._board.write(step, values)
+        Value = proto.summary_pb2.Summary.Value
+        scalars = [Value(tag=name, simple_value=x) for name, x in values.items()]
+        self._event(step, summary=proto.summary_pb2.Summary(value=scalars))
+
+    def _event(self, step: int, **content) -> None:
+        event = proto.event_pb2.Event(wall_time=time.time(), step=step, **content)
+        self._board.write_event(event)
+        self._board.flush()
+
+    def close_log(self) -> None:
+        self._metrics.close()
+        self._board.close()
 
     def _keep_log(self) -> None:
         if self._remote_log is not None and self.log_folder.exists():
@@ -204,41 +228,6 @@ def _begins(file: Path, begins: bytes) -> bool:
     return begins.startswith(start)
 
 
-def _step_of(path: epath.Path) -> int | None:
-    """The N of state-N; None of any other name, such as that of a save that was cut off."""
-    match = STATE.fullmatch(path.name)
-    return int(match[1]) if match else None
-
-
-class _Board:
-    """TensorBoard's events. (SummaryWriter writes them in a thread: when a full disk ends it, the
-    next call waits for ever.)"""
-
-    def __init__(self, folder: Path, step: int):
-        """TensorBoard will forget what an earlier sitting wrote for steps from `step` on."""
-        # Slow: it imports torch where that is installed.
-        from tensorboardX import event_file_writer, proto
-
-        self._proto = proto
-        folder.mkdir(exist_ok=True)
-        self._file = event_file_writer.EventsWriter(str(folder / "events"))
-        start = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
-        self._event(step, session_log=start)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        Summary = self._proto.summary_pb2.Summary
-        scalars = [Summary.Value(tag=name, simple_value=x) for name, x in values.items()]
-        self._event(step, summary=Summary(value=scalars))
-        self._file.flush()
-
-    def _event(self, step: int, **content) -> None:
-        event = self._proto.event_pb2.Event(wall_time=time.time(), step=step, **content)
-        self._file.write_event(event)
-
-    def close(self) -> None:
-        self._file.close()
-
-
 def _copy(source: epath.PathLike, target: epath.PathLike) -> None:
     """All files of a folder into another. (An epath's walk loses the gs:// of its paths.)"""
     epath.Path(target).mkdir(parents=True, exist_ok=True)
@@ -250,31 +239,28 @@ def _copy(source: epath.PathLike, target: epath.PathLike) -> None:
             path.copy(to, overwrite=True)
 
 
-def read_array(places: list[str], shape: tuple[int, ...]) -> np.ndarray | None:
-    """The fp32 array of this shape that `keep_array` kept in one of `places`, in all processes;
-    None where there is none."""
+def kept_array(
+    places: list[str], shape: tuple[int, ...], compute: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """The fp32 array of this shape that was kept in one of `places` before, in all processes; else
+    what `compute` gives, which is kept in the first of them that can be written."""
     array = None
     for place in places if processes.is_first() else ():
-        try:
+        with contextlib.suppress(OSError, ValueError, EOFError):  # none, or damaged
             kept = np.load(io.BytesIO(epath.Path(place).read_bytes()), allow_pickle=False)
-        except (OSError, ValueError, EOFError):  # none, or damaged
-            continue
-        if kept.shape == shape and kept.dtype == np.float32:
-            print(f"computed before: {place}")
-            array = kept
-            break
-    if not processes.from_first(np.array(array is not None)):
-        return None
-    return processes.from_first(np.zeros(shape, np.float32) if array is None else array)
-
-
-def keep_array(places: list[str], array: np.ndarray) -> None:
-    """Keep an array in the first of `places` that can be written."""
-    content = io.BytesIO()
+            if kept.shape == shape and kept.dtype == np.float32:
+                print(f"computed before: {place}")
+                array = kept
+                break
+    if processes.from_first(np.array(array is not None)):
+        return processes.from_first(np.zeros(shape, np.float32) if array is None else array)
+    array, content = compute(), io.BytesIO()
     np.save(content, array)
     for place in places if processes.is_first() else ():
         try:
-            return write_atomically(place, content.getvalue())
+            write_atomically(place, content.getvalue())
+            break
         except OSError:
             if place == places[-1]:
                 raise
+    return array

@@ -1,8 +1,7 @@
 import pytest
 import transformers
 
-from model.config import from_hf
-from model.hf_config import to_hf
+from model.config import from_hf, to_hf
 from scripts.bench.shapes import MISTRAL_7B
 from sharding.errors import UserError
 

@@ -13,7 +13,8 @@ import transformers
 from model import decoder, hf, kv_cache
 from model.config import from_hf
 from model.forward import forward
-from sharding.mesh import make_mesh, tree_shardings
+from sharding.mesh import make_mesh
+from tests import tiny
 
 TOLERANCE = 1e-4
 SHAPES = {
@@ -81,14 +82,8 @@ class Pair:
 
 @partial(jax.jit, static_argnames=("config", "dtype", "remat"))
 def full_logits(params, config, tokens_bt, valid_bt=None, **kwargs):
-    positions_bt = allowed_bts = None
-    if valid_bt is not None:
-        positions_bt = jnp.maximum(jnp.cumsum(valid_bt, axis=1) - 1, 0)
-        allowed_bts = valid_bt[:, None, :]
-    hidden_btd = forward(
-        params, config, jnp.asarray(tokens_bt), positions_bt, allowed_bts, **kwargs
-    )
-    return decoder.logits(params, config, hidden_btd)
+    batch = tiny.rows_of_one(tokens_bt, valid_bt)
+    return kv_cache.logits(params, config, forward(params, config, batch, **kwargs))
 
 
 @cache
@@ -158,13 +153,13 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
     prompt_length, steps, lengths_b = 8, 12, np.array([8, 5, 1])
     tokens_bt = random_tokens(3, prompt_length + steps)
     expected = pair.ours(tokens_bt)
-    params = decoder.unstack_layers(jax.tree.map(lambda x: x, pair.params))
+    params = kv_cache.unstack_layers(jax.tree.map(lambda x: x, pair.params))
     prompts_bt = np.where(
         np.arange(prompt_length) < lengths_b[:, None], tokens_bt[:, :prompt_length], 0
     )
     prefill = jax.jit(lambda tokens_bt: kv_cache.prefill(params, pair.config, tokens_bt))
     hidden_btd, kv = prefill(jnp.asarray(prompts_bt))
-    prefilled = np.asarray(decoder.logits(params, pair.config, hidden_btd))
+    prefilled = np.asarray(kv_cache.logits(params, pair.config, hidden_btd))
     cache = [
         (k.at[..., :prompt_length].set(new_k), v.at[:, :, :prompt_length].set(new_v))
         for (k, v), (new_k, new_v) in zip(
@@ -179,13 +174,13 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
         positions_b = lengths_b + step
         fed_b = tokens_bt[np.arange(3), positions_b]
         hidden_bd, cache = decode(cache, jnp.asarray(fed_b), jnp.asarray(positions_b))
-        logits_bv = decoder.logits(params, pair.config, hidden_bd)
+        logits_bv = kv_cache.logits(params, pair.config, hidden_bd)
         assert_close(logits_bv, expected[np.arange(3), positions_b])
 
 
 def test_each_row_writes_one_position_and_the_last_one_for_those_beyond_the_cache():
     pair = make_pair("grouped")
-    params = decoder.unstack_layers(jax.tree.map(lambda x: x, pair.params))
+    params = kv_cache.unstack_layers(jax.tree.map(lambda x: x, pair.params))
     cache = [(k + 1, v + 1) for k, v in kv_cache.empty_cache(pair.config, 2, 4)]
     decode = jax.jit(lambda cache, t, p: kv_cache.decode(params, pair.config, cache, t, p))
     _, after = decode(cache, jnp.array([3, 3]), jnp.array([1, 4]))
@@ -223,7 +218,7 @@ def test_gradients_equal_those_of_torch():
     ours = jax.tree.map(np.asarray, jax.jit(jax.grad(objective))(pair.params))
     for name, slot in hf.slots(pair.config).items():
         reference = grads[name]
-        found = hf.get(ours, pair.config, slot, np.float32)
+        found = slot.to_hf(pair.config, hf.place(ours, slot))
         np.testing.assert_allclose(found, reference, atol=1e-4 * np.abs(reference).max())
 
 
@@ -241,7 +236,7 @@ def test_unstack_layers_gives_each_layer_its_weights_and_empties_the_stack():
     pair = make_pair("grouped")
     stacked = dict(pair.params["layers"])
     given = {**pair.params, "layers": dict(stacked)}
-    unstacked = decoder.unstack_layers(given)
+    unstacked = kv_cache.unstack_layers(given)
     assert given["layers"] == {}
     assert len(unstacked["layers"]) == BASE["num_hidden_layers"]
     for i, layer in enumerate(unstacked["layers"]):
@@ -251,16 +246,12 @@ def test_unstack_layers_gives_each_layer_its_weights_and_empties_the_stack():
 
 
 @pytest.mark.parametrize("name", ["llama"])
-def test_init_abstract_and_logical_axes_describe_the_same_tree(name):
+def test_init_and_abstract_describe_the_same_tree(name):
     pair = make_pair(name)
     params, abstract = decoder.init(pair.config, seed=1), decoder.abstract(pair.config)
-    axes = decoder.logical_axes(pair.config)
     described = jax.tree.map(lambda x: (x.shape, str(x.dtype)), abstract)
     assert jax.tree.map(lambda x: (x.shape, str(x.dtype)), params) == described
     assert jax.tree.map(lambda x: (x.shape, str(x.dtype)), pair.params) == described
-    assert jax.tree.map(lambda x, names: len(names) == x.ndim, abstract, axes) == jax.tree.map(
-        lambda _: True, abstract
-    )
     assert np.std(params["layers"]["gate"]) == pytest.approx(0.2, rel=0.05)
     again = decoder.init(pair.config, seed=1)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, params, again)))
@@ -282,7 +273,7 @@ def test_a_mesh_of_four_devices_gives_the_same_logits(name, sizes):
     valid_bt = np.arange(16) < np.array([[16], [9], [12], [4]])
     expected = pair.ours(tokens_bt, valid_bt)
     mesh = make_mesh(*sizes, devices=jax.devices()[:4])
-    shardings = tree_shardings(mesh, decoder.logical_axes(pair.config), pair.params)
+    shardings = jax.tree.map(lambda x: x.sharding, decoder.abstract(pair.config, mesh))
     placed = jax.device_put(pair.params, shardings)
     if sizes[0] < 4:  # something is really cut
         assert not placed["layers"]["gate"].sharding.is_fully_replicated

@@ -12,12 +12,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model import decoder, generate
+from model import decoder, generate, kv_cache
 from model.forward import forward
 from model.generate import Sampler, Sampling
 from model.logprobs import response_logprobs
 from model.packing import Sequence, pack
-from sharding.mesh import make_mesh, tree_shardings
+from sharding.mesh import make_mesh
 from tests import tiny
 
 RNG = np.random.default_rng(0)
@@ -99,7 +99,7 @@ def test_greedy_answers_are_the_argmax_of_the_full_forward_pass():
         assert len(drawn) == 12
         row = np.zeros((1, 96), np.int32)  # one shape for all: what comes later is not seen
         row[0, : len(prompt) + 12] = prompt + drawn
-        logits = decoder.logits(params, config, forward(params, config, jnp.array(row)))[0]
+        logits = kv_cache.logits(params, config, forward(params, config, tiny.rows_of_one(row)))[0]
         for i, token in enumerate(drawn):
             assert token == int(jnp.argmax(logits[len(prompt) + i - 1]))
 
@@ -146,8 +146,8 @@ def test_answers_are_the_same_on_four_devices():
     config = tiny.config()
     for shape in ((1, 4, 1), (2, 1, 2), (1, 2, 2)):
         mesh = make_mesh(*shape)
-        axes, shapes = decoder.logical_axes(config), decoder.abstract(config)
-        params = jax.device_put(decoder.init(config), tree_shardings(mesh, axes, shapes))
+        shardings = jax.tree.map(lambda x: x.sharding, decoder.abstract(config, mesh))
+        params = jax.device_put(decoder.init(config), shardings)
         with jax.set_mesh(mesh):
             sharded = answers(sampling, prompts=PROMPTS[:3], params=params)
         assert {k: [a.token_ids for a in v] for k, v in sharded.items()} == {

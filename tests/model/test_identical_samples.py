@@ -59,7 +59,7 @@ def test_slots_order_devices_processes_and_kills_change_nothing(tmp_path):
         "4 devices": dict(more=("--slots", "16"), devices=4),
         "4 devices, tensor": dict(more=("--slots", "16", "--mesh", "1", "2", "2"), devices=4),
         "killed": dict(more=("--slots", "4")),
-        "shares": dict(more=("--slots", "8", "--share", "0", "2")),
+        "slices": dict(more=("--slots", "8", "--slice", "0/2")),
     }
     assert start(tmp_path, "base.jsonl", "--slots", "16").wait() == 0
     base = answers(tmp_path / "base.jsonl")
@@ -74,8 +74,11 @@ def test_slots_order_devices_processes_and_kills_change_nothing(tmp_path):
             assert process.wait() == -signal.SIGKILL
             process = start(tmp_path, out, *more)
         assert process.wait() == 0
-        if name == "shares":
-            assert start(tmp_path, out, "--slots", "8", "--share", "1", "2").wait() == 0
+        if name == "slices":
+            parts = [str((tmp_path / out).rename(tmp_path / "0.jsonl")), f"{tmp_path}/1.jsonl"]
+            (tmp_path / f"{out}.manifest.json").rename(tmp_path / "0.jsonl.manifest.json")
+            assert start(tmp_path, "1.jsonl", "--slots", "8", "--slice", "1/2").wait() == 0
+            convert.main(convert.Join(str(tmp_path / out), tuple(parts)))
         found, furthest = answers(tmp_path / out), 0.0
         assert found.keys() == base.keys()
         for prompt_id, responses in found.items():

@@ -13,10 +13,10 @@ import pytest
 import torch
 import transformers
 
-from model import decoder, losses, placement, train
+from model import decoder, losses, train
 from model.logprobs import response_logprobs
 from model.packing import Sequence, pack
-from sharding.mesh import batch_shards, make_mesh, tree_shardings
+from sharding.mesh import batch_shards, make_mesh
 from stages import dpo
 from tests import tiny
 
@@ -34,7 +34,7 @@ def trainer_of(config, mesh, optimization, steps) -> train.Trainer:
     """A DPO trainer in fp32."""
     loss = losses.Loss("sigmoid", 0.1)
     loss = partial(losses.pair_loss, loss=loss, config=config, dtype=jnp.float32)
-    return train.Trainer(loss, optimization, steps, placement.parameters(config, mesh))
+    return train.Trainer(loss, optimization, steps, decoder.abstract(config, mesh))
 
 
 # Each paper's formula in float64, from what `losses.Pairs` holds (c chosen, r rejected; n tokens).
@@ -322,7 +322,7 @@ def test_schedules_are_transformers_schedules(name):
 def test_moments_lie_as_their_parameters_do_and_old_buffers_are_donated(shape):
     config = tiny.config(num_key_value_heads=4)
     mesh = make_mesh(*shape)
-    shardings = tree_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
+    shardings = jax.tree.map(lambda x: x.sharding, decoder.abstract(config, mesh))
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh, OPTIMIZATION, 4)
         params = jax.device_put(decoder.init(config), shardings)

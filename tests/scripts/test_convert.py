@@ -9,6 +9,7 @@ import pytest
 from model import checkpoint
 from scripts import convert
 from stages.files.lock import lock
+from stages.files.output import read_manifest
 from stages.files.paths import file_sha256
 from stages.files.run import run_main
 from tests import tiny
@@ -169,3 +170,18 @@ def test_a_folder_that_is_no_export_is_not_written_into(tmp_path, model, capsys)
         (tmp_path / "D" / "manifest.json").write_text(text)
         assert "is something else" in refused(capsys, "to-hf", model, tmp_path / "D")
     assert [p.name for p in (tmp_path / "D").iterdir()] == ["manifest.json"]
+
+
+def test_rows_of_a_prompts_file_keep_their_fields_and_their_lineage(tmp_path, capsys):
+    rows = [{"prompt": f"p{i}", "kind": "k"} for i in range(5)]
+    source, out = tiny.write_jsonl(tmp_path / "all.jsonl", rows), tmp_path / "some.jsonl"
+    assert command("prompts", source, out, "--first", "1", "--last", "3") == 0
+    taken = tiny.read_jsonl(out)
+    assert [{k: row[k] for k in ("prompt", "kind")} for row in taken] == rows[1:3]
+    made = read_manifest(str(out))
+    assert made.inputs["prompts"] == {"path": source, "sha256": file_sha256(source)}
+    assert made.arguments == {"first": 1, "last": 3} and made.counts == {"in": 2, "out": 2}
+    assert command("prompts", source, out, "--first", "1", "--last", "3") == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert "leave none of its 5" in refused(capsys, "prompts", source, out, "--first", "5")
+    assert "leave none of its 5" in refused(capsys, "prompts", source, out, "--first", "-1")

@@ -12,19 +12,24 @@ from pathlib import Path
 import pytest
 import transformers
 
+from stages.files.output import read_manifest
 from tests import tiny, tiny_pairrm
 
 ROOT = Path(__file__).parents[2]
 ONE_DEVICE = "--xla_force_host_platform_device_count=1"
 RECIPE = """
-start_model()     {{ mkdir -p "$(dirname "$1")"; cp -r {model} "$1"; }}
-train_prompts()   {{ cp {prompts} "$2"; }}
-heldout_prompts() {{ cp {prompts} "$1"; }}
-ITERATIONS=1
-RANKER={reward}:reward
-SAMPLE="--n 3 --max-new-tokens 8 --temperature 1 --slots 8"
-PAIRS="--test-count 1"
-DPO="--learning-rate 1e-3 --batch-size 2 --micro-batch-size 2 --warmup-ratio 0"
+model = "checkpoint:{place}/tiny"
+ranker = "{place}/reward.py:reward"
+iterations = 1
+prompts = "{place}/prompts.jsonl"
+heldout = "{place}/prompts.jsonl"
+sample = {{ n = 3, max_new_tokens = 8, temperature = 1, slots = 8 }}
+pairs = {{ test_count = 1 }}
+dpo = {{ learning_rate = 1e-3, batch_size = 2, micro_batch_size = 2, warmup_ratio = 0 }}
+[from_environment]
+ITERATIONS = "iterations"
+RANKER = "ranker"
+PROMPTS = "prompts.file"
 """
 
 
@@ -35,15 +40,14 @@ def place(tmp_path_factory):
     for name in ("model", "sharding", "stages", "scripts"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     tiny.write_checkpoint(place / "tiny")
-    prompts = tiny.write_jsonl(place / "prompts.jsonl", tiny.PROMPTS)
-    reward = place / "reward.py"
-    reward.write_text("def reward(prompt, responses):\n    return [len(set(r)) for r in responses]")
-    recipe = RECIPE.format(model=place / "tiny", prompts=prompts, reward=reward)
-    (place / "mine.sh").write_text(recipe)
+    tiny.write_jsonl(place / "prompts.jsonl", tiny.PROMPTS)
+    reward = "def reward(prompt, responses):\n    return [len(set(r)) for r in responses]"
+    (place / "reward.py").write_text(reward)
+    (place / "mine.toml").write_text(RECIPE.format(place=place))
     return place
 
 
-def iterate(place, recipe="mine.sh", **environment):
+def iterate(place, recipe="mine.toml", **environment):
     return subprocess.run(
         ["bash", "scripts/iterate.sh", recipe],
         cwd=place,
@@ -74,15 +78,37 @@ def test_the_loop_runs_shows_its_table_exports_and_knows_when_it_is_done(place):
     assert again.returncode == 0 and "is finished already" in again.stdout
     assert "sample" not in again.stdout.splitlines()[0]
     other = iterate(place, LIMIT="3")
-    assert other.returncode == 2 and "other settings" in other.stderr
+    assert other.returncode == 2 and "LIMIT was 0, now it is 3" in other.stderr
+
+
+@pytest.mark.heavy  # two loops: a minute
+def test_a_finished_run_goes_on_with_more_iterations(place):
+    (place / "more.toml").write_text((place / "mine.toml").read_text())
+    first = iterate(place, "more.toml", LIMIT="5")
+    assert first.returncode == 0, first.stderr[-2000:]
+    run = place / "runs" / "more"
+    made = read_manifest(str(run / "iteration_1/prompts.jsonl"))
+    assert made.counts == {"in": 5, "out": 5}  # the lineage reaches the file that LIMIT cut
+    assert made.inputs["prompts"]["path"] == f"{place}/prompts.jsonl"
+    kept = {path: path.read_bytes() for path in run.glob("*/*.jsonl")}
+    exported = (run / "final-hf/model.safetensors").read_bytes()
+
+    with (place / "more.toml").open("a") as recipe:
+        recipe.write("# a comment\n")
+    more = iterate(place, "more.toml", LIMIT="5", ITERATIONS="2")
+    assert more.returncode == 0, more.stderr[-2000:]
+    assert "iteration_2" in (run / "finished").read_text()
+    assert all(path.read_bytes() == before for path, before in kept.items())
+    assert (run / "iteration_1/hf/model.safetensors").read_bytes() == exported
+    assert (run / "final-hf/model.safetensors").read_bytes() != exported
+    fewer = iterate(place, "more.toml", LIMIT="5")
+    assert fewer.returncode == 0 and "is finished already" in fewer.stdout
 
 
 @pytest.mark.heavy  # a second loop: half a minute
 def test_with_pairrm_the_table_has_win_rates_and_no_rewards(place):
     tiny_pairrm.write_pairrm(place / "pairrm")
-    recipe = (place / "mine.sh").read_text()
-    (place / "pairwise.sh").write_text(recipe + f"RANKER={place / 'pairrm'}\n")
-    done = iterate(place, "pairwise.sh")
+    done = iterate(place, NAME="pairwise", RANKER=str(place / "pairrm"))
     assert done.returncode == 0, done.stderr[-2000:]
     table = done.stdout[done.stdout.rindex("\nmodel ") :].splitlines()
     assert "reward" not in table[1]
@@ -92,12 +118,12 @@ def test_with_pairrm_the_table_has_win_rates_and_no_rewards(place):
     assert "both orders agree" in (place / "runs/pairwise/report.html").read_text()
 
 
-def together(place, processes, name, recipe="mine.sh"):
+def together(place, processes, name, **environment):
     """The loop begun by so many processes; their output is kept in place/NAME.ID."""
     coordinator = f"localhost:{tiny.free_port()}"
     return [
         subprocess.Popen(
-            ["bash", "scripts/iterate.sh", recipe],
+            ["bash", "scripts/iterate.sh", "mine.toml"],
             cwd=place,
             start_new_session=True,
             stdout=open(place / f"{name}.{i}", "w"),
@@ -110,6 +136,7 @@ def together(place, processes, name, recipe="mine.sh"):
                 "COORDINATOR": coordinator,
                 "PROCESSES": str(processes),
                 "PROCESS_ID": str(i),
+                **environment,
             },
         )
         for i in range(processes)
@@ -130,7 +157,7 @@ def test_several_processes_run_the_loop_and_go_on_where_one_was_killed(place, pr
     for i in {*range(processes)} - {1}:
         assert running[i].wait(timeout=120) == 75
         said = (place / f"{name}.{i}").read_text()
-        assert "process 1 (" in said and "goes on" in said.splitlines()[-1]
+        assert "process 1 (" in said and said.splitlines()[-1].endswith((" to go on", " goes on"))
     running = together(place, processes, name)
     said = [
         (process.wait(), (place / f"{name}.{i}").read_text()[-2000:])
@@ -150,37 +177,77 @@ def test_several_processes_run_the_loop_and_go_on_where_one_was_killed(place, pr
 
 @pytest.mark.heavy
 def test_where_process_0_fails_alone_the_others_end_as_it_does(place):
-    (place / "bad.sh").write_text((place / "mine.sh").read_text() + "\nPAIRS=--strategy=none\n")
-    running = together(place, 2, "fails", "bad.sh")
+    tiny.write_jsonl(place / "bad.jsonl", [{"prompt": "Why?"}, {"text": "no prompt"}])
+    running = together(place, 2, "fails", PROMPTS=str(place / "bad.jsonl"))
     assert [process.wait(timeout=300) for process in running] == [2, 2]
-    assert "process 0 (" in (place / "fails.1").read_text()
+    assert "bad.jsonl, line 2: field 'prompt' is missing" in (place / "fails.0").read_text()
+    assert "process 0 ended with exit code 2" in (place / "fails.1").read_text()
 
 
-def test_an_unknown_recipe_or_a_bad_number_is_refused(place):
+def test_what_cannot_run_is_refused_in_one_line(place):
     unknown = iterate(place, "nothing")
     assert unknown.returncode == 2 and "no recipe nothing" in unknown.stderr
     bad = iterate(place, SEED="x")
     assert bad.returncode == 2 and "SEED=x" in bad.stderr
     some = iterate(place, COORDINATOR="localhost:1", PROCESSES="2")
     assert some.returncode == 2 and "PROCESS_ID=" in some.stderr
+    assert all(x.stderr.count("\n") == 1 for x in (unknown, bad, some))
+    usage = iterate(place, "--help")
+    assert usage.returncode == 2 and "RECIPE [MACHINE]" in usage.stdout
 
 
-def test_the_published_recipe_asks_for_the_published_settings(place):
-    """The Zephyr recipes' numbers reach the stages' command lines."""
-    script = (
-        'python() { :; }; source scripts/recipes/snorkel-mistral-7b.sh; echo "$SAMPLE $DPO $PAIRS"'
+# ------------------------------------------------------- processes that wait for process 0
+
+
+def part(run: Path, process_id: int, *commands: str, **environment) -> subprocess.Popen:
+    """A process of two whose loop is `commands`, with scripts/together.sh."""
+    script = ["set -euo pipefail", "source scripts/together.sh", *commands]
+    return subprocess.Popen(
+        ["bash", "-c", "\n".join(script)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **{"PATH": os.environ["PATH"], "run": str(run), "COORDINATOR": "localhost:1"},
+            **{"PROCESSES": "2", "PROCESS_ID": str(process_id), **environment},
+        },
     )
-    for year, words in (
-        ("2023", ("--beta 0.1", "linear", "rmsprop", "--epochs 3", "--batch-size 64")),
-        ("2024", ("--beta 0.01", "cosine", "adamw", "--epochs 1", "--batch-size 128")),
-    ):
-        shown = subprocess.run(
-            ["bash", "-c", script],
-            cwd=place,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "ZEPHYR": year},
-        )
-        for word in (*words, "--learning-rate 5e-7", "--max-length 1024", "--n 5"):
-            assert word in shown.stdout
-        assert "--test-count" not in shown.stdout  # with LIMIT it would leave nothing to train on
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    said = process.communicate(timeout=60)[1]
+    return process.returncode, said
+
+
+def test_the_others_wait_for_process_0_and_end_as_it_ends(tmp_path):
+    waits = part(tmp_path, 1, "once $run/done false", "cat $run/made >$run/read")
+    works = part(tmp_path, 0, "once $run/done eval 'sleep 2; echo [$COORDINATOR] >$run/made'")
+    assert end(works) == end(waits) == (0, "")
+    assert (tmp_path / "read").read_text() == "[]\n"  # process 0 was alone meanwhile
+
+    waits = part(tmp_path, 1, "once $run/more false")
+    fails = part(tmp_path, 0, "once $run/more eval 'sleep 1; exit 2'")
+    assert end(fails) == (2, "")
+    assert end(waits) == (2, "process 0 ended with exit code 2: it said why\n")
+
+    waits = part(tmp_path, 1, "once $run/more false")  # an earlier failure is none of this one's
+    works = part(tmp_path, 0, "once $run/more sleep 2")
+    assert end(works) == end(waits) == (0, "")
+
+
+def test_where_process_0_is_killed_the_others_give_up(tmp_path):
+    waits = part(tmp_path, 1, "once $run/done false", PROCESS_TIMEOUT="2")
+    killed = part(tmp_path, 0, "once $run/done sleep 60")
+    while not (tmp_path / ".process_0.alive").exists():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    time.sleep(2)
+    killed.kill()
+    code, said = end(waits)
+    assert code == 75 and "process 0 has shown no sign of life for 3 seconds" in said
+
+
+def test_a_process_that_jax_aborts_since_another_died_can_go_on(tmp_path):
+    code, said = end(part(tmp_path, 1, "exit 134"))
+    assert code == 75 and said.startswith("another process ended: run the same command again")
+    assert end(part(tmp_path, 1, "exit 134", COORDINATOR=""))[0] == 134  # alone: a bug

@@ -1,7 +1,6 @@
-"""The launchers, on a gcloud that works on local folders and an srun that works here; the
-recipes for kinds of machines; what a linter says of every shell file."""
+"""The launchers, on a gcloud that works on local folders and an srun that works here; what a linter
+says of every shell file."""
 
-import math
 import os
 import shutil
 import subprocess
@@ -73,8 +72,8 @@ def tree(tmp_path):
 
 def test_no_shell_file_has_what_a_linter_warns_of():
     scripts = [*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"]
-    # Recipes are sourced by name (SC1090) and read by who sources them (SC2034, SC2154); A= B= is
-    # meant (SC1007), and so is splitting a list of flags (SC2046).
+    # Files that are sourced (SC1090) are read by who sources them (SC2034, SC2154); A= B= is meant
+    # (SC1007), and so is splitting a list of flags (SC2046).
     subprocess.run(
         [
             Path(sys.executable).with_name("shellcheck"),
@@ -88,14 +87,14 @@ def test_no_shell_file_has_what_a_linter_warns_of():
 
 
 @pytest.mark.parametrize(
-    "kind,version,recipe,several",
+    "kind,version,machine,several",
     [
-        ("v5litepod-16", "v2-alpha-tpuv5-lite", "mistral-v5e-16", True),
-        ("v5p-8", "v2-alpha-tpuv5", "mistral-v5p-8", False),
-        ("v6e-8", "v2-alpha-tpuv6e", "mistral-v6e-8", False),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite", "v5e-16", True),
+        ("v5p-8", "v2-alpha-tpuv5", "v5p-8", False),
+        ("v6e-8", "v2-alpha-tpuv6e", "v6e-8", False),
     ],
 )
-def test_a_dry_run_shows_the_commands_for_a_slice(tmp_path, kind, version, recipe, several):
+def test_a_dry_run_shows_the_commands_for_a_slice(tmp_path, kind, version, machine, several):
     cloud = tmp_path / "calls"
     stub(tmp_path / "bin", "gcloud", f"#!/bin/sh\ntouch {cloud}\n")
     shown = script(
@@ -106,17 +105,22 @@ def test_a_dry_run_shows_the_commands_for_a_slice(tmp_path, kind, version, recip
         SHARE="10.0.0.2:/runs",
         SPOT="1",
         LIMIT="64",
+        VARIANT="2024",
+        RANKER="/mnt/runs/PairRM",
+        SLOTS="8",  # which the recipe does not take from the environment
         PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
     )
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     gcloud = "gcloud compute tpus tpu-vm"
     on_all = f"{gcloud} ssh align --worker=all '--command=bash tpu_worker.sh"
-    together = " COORDINATOR=auto" if several else ""
+    name = "snorkel-mistral-7b"
+    settings = f"RUNS=/mnt/runs NAME={name}-2024" + " COORDINATOR=auto" * several
+    settings += " VARIANT=2024 LIMIT=64 RANKER=/mnt/runs/PairRM"
     for line in (
         f"{gcloud} create align --accelerator-type={kind} --version={version} --spot --zone=z",
         f"{on_all} setup 10.0.0.2:/runs' --zone=z",
-        f"{on_all} run {recipe} RUNS=/mnt/runs NAME={recipe}{together} LIMIT=64' --zone=z",
+        f"{on_all} run {settings} {name} {machine}' --zone=z",
         f"{gcloud} ssh align --worker=0 '--command=bash tpu_worker.sh log' --zone=z",
     ):
         assert line in lines
@@ -131,6 +135,7 @@ def test_a_dry_run_shows_the_commands_for_a_slice(tmp_path, kind, version, recip
         ((), {"TYPE": "v9-8"}, "TYPE=v9-8"),
         ((), {"SHARE": "gs://bucket"}, "SHARE=gs://bucket"),
         ((), {"TYPE": "v6e-8", "RECIPE": "nothing"}, "RECIPE=nothing"),
+        ((), {"TYPE": "v6e-8", "MACHINE": "v9"}, "MACHINE=v9"),
     ],
 )
 def test_what_cannot_be_launched_is_refused_in_one_line(arguments, environment, said):
@@ -145,7 +150,7 @@ def test_a_slice_is_made_runs_on_every_worker_is_preempted_and_goes_on(tree, tmp
     stub(tmp_path / "bin", "gcloud", GCLOUD)
     runs = "mkdir -p $RUNS/$NAME && cd $RUNS/$NAME && mkdir -p start/checkpoint final-hf"
     (tree / "scripts" / "iterate.sh").write_text(
-        f"{runs}; echo $1 $SEED >>told; echo loop $1; sleep 1"
+        f"{runs}; echo $* $SEED >>told; echo loop $1; sleep 1"
     )
     environment = {
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
@@ -158,11 +163,12 @@ def test_a_slice_is_made_runs_on_every_worker_is_preempted_and_goes_on(tree, tmp
     steps = ("create", "copy", "run", "log", "fetch")
     done = script("tpu_pod.sh", *steps, cwd=tree, **environment)
     assert done.returncode == 0, done.stderr
-    assert "loop mistral-v5p-8" in done.stdout
+    assert "loop snorkel-mistral-7b" in done.stdout
+    name = "snorkel-mistral-7b-seed7"
     for worker in (0, 1):
-        told = cloud / f"worker-{worker}" / "align" / "runs" / "mistral-v5p-8" / "told"
-        assert told.read_text() == "mistral-v5p-8 7\n"
-    fetched = tree / "runs" / "mistral-v5p-8"
+        told = cloud / f"worker-{worker}" / "align" / "runs" / name / "told"
+        assert told.read_text() == "snorkel-mistral-7b v5p-8 7\n"
+    fetched = tree / "runs" / name
     assert sorted(p.name for p in fetched.rglob("*")) == ["final-hf", "start", "told"]
 
     # While a run goes on, nothing of it is touched, and its exit code comes back.
@@ -191,7 +197,7 @@ def test_a_slice_is_made_runs_on_every_worker_is_preempted_and_goes_on(tree, tmp
 
 def test_a_slurm_job_saves_at_its_time_limit_and_goes_back_into_the_queue(tree, tmp_path):
     (tree / "scripts" / "iterate.sh").write_text(
-        "trap 'kill $!; exit 75' TERM; echo $1 $COORDINATOR $PROCESSES $PROCESS_ID"
+        "trap 'kill $!; exit 75' TERM; echo $* $COORDINATOR $PROCESSES $PROCESS_ID"
         " ${SLURM_LOCALID:-none}; echo >started; sleep 30 & wait"
     )
     bin_ = tmp_path / "bin"
@@ -207,7 +213,7 @@ def test_a_slurm_job_saves_at_its_time_limit_and_goes_back_into_the_queue(tree, 
         "SLURM_JOB_NODELIST": "node[3-4]",
     }
     job = subprocess.Popen(
-        ["bash", ROOT / "scripts" / "slurm.sh", "mine"],
+        ["bash", ROOT / "scripts" / "slurm.sh", "mine.toml", "a"],
         stdout=subprocess.PIPE,
         env=os.environ | environment,
         text=True,
@@ -217,7 +223,7 @@ def test_a_slurm_job_saves_at_its_time_limit_and_goes_back_into_the_queue(tree, 
     job.send_signal(subprocess.signal.SIGUSR1)
     shown = job.communicate(timeout=60)[0]
     assert job.returncode == 75
-    assert shown.splitlines()[0] == "mine node3:23456 2 1 none"
+    assert shown.splitlines()[0] == "mine.toml a node3:23456 2 1 none"
     assert (tmp_path / "told").read_text().splitlines() == [
         "show hostnames node[3-4]",
         "--signal=TERM 123456.0",
@@ -230,63 +236,16 @@ def test_a_slurm_script_outside_a_job_is_refused():
     assert refused.returncode == 2 and "sbatch scripts/slurm.sh" in refused.stderr
 
 
-@pytest.mark.parametrize(
-    "name,plan,devices",
-    [
-        ("mistral-v5e-16", "v5e:4x4", 16),
-        ("mistral-v5p-8", "v5p:2x2x1", 4),
-        ("mistral-v6e-8", "v6e:2x4", 8),
-        ("mistral-gpu-8x80gb", "h100:8", 8),
-        ("mistral-gpu-141gb", "h200:1", 1),
-    ],
-)
-def test_a_recipe_for_a_machine_is_the_published_one_on_that_machine(name, plan, devices):
-    from tyro import cli
-
-    from stages import dpo, sample
-
-    def settings(recipe, *names):
-        read = f'set -euo pipefail; source scripts/recipes/{recipe}.sh; printf "%s\\n" "$PLAN" '
-        read += " ".join(f'"$(echo ${name})"' for name in names)
-        shown = subprocess.run(
-            ["bash", "-c", f"PLAN=; {read}"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        return shown.stdout.splitlines()
-
-    def parsed(recipe):
-        first, *flags = settings(recipe, "SAMPLE", "DPO")
-        some = [["--checkpoint=c", "--out=o"] + text.split() for text in flags]
-        return (
-            first,
-            cli(sample.Args, args=some[0] + ["--prompts=p"]),
-            cli(dpo.Args, args=some[1] + ["--pairs=p"]),
-        )
-
-    first, sampling, training = parsed(name)
-    _, published_sampling, published_training = parsed("snorkel-mistral-7b")
-    assert first == plan
-    for ours, theirs, how in (
-        (sampling, published_sampling, ("mesh", "slots")),
-        (training, published_training, ("mesh", "micro_batch_size", "remat")),
-    ):
-        for field in how:
-            setattr(theirs, field, getattr(ours, field))
-        assert ours == theirs
-    # The meshes cover the devices, the batches the parts in which a mesh cuts them.
-    for mesh in (sampling.mesh, training.mesh):
-        product = math.prod(n for n in mesh if n != -1)
-        assert product == devices or (-1 in mesh and devices % product == 0)
-    assert sampling.slots % devices == 0 and training.micro_batch_size % devices == 0
-    assert training.batch_size % training.micro_batch_size == 0
-
-
-def test_adamw_on_one_gpu_is_refused_with_the_reason():
-    source = "source scripts/recipes/mistral-gpu-141gb.sh"
-    refused = subprocess.run(
-        ["bash", "-c", source],
-        cwd=ROOT,
+def test_a_slurm_job_whose_process_was_aborted_can_go_on(tree, tmp_path):
+    (tree / "scripts" / "iterate.sh").write_text("echo $*; exit 134")
+    stub(tmp_path / "bin", "srun", '#!/bin/bash\nshift 2\nexec "$@"\n')
+    job = subprocess.run(
+        ["bash", ROOT / "scripts" / "slurm.sh"],
         capture_output=True,
         text=True,
-        env=os.environ | {"ZEPHYR": "2024"},
+        env=os.environ
+        | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": sys.executable}
+        | {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tree), "SLURM_JOB_NUM_NODES": "1"},
     )
-    assert refused.returncode == 2 and "159 GB" in refused.stderr
+    assert (job.returncode, job.stdout) == (75, "snorkel-mistral-7b gpu-8x80gb\n")
+    assert "the same job again" in job.stderr

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from model.config import from_hf
 from scripts.plan import __main__ as command
 from scripts.plan import compile as compiler
-from scripts.plan import count, reports, schedule, slices
+from scripts.plan import count, schedule, slices
 from sharding import chips
 from sharding.errors import UserError
 from stages.files.output import Manifest

@@ -225,12 +225,15 @@ def test_a_shell_recipe_is_refused_and_translated(own, tmp_path):
         'SAMPLE="--n 3 --shardings"\nHELDOUT_SAMPLE="--n 1"\nKL="--prompts 4"\n'
     )
     assert "from_shell.sh mine.sh" in refusal("mine.sh")
-    shown = subprocess.run(
-        ["bash", ROOT / "scripts" / "from_shell.sh", "mine.sh"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    for script in ("from_shell.sh", "iterate.sh"):
+        refused = subprocess.run(
+            ["bash", ROOT / "scripts" / script, tmp_path / "mine.sh"],
+            capture_output=True,
+            text=True,
+        )
+        assert refused.returncode == 2 and "recipes are TOML files now" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    shown = refused.stdout
     assert "from-gguf small" in shown and "head -n 9 mine.jsonl" in shown
     Path("mine.toml").write_text(shown.replace('file = ""', 'file = "prompts.jsonl"'))
     recipe = recipes.read("mine.toml", environ={})

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model import decoder, generate, losses, placement, train
+from model import decoder, generate, losses, train
 from model.packing import Sequence, pack
 from sharding.mesh import batch_shards, make_mesh, put_batch, replicated
 from tests import tiny
@@ -104,7 +104,7 @@ def _has_moments(x) -> bool:
 
 def check_training(check: Check) -> None:
     mesh = check.mesh
-    shapes = placement.parameters(CONFIG, mesh)
+    shapes = decoder.abstract(CONFIG, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     sequences = [Sequence([3] * 5, [[4] * n, [5] * 4]) for n in range(1, 9)]
     batch = put_batch(mesh, pack(sequences, batch_shards(mesh)))
@@ -141,7 +141,7 @@ def check_training(check: Check) -> None:
 
 def check_sampling(check: Check) -> None:
     sampling = generate.Sampling(n=4, max_new_tokens=4, temperature=1.0)
-    params = placement.parameters(CONFIG, check.mesh)
+    params = decoder.abstract(CONFIG, check.mesh)
     params = jax.device_put(decoder.init(CONFIG), jax.tree.map(lambda x: x.sharding, params))
     sampler = generate.Sampler(CONFIG, params, str, sampling, slots=8, longest_prompt=4)
     check.layers("sampler", sampler.params)

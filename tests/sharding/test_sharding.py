@@ -5,14 +5,15 @@ import subprocess
 import sys
 
 import pytest
+from jax.sharding import AbstractMesh
 
-from model import generate, placement, train
+from model import decoder, generate, train
 from model.config import DecoderConfig
 from model.packing import Sequence, pack
+from scripts.bench.shapes import MISTRAL_7B
 from sharding import table
-from sharding.mesh import abstract_mesh, batch_shards, decoding_sizes, training_sizes
+from sharding.mesh import MESH_AXES, batch_shards, decoding_sizes, training_sizes
 from tests import tiny
-from tests.model.test_tpu import MISTRAL_7B
 
 
 @pytest.mark.parametrize(
@@ -34,10 +35,10 @@ def test_everything_lies_where_it_should_on_eight_devices(meshes):
 
 
 def test_the_table_of_a_mistral_7b_training_on_four_chips():
-    mesh = abstract_mesh((1, 4, 1))
+    mesh = AbstractMesh((1, 4, 1), MESH_AXES)
     optimization = train.Optimization(5e-7, "linear", 0.1, "adamw", 0.0, 1.0)
     batch = pack([Sequence([3] * 8, [[4] * 8, [5] * 8])] * 4, batch_shards(mesh))
-    sections = train.arrays_held(optimization, placement.parameters(MISTRAL_7B, mesh), batch)
+    sections = train.arrays_held(optimization, decoder.abstract(MISTRAL_7B, mesh), batch)
     count, norms = 7_241_732_096, 65 * 4096
     a_device = 4 * ((count - norms) // 4 + norms)
     for title, times, counters in (
@@ -59,7 +60,7 @@ def test_the_table_of_a_mistral_7b_training_on_four_chips():
 
 def test_the_table_of_a_sampling_counts_the_cache_and_its_copies():
     config = tiny.config(num_attention_heads=6, num_key_value_heads=3)
-    mesh = abstract_mesh((1, 2, 2))  # 3 key heads over 2 devices stay whole
+    mesh = AbstractMesh((1, 2, 2), MESH_AXES)  # 3 key heads over 2 devices stay whole
     sections = generate.arrays_held(config, mesh, slots=4, length=64, dtype="bfloat16")
     (keys, values) = table.rows(sections["cache"])
     for row in (keys, values):

@@ -609,7 +609,7 @@ def talk(*texts: str, system: str | None = None) -> list[dict]:
     ],
 )
 def test_both_answers_of_a_pair_end_one_conversation(prompt, chosen, rejected, conversation):
-    pair = rows.Pair.parse({"prompt": prompt, "chosen": chosen, "rejected": rejected}, "here")
+    pair = rows.Pair({"prompt": prompt, "chosen": chosen, "rejected": rejected}, "here")
     assert pair.unusable is None and pair.messages == conversation
     assert (pair.chosen.text, pair.rejected.text) == ("a", "b")
 
@@ -627,7 +627,7 @@ def test_both_answers_of_a_pair_end_one_conversation(prompt, chosen, rejected, c
 )
 def test_a_pair_of_two_conversations_is_unusable(fields, reason):
     row = {"prompt": "hi", "chosen": talk("hi", "a"), "rejected": talk("hi", "b")} | fields
-    assert reason in rows.Pair.parse(row, "here").unusable
+    assert reason in rows.Pair(row, "here").unusable
 
 
 @pytest.mark.parametrize(
@@ -644,7 +644,7 @@ def test_a_pair_of_two_conversations_is_unusable(fields, reason):
 )
 def test_a_malformed_side_of_a_pair_is_named(chosen, message):
     with pytest.raises(UserError, match=f"^here.*{message}"):
-        rows.Pair.parse({"prompt": "hi", "chosen": chosen, "rejected": talk("hi", "b")}, "here")
+        rows.Pair({"prompt": "hi", "chosen": chosen, "rejected": talk("hi", "b")}, "here")
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
@@ -697,7 +697,7 @@ def test_overwriting_a_file_of_this_very_run_leaves_it_and_an_edited_one_is_made
 
 
 def test_the_turn_that_is_answered_is_what_a_reward_function_sees():
-    row = rows.Prompt.parse({"prompt": "first", "messages": talk("first", "a", "second")}, "here")
+    row = rows.Prompt({"prompt": "first", "messages": talk("first", "a", "second")}, "here")
     assert row.prompt == "second"
 
 
@@ -715,4 +715,4 @@ def test_pairs_of_other_token_ids_are_not_merged(tmp_path):
 
 def test_a_pair_of_an_empty_prompt_is_unusable():
     row = {"prompt": " ", "chosen": talk(" ", "a"), "rejected": talk(" ", "b")}
-    assert rows.Pair.parse(row, "here").unusable == "the prompt is empty"
+    assert rows.Pair(row, "here").unusable == "the prompt is empty"

@@ -231,8 +231,8 @@ def test_prompts_alone(tmp_path):
     write(tmp_path / "d", [{"prompt": "a"}])
     with pytest.raises(UserError, match="exists from other arguments"):
         formats.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"))
-    formats.read_prompts_dataset(folder, str(tmp_path / "p.jsonl"), overwrite=True)
-    assert read(tmp_path / "p.jsonl")[0]["prompt_id"] == text_sha256("a")
+    formats.read_prompts_dataset(folder, str(tmp_path / "other.jsonl"))
+    assert read(tmp_path / "other.jsonl")[0]["prompt_id"] == text_sha256("a")
 
 
 def test_a_stopped_reading_goes_on_to_the_same_bytes(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def out(tmp_path) -> Path:
 
 def make_pair(source: dict, strategy: str):
     args = pairs.Args(ranked="", out="", strategy=strategy)
-    return pairs.make_pair(Ranked.parse(source, "here"), args)
+    return pairs.make_pair(Ranked(source, "here"), args)
 
 
 def pick(scores: list, texts: list[str] | None = None, strategy: str = "max-min"):

@@ -1,4 +1,4 @@
-"""stages.sample through its command line: resuming, shares, and the caller's mistakes."""
+"""stages.sample through its command line: resuming, slices, and the caller's mistakes."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from scripts import convert
 from stages import sample
 from stages.files.output import Output, read_manifest
 from stages.files.run import run_main
@@ -60,29 +61,84 @@ def test_a_prompt_longer_than_the_context_is_set_aside_and_counted(base, tmp_pat
     assert aside["reason"] == "prompt longer than 244 tokens"
 
 
-def test_shares_make_the_same_file_as_one_process(base, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def sliced(base, tmp_path_factory):
+    """A folder with samples of three slices, 0.jsonl to 2.jsonl, and of all prompts, whole.jsonl.
+    One prompt is too long, one stands twice."""
+    folder = tmp_path_factory.mktemp("sliced")
     rows = [*tiny.PROMPTS[:5], {"prompt": "x" * 400}, tiny.PROMPTS[0], tiny.PROMPTS[6]]
-    prompts = tiny.write_jsonl(tmp_path / "p.jsonl", rows)
-    assert run_sample(base, prompts=prompts, out=tmp_path / "whole.jsonl") == 0
-    out = tmp_path / "s.jsonl"
-    for share in (2, 0, 1):
-        assert not out.exists()
-        assert run_sample(base, "--share", str(share), "3", prompts=prompts, out=out) == 0
-        said = capsys.readouterr().out
-        assert ("waits for share" in said) == (share != 1)
+    prompts = tiny.write_jsonl(folder / "p.jsonl", rows)
+    assert run_sample(base, prompts=prompts, out=folder / "whole.jsonl") == 0
+    for i in (2, 0, 1):
+        out = folder / f"{i}.jsonl"
+        assert run_sample(base, "--slice", f"{i}/3", prompts=prompts, out=out) == 0
+    return folder
+
+
+def join(*paths) -> int:
+    return run_main(convert.main, convert.Command, ["join", *map(str, paths)])
+
+
+def test_slices_that_are_joined_are_the_file_of_one_run(sliced, tmp_path, capsys):
+    out, parts = tmp_path / "s.jsonl", [sliced / f"{i}.jsonl" for i in range(3)]
+    assert [len(tiny.read_jsonl(part)) for part in parts] == [3, 2, 1]
+    assert read_manifest(str(parts[0])).arguments["slice"] == "0/3"
+    assert join(out, *parts[::-1]) == 0
     for end in ("", ".set_aside.jsonl"):
-        shared, whole = (tiny.read_jsonl(f"{p}{end}") for p in (out, tmp_path / "whole.jsonl"))
-        for one, other in zip(shared, whole, strict=True):
+        joined, whole = (tiny.read_jsonl(f"{p}{end}") for p in (out, sliced / "whole.jsonl"))
+        for one, other in zip(joined, whole, strict=True):
             for a, b in zip(one.pop("responses", []), other.pop("responses", []), strict=True):
                 assert a.pop("logprob") == pytest.approx(b.pop("logprob"), abs=1e-4)
                 assert a == b
             assert one == other
-    counts = read_manifest(str(out)).counts
-    assert counts == read_manifest(str(tmp_path / "whole.jsonl")).counts
-    assert counts["in"] == 8 and counts["out"] == 6
-    assert not list(tmp_path.glob("*share*")) and not list(tmp_path.glob("*partial*"))
-    assert run_sample(base, "--share", "1", "3", prompts=prompts, out=out) == 0
+    ours, theirs = read_manifest(str(out)), read_manifest(str(sliced / "whole.jsonl"))
+    assert ours.key() == theirs.key() and ours.inputs == theirs.inputs
+    assert ours.counts == theirs.counts and (ours.counts["in"], ours.counts["out"]) == (8, 6)
+    assert ours.results.keys() == theirs.results.keys()
+    assert ours.results["last_sitting"]["tokens"] == theirs.results["last_sitting"]["tokens"]
+    assert not list(tmp_path.glob("*partial*"))
+    capsys.readouterr()
+    assert join(out, *parts) == 0
     assert "finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "parts,word",
+    [
+        (("0", "1"), "all 3 slices"),
+        (("0", "1", "1"), "twice"),
+        (("0", "1", "gone"), "gone.jsonl"),
+        (("0", "1", "whole"), "no slice"),
+        (("0", "1", "half"), "not finished"),
+        (("0", "1", "edited"), "changed"),
+        (("0", "1", "other"), "seed 1"),
+        (("0", "1", "4th"), "slice 2/4"),
+        ((), "PART"),
+    ],
+)
+def test_what_makes_no_whole_is_not_joined(base, sliced, tmp_path, capsys, parts, word):
+    def change(name, **manifest):
+        file = sliced / "2.jsonl.manifest.json"
+        (tmp_path / f"{name}.jsonl").write_bytes((sliced / "2.jsonl").read_bytes())
+        content = json.loads(file.read_text())
+        content["arguments"] |= manifest
+        (tmp_path / f"{name}.jsonl.manifest.json").write_text(json.dumps(content))
+        return tmp_path / f"{name}.jsonl"
+
+    with change("edited").open("a") as file:
+        file.write("{}\n")
+    change("other", seed=1), change("4th", slice="2/4")
+    change("half").rename(tmp_path / "half.jsonl.partial")
+    folders = [
+        tmp_path if (tmp_path / f"{p}.jsonl.manifest.json").exists() else sliced for p in parts
+    ]
+    paths = [folder / f"{part}.jsonl" for folder, part in zip(folders, parts)]
+    refused(capsys, join(tmp_path / "s.jsonl", *paths), word)
+    assert not (tmp_path / "s.jsonl").exists()
+    taken = tmp_path / "taken.jsonl"
+    taken.write_text("mine")
+    refused(capsys, join(taken, *(sliced / f"{i}.jsonl" for i in range(3))), "taken.jsonl")
+    assert taken.read_text() == "mine"
 
 
 def test_the_cache_memory_decides_the_slots(base, tmp_path, capsys):
@@ -130,7 +186,8 @@ def test_sizes_are_read_with_their_units(text, size):
         (["--slots", "0"], "slots"),
         (["--mesh", "3", "1", "1"], "mesh"),
         (["--cache-memory", "1GiB"], "twice"),
-        (["--share", "3", "3"], "--share"),
+        (["--slice", "3/3"], "--slice"),
+        (["--slice", "1"], "--slice"),
         (["--min-p", "1"], "min_p"),
     ],
 )

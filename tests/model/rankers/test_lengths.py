@@ -93,7 +93,7 @@ def test_without_token_ids_there_are_characters_alone_and_without_pairs_no_gap(c
 def pick(scores: list, sizes: list, penalty: float, strategy: str = "max-min"):
     row = {"prompt": "p", "responses": answers(*sizes), "scores": scores}
     args = pairs.Args("in", "out", strategy=strategy, length_penalty=penalty)
-    return pairs.choose(Ranked.parse(row, "here"), args)
+    return pairs.choose(Ranked(row, "here"), args)
 
 
 @pytest.mark.parametrize(

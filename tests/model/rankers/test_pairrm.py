@@ -17,6 +17,7 @@ from model.rankers.deberta import from_hf as deberta_from_hf
 from model.rankers.pairrm import MARKERS, PairRM, open_folder
 from scripts.random_pairrm import LARGE, encoder_config
 from sharding.errors import UserError
+from sharding.mesh import make_mesh
 from tests import tiny_pairrm
 
 ODD = [
@@ -26,6 +27,9 @@ ODD = [
     ("word " * 1500, ["short", "long answer " * 300, "long answer " * 301]),  # beyond 1,224 tokens
     ("Short?", ["a b c " * 700, "x y " * 900]),  # beyond the answers' budget
 ]
+
+
+ONE = make_mesh(devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,7 @@ def test_hidden_states_equal_transformers_at_any_length_padded_or_not(tmp_path, 
             expected = theirs(torch.tensor(ids), torch.tensor(mask.astype(np.int64)))[0].numpy()
         read = np.stack([np.zeros(2), lengths // 2, lengths - 1], 1).astype(np.int32)
         found = deberta.encode(
-            model.copies[0]["encoder"],
+            model.params["encoder"],
             model.config.encoder,
             jnp.asarray(ids, jnp.int32),
             jnp.asarray(lengths, jnp.int32),
@@ -146,7 +150,7 @@ def test_the_encoder_with_that_kernel_gives_the_same_hidden_states(tiny, monkeyp
     tokens = np.random.default_rng(0).integers(4, 700, (2, 128))
     given = [jnp.asarray(x, jnp.int32) for x in (tokens, [128, 70], [[0, 5, 69]] * 2)]
     found, expected = (
-        deberta.encode(model.copies[0]["encoder"], model.config.encoder, *given, kernel=kernel)
+        deberta.encode(model.params["encoder"], model.config.encoder, *given, kernel=kernel)
         for kernel in (True, False)
     )
     assert len(calls) == 2  # a program for the last layer, and one for all others
@@ -244,28 +248,27 @@ def test_a_logit_depends_on_its_own_texts_alone(both):
 
 
 def test_all_devices_compute_and_the_logits_are_those_of_one(both, tiny, monkeypatch):
-    ours, devices = both[0], jax.local_devices()
-    model = PairRM(str(tiny), devices=devices)
-    assert (len(ours.devices), len(devices)) == (1, 4)
-    whole, used = pairrm.compare, []
+    one, whole, cuts = PairRM(str(tiny), mesh=ONE), pairrm.compare, []
+    ours = both[0]
+    assert (ours.mesh.size, one.mesh.size) == (4, 1)
 
-    def compare(params, config, *arrays, **flags):
-        places = {x.device for x in (*jax.tree.leaves(params), *arrays)}
-        used.append(*places)  # of one call all in one place
-        return whole(params, config, *arrays, **flags)
+    def compare(params, config, **arrays):
+        for x in (arrays["tokens_bt"], arrays["lengths_b"], arrays["markers_br"]):
+            cuts.append({shard.data.shape[0] / len(x) for shard in x.addressable_shards})
+        assert all(x.is_fully_replicated for x in jax.tree.leaves(params))
+        return whole(params, config, **arrays)
 
-    monkeypatch.setattr(pairrm, "compare", compare)
-    encoded = [model.encode(source, answers) for source, answers in ODD]
     asked = [
         (e, i, j)
-        for e in encoded
+        for e in (ours.encode(source, answers) for source, answers in ODD)
         for i in range(len(e.candidates))
         for j in range(len(e.candidates))
         if i != j
     ]
-    found = model.logits(asked * 4)
-    assert set(used) == set(devices)
-    np.testing.assert_allclose(found, ours.logits(asked) * 4, atol=1e-5)
+    expected = one.logits(asked)
+    monkeypatch.setattr(pairrm, "compare", compare)
+    np.testing.assert_allclose(ours.logits(asked * 4), expected * 4, rtol=0, atol=1e-5)
+    assert cuts and all(cut == {1 / 4} for cut in cuts)
 
 
 def test_a_stop_between_batches_does_not_wait_for_all_of_them(tiny, monkeypatch):
@@ -282,15 +285,18 @@ def test_a_stop_between_batches_does_not_wait_for_all_of_them(tiny, monkeypatch)
     assert len(computed) < 100
 
 
-def test_batches_hold_every_comparison_once_and_no_row_of_padding(both):
-    ours = both[0]
-    encoded = [ours.encode(source, answers) for source, answers in ODD]
-    asked = [(e, i, j) for e in encoded for i in range(2) for j in range(2) if i != j]
-    batches = list(ours.batches(asked))
-    assert sorted(i for batch, _ in batches for i in batch) == list(range(len(asked)))
-    for batch, (tokens, lengths, _) in batches:
-        assert len(batch) == len(tokens)
-        assert (lengths > tokens.shape[1] - 32).all()
+def test_batches_hold_every_comparison_once_and_few_rows_of_padding(tiny, both):
+    for model in (PairRM(str(tiny), mesh=ONE), both[0]):
+        encoded = [model.encode(source, answers) for source, answers in ODD]
+        asked = [(e, i, j) for e in encoded for i in range(2) for j in range(2) if i != j]
+        batches = list(model.batches(asked))
+        assert sorted(i for batch, _ in batches for i in batch) == list(range(len(asked)))
+        for batch, arrays in batches:
+            rows, length = arrays["tokens_bt"].shape
+            assert rows % model.mesh.size == 0 and rows - len(batch) < model.mesh.size
+            assert arrays["lengths_b"].max() > length - 32
+        lengths = [x for _, arrays in batches for x in arrays["lengths_b"]]
+        assert lengths == sorted(lengths, reverse=True) or model.mesh.size > 1
 
 
 def test_on_an_accelerator_each_length_is_one_shape(tiny, both):
@@ -298,7 +304,7 @@ def test_on_an_accelerator_each_length_is_one_shape(tiny, both):
     model._on_cpu = False
     encoded = [model.encode(source, answers) for source, answers in ODD]
     asked = [(e, i, j) for e in encoded for i in range(2) for j in range(2) if i != j]
-    shapes = [arrays[0].shape for _, arrays in model.batches(asked)]
+    shapes = [arrays["tokens_bt"].shape for _, arrays in model.batches(asked)]
     assert len(set(shapes)) == len({length for _, length in shapes}) < len(asked)
     np.testing.assert_allclose(model.logits(asked), both[0].logits(asked), atol=1e-5)
 
@@ -324,7 +330,7 @@ def test_on_an_accelerator_each_length_is_one_shape(tiny, both):
 def test_a_users_text_never_becomes_a_marker(both, text):
     layout = both[0].layout
     encoded = layout.encode(text, [text, f"fine {text}"])
-    tokens, lengths, markers = layout.join([(encoded, 0, 1)], 256)
+    tokens, lengths, markers = layout.join([(encoded, 0, 1)], 256).values()
     ids = tokens[0, : lengths[0]].tolist()
     assert [ids.count(i) for i in layout.marker_ids] == [1, 1, 1, 0]
     assert ids.count(layout.sep_id) == 3

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from model.ahead import ahead
+from model.batches import ahead
 
 
 def test_all_come_in_order_and_no_more_are_made_ahead_than_asked():

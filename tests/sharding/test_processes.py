@@ -1,0 +1,150 @@
+"""How processes of one run end together: real ones, over CPU collectives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sharding.processes import Flags
+from tests.tiny import free_port
+
+# Joins, says so, and does what WHAT says.
+CODE = """
+import os, sys, time
+from sharding import processes
+from sharding.errors import UserError
+from stages.files import run
+
+def main(args: processes.Flags):
+    processes.start(args)
+    print("there", file=sys.stderr, flush=True)
+    what = os.environ["WHAT"]
+    if what == "bug":
+        raise RuntimeError("a bug")
+    if what == "mistake":
+        raise UserError("a mistake")
+    if what == "sleep":
+        time.sleep(100)
+    if what == "stop":
+        with run.stop_signal() as check:
+            while True:
+                processes.all_check(check, run.STOPPED_TOGETHER)
+    processes.wait()
+
+sys.exit(run.run_main(main, processes.Flags, several=processes))
+"""
+
+
+@pytest.fixture
+def begin(monkeypatch):
+    monkeypatch.setenv("PROCESS_TIMEOUT", "40")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    port, running = free_port(), []
+
+    def begin(*what, processes=None):
+        for me, word in enumerate(what):
+            place = f"--coordinator localhost:{port} --processes {processes or len(what)}"
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", CODE, *place.split(), "--process-id", str(me)],
+                    env=os.environ | {"WHAT": word},
+                    text=True,
+                    stderr=subprocess.PIPE,
+                )
+            )
+        return running
+
+    yield begin
+    for process in running:
+        process.kill()
+
+
+def together(processes):
+    for process in processes:
+        while "there" not in (line := process.stderr.readline()):
+            assert line, process.wait()
+    return processes
+
+
+def ends(processes, within: float):
+    """(exit code, what it says last) of each."""
+    start = time.monotonic()
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert time.monotonic() - start < within
+    return [(p.returncode, (text.splitlines() or [""])[-1]) for p, text in zip(processes, said)]
+
+
+def test_one_that_is_killed_is_named_by_all_others(begin):
+    waits, victim, sleeps = together(begin("wait", "sleep", "sleep"))
+    victim.kill()
+    for code, line in ends([waits, sleeps], within=20):
+        assert code == 75
+        assert line.startswith("process 1 (") and "died: run the same command again" in line
+
+
+def test_without_process_0_the_others_end(begin):
+    victim, *others = together(begin("sleep", "wait", "sleep"))
+    victim.kill()
+    assert {code for code, _ in ends(others, within=20)} <= {75, -signal.SIGABRT}
+
+
+def test_one_that_is_silent_is_named_after_the_timeout(begin, monkeypatch):
+    monkeypatch.setenv("PROCESS_TIMEOUT", "4")
+    first, silent, last = together(begin("sleep", "sleep", "wait"))
+    silent.send_signal(signal.SIGSTOP)
+    for code, line in ends([first, last], within=30):
+        assert code == 75
+        assert line.startswith("process 1 (") and "silent for 4 s" in line
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_that_fails_keeps_its_code_and_is_named(begin, place):
+    for what, code, others in (("bug", 1, 75), ("mistake", 2, 2)):
+        words = ["wait", "sleep"]
+        words.insert(place, what)
+        (*all_ends,) = ends(together(begin(*words))[-3:], within=30)
+        mine = all_ends.pop(place)
+        assert mine == (code, "RuntimeError: a bug" if code == 1 else "error: a mistake")
+        for found, line in all_ends:
+            assert found == others
+            assert line.startswith(f"process {place} (") and f"a {what}" in line
+
+
+def test_a_signal_to_one_that_waits_for_the_others_ends_all_at_once(begin):
+    first, waits = together(begin("sleep", "wait"))
+    waits.send_signal(signal.SIGTERM)
+    (code, line), (other, last) = ends([first, waits], within=20)
+    assert code == other == 75
+    assert line.startswith("process 1 (") and "was stopped" in line and "stopped" in last
+
+
+def test_a_signal_ends_one_that_waits_for_the_others_to_come(begin):
+    (alone,) = begin("wait", processes=2)
+    time.sleep(6)
+    alone.send_signal(signal.SIGTERM)
+    ((code, line),) = ends([alone], within=20)
+    assert code == 75 and "stopped" in line
+
+
+def test_a_signal_within_a_loop_stops_all_between_two_steps(begin):
+    processes = together(begin("stop", "stop", "stop"))
+    processes[1].send_signal(signal.SIGTERM)
+    for code, line in ends(processes, within=20):
+        assert code == 75 and "the work is saved: run the same command again" in line
+
+
+def test_flags_and_environment_say_who_this_is(monkeypatch):
+    assert Flags().place() is None
+    monkeypatch.setenv("COORDINATOR", "host:1234")
+    monkeypatch.setenv("PROCESSES", "4")
+    monkeypatch.setenv("PROCESS_ID", "3")
+    assert Flags().place() == ("host:1234", 4, 3)
+    assert Flags(process_id=0).place() == ("host:1234", 4, 0)
+    monkeypatch.setenv("PROCESS_ID", "x")
+    with pytest.raises(ValueError, match="PROCESS_ID is 'x'"):
+        Flags().place()
+    monkeypatch.setenv("COORDINATOR", "auto")
+    assert Flags().place() == "auto"
