@@ -67,11 +67,6 @@ def _state(config: DecoderConfig, seed: int) -> nnx.State:
         return nnx.state(Decoder(config, nnx.Rngs(seed)), nnx.Param)
 
 
-def init(config: DecoderConfig, seed: int = 0) -> Params:
-    """Random fp32 parameters: normal(0, initializer_range), norms at one."""
-    return nnx.to_pure_dict(_state(config, seed))
-
-
 def abstract(config: DecoderConfig, mesh=None, dtype=jnp.float32) -> Params:
     """The parameters' shapes (jax.ShapeDtypeStruct), with their shardings if there is a mesh.
     Nothing is allocated, and the mesh may be one without devices."""

@@ -341,7 +341,8 @@ class Sampler:
         cache = self.state.pop("cache")
         for i, kv in enumerate(prompts_cache):
             cache[i] = _copy_prompts(*cache[i], *kv, starting["slots"], starting["starts"])
-        self.state = self._admit(self.params, self.state, hidden_1td, starting)
+        hidden_gd = _last_hidden(hidden_1td, starting["starts"] + starting["lengths"] - 1)
+        self.state = self._admit(self.params, self.state, hidden_gd, starting)
         self.state["cache"] = cache
 
     # ------------------------------------------------------------ the sizes of the state
@@ -488,10 +489,18 @@ def _copy_prompts(k_bkhs, v_bksh, prompts_k, prompts_v, slots_g, starts_g):
     )
 
 
-def _admit(params, state, hidden_1td, starting, *, config, sampling) -> dict:
-    """The state (without the cache) after the first tokens of the starting answers are drawn."""
-    slots_g, starts_g, lengths_g = (starting[name] for name in ("slots", "starts", "lengths"))
-    logits_gv = kv_cache.logits(params, config, hidden_1td[0, starts_g + lengths_g - 1])
+@jax.jit
+def _last_hidden(hidden_1td, ends_g):
+    """The hidden states of the prompts' last tokens. Apart from `_admit`, which takes seconds to
+    compile and so is compiled once for rows of all lengths."""
+    return hidden_1td[0, ends_g]
+
+
+def _admit(params, state, hidden_gd, starting, *, config, sampling) -> dict:
+    """The state (without the cache) after the first tokens of the starting answers are drawn.
+    hidden_gd: of their prompts' last tokens."""
+    slots_g, lengths_g = starting["slots"], starting["lengths"]
+    logits_gv = kv_cache.logits(params, config, hidden_gd)
     first_g = jnp.zeros_like(slots_g)
     tokens_g, logprobs_g = draw(logits_gv, uniforms(starting["keys"], first_g), sampling)
     active_g = ~_is_eos(tokens_g, config) & (sampling.max_new_tokens > 1)

@@ -25,6 +25,7 @@ text to PairRM's length (truncation_rate); and how scores go with length (score_
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -90,6 +91,8 @@ def main(args: Args) -> None:
     pairwise = is_pairwise(args.ranker)
     options = ranker_options(args, pairwise)
     check_distinct({"--ranker": ranker_path(args.ranker)}, {"--out": args.out})
+    if pairwise and args.place() is None:
+        use_all_cores()
     if options.pop("device", None) == "host":
         jax.config.update("jax_platforms", "cpu")  # before the first device is asked for
     processes.start(args)
@@ -120,6 +123,15 @@ def main(args: Args) -> None:
         results = output.manifest.results
         numbers = [f"{name} {x:.4g}" for name, x in results.items() if not isinstance(x, str)]
         print(", ".join(numbers))
+
+
+def use_all_cores() -> None:
+    """On CPU let JAX make several devices of the cores, where it is not loaded yet: it computes
+    the attention of a batch on one core."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "jax" not in sys.modules and "device_count" not in flags:
+        devices = min(8, os.cpu_count() or 1)
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
 
 
 def is_pairwise(ranker: str) -> bool:

@@ -4,7 +4,9 @@ import json
 import socket
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -76,12 +78,25 @@ def config(**changes) -> DecoderConfig:
     return DecoderConfig(**fields | changes)
 
 
+def params(config: DecoderConfig, seed: int = 0) -> decoder.Params:
+    """Random fp32 parameters: normal(0, initializer_range), norms at one. Drawn by numpy, since JAX
+    would compile a program for each shape."""
+    rng = np.random.default_rng(seed)
+
+    def drawn(path, leaf):
+        if "norm" in jax.tree_util.keystr(path):
+            return jnp.ones(leaf.shape)
+        return jnp.asarray(rng.normal(0, config.initializer_range, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(drawn, decoder.abstract(config))
+
+
 def write_checkpoint(folder: Path, seed: int = 0, **changes) -> str:
     """A random checkpoint with a tokenizer; returns its identity."""
     source = folder.parent / f"{folder.name}-tokenizer"
     write_tokenizer(source)
     c = config(**changes)
-    return checkpoint_writing.save(str(folder), c, decoder.init(c, seed), str(source), {})
+    return checkpoint_writing.save(str(folder), c, params(c, seed), str(source), {})
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:

@@ -22,7 +22,15 @@ from etils import epath, epy
 from sharding.errors import UserError
 from stages.files.lock import lock
 from stages.files.output import Manifest, Output, an_input
-from stages.files.paths import MARK, file_sha256, local_path, naming, publish, text_sha256
+from stages.files.paths import (
+    MARK,
+    file_sha256,
+    local_path,
+    make_folder,
+    naming,
+    publish,
+    text_sha256,
+)
 from stages.files.provenance import provenance
 from stages.files.rows import Fields, Pair, field, json_rows
 from stages.files.run import stop_signal
@@ -59,7 +67,7 @@ def write_split(pairs: str, directory: str, split: str, overwrite: bool = False)
     Parquet's UTF-8 cannot hold, become U+FFFD. Raises UserError.
     """
     path = os.path.join(directory, "data", f"{split}{FILE_END}")
-    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(epath.Path(path).parent)
     with lock(path):
         source = file_sha256(pairs).encode()
         if epath.Path(path).exists() and not overwrite:

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from stages.files.paths import MARK, local_path, try_lock
+from stages.files.paths import MARK, local_path, make_folder, try_lock
 
 
 @contextlib.contextmanager
@@ -15,7 +15,7 @@ def lock(path: str) -> Iterator[None]:
     end; a killed process holds nothing.
     """
     file = f"{local_path(path)}.lock{MARK}"
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    make_folder(os.path.dirname(file) or ".")
     while True:
         opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:

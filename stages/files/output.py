@@ -25,6 +25,7 @@ from stages.files.paths import (
     check_distinct,
     file_sha256,
     local_path,
+    make_folder,
     naming,
     normalised,
     publish,
@@ -175,10 +176,7 @@ class Output:
             output._recognise()
             return output
         for folder in (epath.Path(path).parent, epath.Path(output.partial).parent):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{folder} cannot be made ({error.strerror})") from None
+            make_folder(folder)
         output._begin(overwrite)
         return output
 

@@ -139,6 +139,15 @@ def try_lock(file, path: str) -> None:
         pass  # a file system without locks
 
 
+def make_folder(path: epath.PathLike) -> None:
+    """Make a folder, and those above it. Raises UserError where one cannot be made."""
+    try:
+        epath.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "a file is there" if epath.Path(path).is_file() else error.strerror
+        raise UserError(f"the folder {path} cannot be made ({reason}): give another path") from None
+
+
 def local_path(path: str) -> str:
     """Where the unfinished file of `path` grows: beside it.
 
@@ -149,7 +158,7 @@ def local_path(path: str) -> str:
         return str(path)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.path.join(cache, "iterative-preference-alignment")
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     return os.path.join(folder, f"{text_sha256(str(path))[:16]}-{os.path.basename(path)}")
 
 
@@ -177,7 +186,7 @@ def write_atomically(path: str, content: str | bytes) -> None:
     """Write a whole file, or leave what was there."""
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
-    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(epath.Path(path).parent)
     if is_remote(path):
         epath.Path(path).write_bytes(content)
         return

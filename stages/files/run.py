@@ -18,7 +18,7 @@ from sharding.errors import UserError
 # caller's mistake only where a stage looks for it, and says so there.
 REFUSED_BY_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
 }
 
 

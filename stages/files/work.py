@@ -23,7 +23,7 @@ from sharding import processes
 from sharding.errors import UserError
 from stages.files.lock import lock
 from stages.files.output import Manifest, refuse_other
-from stages.files.paths import is_remote, local_path, write_atomically
+from stages.files.paths import is_remote, local_path, make_folder, write_atomically
 
 with epy.lazy_imports():  # slow: it imports torch where that is installed
     from tensorboardX import event_file_writer, proto
@@ -117,7 +117,7 @@ class Work:
                 path.rmtree() if path.is_dir() else path.unlink()
         if self._remote_log and states and not self.log_folder.exists():  # of another machine
             _copy(self._remote_log, self.log_folder)
-        self.log_folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.log_folder)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in aside)
         aside_file = self.log_folder / "set_aside.jsonl"
         aside_file.write_text(lines) if lines else aside_file.unlink(missing_ok=True)
@@ -182,7 +182,7 @@ class Work:
         # Not its SummaryWriter, which writes in a thread: when a full disk ends that, the next call
         # waits for ever.
         folder = self.log_folder / "tensorboard"
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         self._board = event_file_writer.EventsWriter(str(folder / "events"))
         # TensorBoard forgets what an earlier sitting wrote for steps from `step` on.
         start = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
@@ -230,7 +230,7 @@ def _begins(file: Path, begins: bytes) -> bool:
 
 def _copy(source: epath.PathLike, target: epath.PathLike) -> None:
     """All files of a folder into another. (An epath's walk loses the gs:// of its paths.)"""
-    epath.Path(target).mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     for path in epath.Path(source).iterdir():
         to = epath.Path(target) / path.name
         if path.is_dir():

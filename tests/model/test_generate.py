@@ -33,7 +33,7 @@ def as_text(ids):
 
 def answers(sampling, slots=8, prompts=PROMPTS, seed=0, params=None, **changes):
     config = tiny.config(**changes)
-    params = decoder.init(config, seed) if params is None else params
+    params = tiny.params(config, seed) if params is None else params
     longest = max(len(ids) for _, ids in prompts)
     sampler = Sampler(config, params, as_text, sampling, slots, longest)
     return dict(sampler.run(prompts))
@@ -92,7 +92,7 @@ def test_the_ends_of_the_uniform_range_never_draw_a_filtered_token(uniform):
 
 def test_greedy_answers_are_the_argmax_of_the_full_forward_pass():
     config = tiny.config(eos_token_ids=())
-    params = decoder.init(config)
+    params = tiny.params(config)
     found = answers(Sampling(n=1, temperature=0, max_new_tokens=12), eos_token_ids=())
     for prompt_id, prompt in PROMPTS[:4]:
         drawn = found[prompt_id][0].token_ids
@@ -147,7 +147,7 @@ def test_answers_are_the_same_on_four_devices():
     for shape in ((1, 4, 1), (2, 1, 2), (1, 2, 2)):
         mesh = make_mesh(*shape)
         shardings = jax.tree.map(lambda x: x.sharding, decoder.abstract(config, mesh))
-        params = jax.device_put(decoder.init(config), shardings)
+        params = jax.device_put(tiny.params(config), shardings)
         with jax.set_mesh(mesh):
             sharded = answers(sampling, prompts=PROMPTS[:3], params=params)
         assert {k: [a.token_ids for a in v] for k, v in sharded.items()} == {
@@ -169,7 +169,7 @@ def test_seed_prompt_and_index_each_change_the_draw():
 
 def test_recorded_logprobs_are_what_the_trainer_computes_for_the_same_tokens():
     config, sampling = tiny.config(), Sampling(n=4, temperature=1.0, top_p=0.9, max_new_tokens=40)
-    params = decoder.init(config)
+    params = tiny.params(config)
     reasons = set()
     for prompt_id, found in answers(sampling).items():
         prompt = dict(PROMPTS)[prompt_id]
@@ -193,7 +193,7 @@ def test_finish_reason_tells_how_an_answer_ended():
 def test_of_several_eos_ids_the_one_that_was_drawn_is_told():
     ends = (2, 5, 7, 11)
     config = tiny.config(eos_token_ids=ends)
-    params = decoder.init(config)
+    params = tiny.params(config)
     sampling = Sampling(n=8, temperature=1.5, top_p=1.0, max_new_tokens=60)
     drawn = set()
     for prompt_id, made in answers(sampling, eos_token_ids=ends).items():
@@ -260,6 +260,6 @@ def test_settings_that_make_no_sense_are_refused_by_name(wrong):
 
 def test_a_prompt_that_does_not_fit_the_cache_is_refused():
     config = tiny.config()
-    sampler = Sampler(config, decoder.init(config), as_text, Sampling(), 4, longest_prompt=10)
+    sampler = Sampler(config, tiny.params(config), as_text, Sampling(), 4, longest_prompt=10)
     with pytest.raises(ValueError, match="longest_prompt is 10"):
         list(sampler.run([("p", [5] * 65)]))

@@ -215,7 +215,7 @@ def torch_logprobs(model, sequences):
 @pytest.mark.parametrize("shards", [1, 4])
 def test_packed_logprobs_equal_transformers_on_each_response_alone(alone, shards, monkeypatch):
     config = tiny.config()
-    params = decoder.init(config)
+    params = tiny.params(config)
     rows = sequences((6, 18, 4), (3, 7, 7), (16, 1, 9), (1, 7), (5, 30, 2, 11))
     expected = torch_logprobs(torch_model(config, params), rows).detach().numpy()
     batch = pack(rows, shards, alone)
@@ -229,7 +229,7 @@ def test_packed_logprobs_equal_transformers_on_each_response_alone(alone, shards
 
 def test_packing_keeps_the_sliding_window_of_each_branch():
     config = tiny.config(sliding_window=5)
-    params = decoder.init(config)
+    params = tiny.params(config)
     rows = sequences((9, 12, 8), (4, 10, 13))
     together = response_logprobs(params, config, pack(rows), 4)
     for i, (row, k) in enumerate((row, k) for row in rows for k in (0, 1)):
@@ -243,7 +243,7 @@ def test_packing_keeps_the_sliding_window_of_each_branch():
 def test_training_steps_equal_torchs_optimizer_on_transformers_model(name):
     """Loss, gradient norm and total update of 6 clipped steps, two micro-batches each."""
     config = tiny.config()
-    params = decoder.init(config)
+    params = tiny.params(config)
     optimization = dataclasses.replace(OPTIMIZATION, optimizer=name, schedule="cosine")
     steps, pairs = 6, 4
     batches = [sequences((6, 18, 12), (4, 14, 19)), sequences((5, 7, 17), (3, 12, 6))]
@@ -325,7 +325,7 @@ def test_moments_lie_as_their_parameters_do_and_old_buffers_are_donated(shape):
     shardings = jax.tree.map(lambda x: x.sharding, decoder.abstract(config, mesh))
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh, OPTIMIZATION, 4)
-        params = jax.device_put(decoder.init(config), shardings)
+        params = jax.device_put(tiny.params(config), shardings)
         state = trainer.init_optimizer(params)
         references = {name: np.full(2, -50, np.float32) for name in ("ref_chosen", "ref_rejected")}
         ones = ("chosen_tokens", "rejected_tokens", "win_probability", "weights")

@@ -124,7 +124,7 @@ def check_training(check: Check) -> None:
         optimization = train.Optimization(1e-3, "constant", 0.0, optimizer, 0.0, 1.0)
         loss = partial(losses.pair_loss, loss=losses.Loss(), config=CONFIG, dtype=np.float32)
         trainer = train.Trainer(loss, optimization, 2, shapes)
-        params = jax.device_put(decoder.init(CONFIG), shardings)
+        params = jax.device_put(tiny.params(CONFIG), shardings)
         check.parameters("parameters", params)
         if gradients is None:  # not donated to `apply`, so they serve both
             gradients, _ = trainer.accumulate(params, None, batch | sides, 16.0)
@@ -142,7 +142,7 @@ def check_training(check: Check) -> None:
 def check_sampling(check: Check) -> None:
     sampling = generate.Sampling(n=4, max_new_tokens=4, temperature=1.0)
     params = decoder.abstract(CONFIG, check.mesh)
-    params = jax.device_put(decoder.init(CONFIG), jax.tree.map(lambda x: x.sharding, params))
+    params = jax.device_put(tiny.params(CONFIG), jax.tree.map(lambda x: x.sharding, params))
     sampler = generate.Sampler(CONFIG, params, str, sampling, slots=8, longest_prompt=4)
     check.layers("sampler", sampler.params)
     prompts = [(str(i), [3, 4, 5]) for i in range(4)]

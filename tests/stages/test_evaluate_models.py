@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     tiny.write_checkpoint(folder / "model")
     tiny.write_tokenizer(folder / "other-tokenizer")
     config = checkpoint.load_config(str(folder / "model"))
-    params = jax.tree.map(lambda x: 1.05 * x, decoder.init(config, 0))
+    params = jax.tree.map(lambda x: 1.05 * x, tiny.params(config, 0))
     save(str(folder / "other"), config, params, str(folder / "other-tokenizer"), {})
     (folder / "reward.py").write_text(REWARD)
     prompts = tiny.write_jsonl(folder / "prompts.jsonl", tiny.PROMPTS)

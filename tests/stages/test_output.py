@@ -14,8 +14,7 @@ import pytest
 from sharding.errors import UserError
 from stages.files import paths, rows
 from stages.files.output import Manifest, Output, an_input, read_lineage, read_manifest
-from stages.files.paths import file_sha256, local_path, text_sha256
-from stages.files.rows import prompt_key
+from stages.files.paths import file_sha256, local_path
 from stages.files.run import run_main, stop_signal
 
 
@@ -145,15 +144,6 @@ def test_the_manifest_says_what_made_the_file(capsys, prompts, out):
     }
     assert manifest["identities"] == {"model": "abc"}
     assert manifest["results"] == {"measured": 1.5, "sha256": file_sha256(str(out))}
-
-
-def test_prompt_ids_come_from_the_prompt_alone():
-    ids = []
-    for prompts in ([{"prompt": "a"}, {"prompt": "b", "x": 1}], [{"prompt": "b"}]):
-        ids.append([text_sha256(prompt_key(row, "")) for row in prompts])
-    assert ids[0][1] == ids[1][0] != ids[0][0]
-    turn = {"role": "user", "content": "b", "name": "ignored"}
-    assert prompt_key({"messages": [turn]}, "") == '[{"content":"b","role":"user"}]'
 
 
 # ---------------------------------------------------------------------- going on
@@ -288,7 +278,7 @@ def test_the_stale_set_aside_file_of_an_older_run_goes(capsys, prompts, out):
 
 STAGE = """
 import os, signal, sys, time
-import tests.stages.test_files as t
+import tests.stages.test_output as t
 from stages.files.output import Output
 from stages.files.run import run_main
 append = Output._append
@@ -397,36 +387,30 @@ def test_a_broken_manifest_is_named(capsys, prompts, out):
         assert code == 2 and "not a manifest" in stderr
 
 
-def test_a_bug_is_no_callers_mistake():
-    with pytest.raises(ZeroDivisionError):
-        run_main(lambda args: 1 / 0, Args, ["--prompts", "x", "--out", "y"])
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), FileExistsError(17, "File exists")])
+def test_a_bug_is_no_callers_mistake(bug):
+    def main(args):
+        raise bug
+
+    with pytest.raises(type(bug)):
+        run_main(main, Args, ["--prompts", "x", "--out", "y"])
+
+
+def test_a_file_in_a_folders_place_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine\n")
+    with pytest.raises(UserError, match=r"file cannot be made \(a file is there\): give another"):
+        paths.make_folder(tmp_path / "file")
+    with pytest.raises(UserError, match=r"under cannot be made \(Not a directory\)"):
+        paths.make_folder(tmp_path / "file" / "under")
 
 
 # ---------------------------------------------------------------------- reading
-
-
-def test_a_byte_order_mark_and_blank_lines_and_a_missing_last_newline_are_fine(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}')
-    assert [row["a"] for _, row in rows.json_rows(str(path))] == [1, 2]
 
 
 def test_a_huge_line_is_one_row(capsys, tmp_path, out):
     prompts = jsonl(tmp_path / "p.jsonl", {"prompt": "x" * 5_000_000}, {"prompt": "y"})
     assert run(capsys, prompts, out)[0] == 0
     assert [len(row["upper"]) for row in read(out)] == [5_000_000, 1]
-
-
-def test_rows_that_disagree_beyond_the_prompt_are_not_merged(tmp_path):
-    answered = {"prompt": "x", "responses": [{"text": "a"}, {"text": "b"}]}
-    lines = [answered | {"scores": [1, 2]}, answered | {"scores": [1, 2]}]
-    path = jsonl(tmp_path / "x.jsonl", *lines)
-    ranked = rows.read(str(path), rows.Ranked)
-    assert len(list(ranked)) == len(ranked) == 1
-    assert ranked.counts["merged: the same prompt again"] == 1
-    jsonl(path, *lines, answered | {"scores": [2, 1]})
-    with pytest.raises(UserError, match=r"line 3: .* another prompt or .*other scores"):
-        rows.read(str(path), rows.Ranked)
 
 
 def test_unfinished_files_of_object_stores_grow_in_the_cache_folder(monkeypatch, tmp_path):
@@ -590,81 +574,6 @@ def test_a_full_or_forbidding_disk_is_one_line(capsys, prompts, tmp_path):
         assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
 
 
-# ---------------------------------------------------------------------- pairs as rows
-
-
-def talk(*texts: str, system: str | None = None) -> list[dict]:
-    turns = [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 9, texts)]
-    return [{"role": "system", "content": system}, *turns] if system is not None else turns
-
-
-@pytest.mark.parametrize(
-    ("prompt", "chosen", "rejected", "conversation"),
-    [
-        ("hi", talk("hi", "a"), talk("hi", "b"), talk("hi")),
-        ("hi", talk("hi", "a")[1:], talk("hi", "b")[1:], talk("hi")),  # the answers alone
-        ("q2", talk("q1", "a1", "q2", "a"), talk("q1", "a1", "q2", "b"), talk("q1", "a1", "q2")),
-        ("q1", talk("q1", "a1", "q2", "a"), talk("q1", "a1", "q2", "b"), talk("q1", "a1", "q2")),
-        ("hi", talk("hi", "a", system="s"), talk("hi", "b", system="s"), talk("hi", system="s")),
-    ],
-)
-def test_both_answers_of_a_pair_end_one_conversation(prompt, chosen, rejected, conversation):
-    pair = rows.Pair({"prompt": prompt, "chosen": chosen, "rejected": rejected}, "here")
-    assert pair.unusable is None and pair.messages == conversation
-    assert (pair.chosen.text, pair.rejected.text) == ("a", "b")
-
-
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"rejected": talk("other", "b")}, "different conversations"),
-        ({"rejected": talk("hi", "b", system="s")}, "different conversations"),
-        ({"rejected": talk("hi", "x", "more", "b")}, "different conversations"),
-        ({"prompt": "what?"}, "another conversation than the row's prompt"),
-        ({"messages": talk("what?")}, "another conversation than the row's prompt"),
-        ({"messages": talk("q", "a", "hi")}, "another conversation than the row's prompt"),
-    ],
-)
-def test_a_pair_of_two_conversations_is_unusable(fields, reason):
-    row = {"prompt": "hi", "chosen": talk("hi", "a"), "rejected": talk("hi", "b")} | fields
-    assert reason in rows.Pair(row, "here").unusable
-
-
-@pytest.mark.parametrize(
-    ("chosen", "message"),
-    [
-        (talk("hi"), "'chosen' must end with the assistant's answer"),
-        ([], "'chosen' must end with the assistant's answer"),
-        (talk("hi", "a", "more"), "'chosen' must end with the assistant's answer"),
-        ("a", "field 'chosen' is str, not list"),
-        ([*talk("hi"), {"role": "assistant", "content": None}], "'content' is NoneType"),
-        ([*talk("hi"), {"role": "tool", "content": "x"}], "role 'tool' is not"),
-        ([*talk("hi"), {"role": "assistant", "content": "", "tool_calls": [{}]}], "tool_calls"),
-    ],
-)
-def test_a_malformed_side_of_a_pair_is_named(chosen, message):
-    with pytest.raises(UserError, match=f"^here.*{message}"):
-        rows.Pair({"prompt": "hi", "chosen": chosen, "rejected": talk("hi", "b")}, "here")
-
-
-def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
-    path = jsonl(tmp_path / "p.jsonl", {"prompt": "one"}, {"prompt": "two"})
-    prompts = rows.read(str(path), rows.Prompt)
-    first = prompts.ids[0]
-    jsonl(path, {"prompt": "six"}, {"prompt": "two"})
-    with pytest.raises(UserError, match="has changed while it was read"):
-        prompts[first]
-
-
-def test_a_file_that_changes_while_it_is_read_for_the_first_time_is_named(tmp_path):
-    path = jsonl(tmp_path / "p.jsonl", {"prompt": "one"}, {"prompt": "two"})
-    prompts = rows.read(
-        str(path), rows.Prompt, lambda row: jsonl(path, {"prompt": "six"}, {"prompt": "two!"})
-    )
-    with pytest.raises(UserError, match="has changed while it was read"):
-        list(prompts)
-
-
 def test_a_manifest_of_an_earlier_version_is_the_same_run(capsys, prompts, out):
     run(capsys, prompts, out)
     file = Path(f"{out}.manifest.json")
@@ -694,25 +603,3 @@ def test_overwriting_a_file_of_this_very_run_leaves_it_and_an_edited_one_is_made
     out.write_bytes(before.replace(b"PLAIN", b"EDITED"))
     assert run(capsys, prompts, out, "--overwrite")[0] == 0
     assert out.read_bytes() == before
-
-
-def test_the_turn_that_is_answered_is_what_a_reward_function_sees():
-    row = rows.Prompt({"prompt": "first", "messages": talk("first", "a", "second")}, "here")
-    assert row.prompt == "second"
-
-
-def test_pairs_of_other_token_ids_are_not_merged(tmp_path):
-    pair = {
-        "prompt_id": "x",
-        "prompt": "hi",
-        "chosen": talk("hi", "a"),
-        "rejected": talk("hi", "b"),
-    }
-    path = jsonl(tmp_path / "p.jsonl", pair, pair | {"chosen_token_ids": [5]})
-    with pytest.raises(UserError, match="or other chosen_token_ids"):
-        rows.read(str(path), rows.Pair)
-
-
-def test_a_pair_of_an_empty_prompt_is_unusable():
-    row = {"prompt": " ", "chosen": talk(" ", "a"), "rejected": talk(" ", "b")}
-    assert rows.Pair(row, "here").unusable == "the prompt is empty"

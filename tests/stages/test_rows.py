@@ -1,0 +1,130 @@
+"""Rows as they are read: checked, keyed, merged; pairs as one conversation and two answers."""
+
+import pytest
+
+from sharding.errors import UserError
+from stages.files import rows
+from stages.files.paths import text_sha256
+from stages.files.rows import prompt_key
+from tests.stages.test_output import jsonl
+
+
+def test_prompt_ids_come_from_the_prompt_alone():
+    ids = []
+    for prompts in ([{"prompt": "a"}, {"prompt": "b", "x": 1}], [{"prompt": "b"}]):
+        ids.append([text_sha256(prompt_key(row, "")) for row in prompts])
+    assert ids[0][1] == ids[1][0] != ids[0][0]
+    turn = {"role": "user", "content": "b", "name": "ignored"}
+    assert prompt_key({"messages": [turn]}, "") == '[{"content":"b","role":"user"}]'
+
+
+def test_a_byte_order_mark_and_blank_lines_and_a_missing_last_newline_are_fine(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}')
+    assert [row["a"] for _, row in rows.json_rows(str(path))] == [1, 2]
+
+
+def test_rows_that_disagree_beyond_the_prompt_are_not_merged(tmp_path):
+    answered = {"prompt": "x", "responses": [{"text": "a"}, {"text": "b"}]}
+    lines = [answered | {"scores": [1, 2]}, answered | {"scores": [1, 2]}]
+    path = jsonl(tmp_path / "x.jsonl", *lines)
+    ranked = rows.read(str(path), rows.Ranked)
+    assert len(list(ranked)) == len(ranked) == 1
+    assert ranked.counts["merged: the same prompt again"] == 1
+    jsonl(path, *lines, answered | {"scores": [2, 1]})
+    with pytest.raises(UserError, match=r"line 3: .* another prompt or .*other scores"):
+        rows.read(str(path), rows.Ranked)
+
+
+def talk(*texts: str, system: str | None = None) -> list[dict]:
+    turns = [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 9, texts)]
+    return [{"role": "system", "content": system}, *turns] if system is not None else turns
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "conversation"),
+    [
+        ("hi", talk("hi", "a"), talk("hi", "b"), talk("hi")),
+        ("hi", talk("hi", "a")[1:], talk("hi", "b")[1:], talk("hi")),  # the answers alone
+        ("q2", talk("q1", "a1", "q2", "a"), talk("q1", "a1", "q2", "b"), talk("q1", "a1", "q2")),
+        ("q1", talk("q1", "a1", "q2", "a"), talk("q1", "a1", "q2", "b"), talk("q1", "a1", "q2")),
+        ("hi", talk("hi", "a", system="s"), talk("hi", "b", system="s"), talk("hi", system="s")),
+    ],
+)
+def test_both_answers_of_a_pair_end_one_conversation(prompt, chosen, rejected, conversation):
+    pair = rows.Pair({"prompt": prompt, "chosen": chosen, "rejected": rejected}, "here")
+    assert pair.unusable is None and pair.messages == conversation
+    assert (pair.chosen.text, pair.rejected.text) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"rejected": talk("other", "b")}, "different conversations"),
+        ({"rejected": talk("hi", "b", system="s")}, "different conversations"),
+        ({"rejected": talk("hi", "x", "more", "b")}, "different conversations"),
+        ({"prompt": "what?"}, "another conversation than the row's prompt"),
+        ({"messages": talk("what?")}, "another conversation than the row's prompt"),
+        ({"messages": talk("q", "a", "hi")}, "another conversation than the row's prompt"),
+    ],
+)
+def test_a_pair_of_two_conversations_is_unusable(fields, reason):
+    row = {"prompt": "hi", "chosen": talk("hi", "a"), "rejected": talk("hi", "b")} | fields
+    assert reason in rows.Pair(row, "here").unusable
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (talk("hi"), "'chosen' must end with the assistant's answer"),
+        ([], "'chosen' must end with the assistant's answer"),
+        (talk("hi", "a", "more"), "'chosen' must end with the assistant's answer"),
+        ("a", "field 'chosen' is str, not list"),
+        ([*talk("hi"), {"role": "assistant", "content": None}], "'content' is NoneType"),
+        ([*talk("hi"), {"role": "tool", "content": "x"}], "role 'tool' is not"),
+        ([*talk("hi"), {"role": "assistant", "content": "", "tool_calls": [{}]}], "tool_calls"),
+    ],
+)
+def test_a_malformed_side_of_a_pair_is_named(chosen, message):
+    with pytest.raises(UserError, match=f"^here.*{message}"):
+        rows.Pair({"prompt": "hi", "chosen": chosen, "rejected": talk("hi", "b")}, "here")
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", {"prompt": "one"}, {"prompt": "two"})
+    prompts = rows.read(str(path), rows.Prompt)
+    first = prompts.ids[0]
+    jsonl(path, {"prompt": "six"}, {"prompt": "two"})
+    with pytest.raises(UserError, match="has changed while it was read"):
+        prompts[first]
+
+
+def test_a_file_that_changes_while_it_is_read_for_the_first_time_is_named(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", {"prompt": "one"}, {"prompt": "two"})
+    prompts = rows.read(
+        str(path), rows.Prompt, lambda row: jsonl(path, {"prompt": "six"}, {"prompt": "two!"})
+    )
+    with pytest.raises(UserError, match="has changed while it was read"):
+        list(prompts)
+
+
+def test_the_turn_that_is_answered_is_what_a_reward_function_sees():
+    row = rows.Prompt({"prompt": "first", "messages": talk("first", "a", "second")}, "here")
+    assert row.prompt == "second"
+
+
+def test_pairs_of_other_token_ids_are_not_merged(tmp_path):
+    pair = {
+        "prompt_id": "x",
+        "prompt": "hi",
+        "chosen": talk("hi", "a"),
+        "rejected": talk("hi", "b"),
+    }
+    path = jsonl(tmp_path / "p.jsonl", pair, pair | {"chosen_token_ids": [5]})
+    with pytest.raises(UserError, match="or other chosen_token_ids"):
+        rows.read(str(path), rows.Pair)
+
+
+def test_a_pair_of_an_empty_prompt_is_unusable():
+    row = {"prompt": " ", "chosen": talk(" ", "a"), "rejected": talk(" ", "b")}
+    assert rows.Pair(row, "here").unusable == "the prompt is empty"
