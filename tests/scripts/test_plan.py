@@ -307,7 +307,14 @@ def test_the_demos_prompts_are_counted_and_its_function_ranks_for_nothing():
     assert {each["build"] for each in plan.programs()} == {"decode", "prefill", "gradients"}
 
 
-@pytest.mark.parametrize("machine", ["v5e-16", "v5p-8", "v6e-8", "gpu-8x80gb", "gpu-141gb"])
+@pytest.mark.parametrize(
+    "machine",
+    [
+        "v5e-16",
+        "gpu-8x80gb",
+        *[pytest.param(m, marks=pytest.mark.heavy) for m in ("v5p-8", "v6e-8", "gpu-141gb")],
+    ],
+)
 def test_every_machine_of_the_recipe_is_planned(machine):
     plan = plan_of(machine)
     told = by_shapes(plan)
