@@ -219,8 +219,8 @@ class _Others:
                 number = self.signals.recv(1)[0]
                 # A loop has a handler of its own, and saves its work first.
                 if signal.getsignal(number) is signal.default_int_handler:
-                    why = f"process {self.me} ({self.said[0]}) was stopped: {AGAIN}"
-                    self.end(75, f"stopped: {AGAIN}", why)
+                    text = f"stopped: {AGAIN}"
+                    self.end(75, text, f"process {self.me} ({self.said[0]}): {text}")
             if self.client is not None:
                 self.said[1] += 1
                 try:
@@ -254,12 +254,12 @@ class _Others:
     def end(self, code: int, text: str, why: str = "") -> None:
         """Tell the user `text` and the others why, and end."""
         self.ending.acquire()  # never released: whoever comes second waits for the end
-        os.write(2, f"\n{text}\n".encode())  # below a progress bar
         self.said[2:] = code, why or text
         if self.client is not None:
             with contextlib.suppress(RuntimeError, ValueError):  # process 0 is gone
                 self._say()
                 time.sleep(4 * BEAT if self.me == 0 else 0)  # the store ends with process 0
+        os.write(2, f"\n{text}\n".encode())  # last, below a progress bar
         os._exit(code)
 
     def close(self) -> None:

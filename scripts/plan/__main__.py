@@ -2,15 +2,14 @@
 
     python -m scripts.plan snorkel-mistral-7b --machine v5p-8 --price 4.20
 
-The stages' real programs are compiled for the machine by its own compiler, which needs no such
-machine: scripts/plan/setup.sh installs it. That takes minutes and gigabytes for 7B. Without the
-compiler, activations are left out. Time is what a program is bound by (products, reading memory
-once, or exchange) over the stage's efficiency, and on a TPU at least the cycles that its compiler
-estimates. Exit code 2, with the reason and a way out, if a program does not fit.
+The stages' real programs are compiled for the machine by its own compiler (scripts/plan/setup.sh),
+which takes minutes and gigabytes for 7B. Without it, activations are left out. Time is what a
+program is bound by (products, reading memory once, or exchange) over the stage's efficiency; on a
+TPU at least the cycles that its compiler estimates. Exit code 2 if a program does not fit.
 """
 
 import dataclasses
-import json
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -23,16 +22,14 @@ from sharding.errors import UserError
 from stages.files.run import run_main
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
-    from model import checkpoint, gguf, hf
-    from model import config as configs
-    from model import weights as model_weights
+    from model import checkpoint, gguf, hf, weights
     from scripts import recipe as recipes
+    from scripts.bench import shapes
     from scripts.plan import compile as compiler
     from scripts.plan import schedule, slices
     from stages.files import output, rows
 
 GIB = 2**30
-PARTS = ("parameters", "moments", "gradients", "cache", "temporary")
 
 
 @dataclasses.dataclass
@@ -40,8 +37,8 @@ class Args:
     recipe: tyro.conf.Positional[str]
     """A name in scripts/recipes/, or a file."""
     machine: str = "cpu"
-    """One of the recipe's machines, or a topology: v5e:2x4, v5p:2x2x1, v6e:4x4, a100-40:8,
-    a100-80:8, h100:8, h200:1, or cpu, this computer."""
+    """One of the recipe's machines, or a topology (v5e:2x4, v5p:2x2x1, v6e:4x4, a100-40:8,
+    a100-80:8, h100:8, h200:1), or cpu: this computer."""
     price: float | None = None
     """Dollars per chip and hour."""
     efficiency: tuple[str, ...] = ()
@@ -50,9 +47,9 @@ class Args:
     prompts: int | None = None
     """Prompts per iteration. Default: counted in local files, otherwise 20,000."""
     lengths: tuple[float, float, float] | None = None
-    """Tokens of a mean prompt, a mean answer and the longest prompt. Default: prompts by the
-    characters in local files, otherwise 195 (UltraFeedback's) and 4,096; answers 420
-    (Mistral-7B-Instruct-v0.2's to AlpacaEval), at most 0.58 of max_new_tokens (the demo's)."""
+    """Tokens of a mean prompt, a mean answer and the longest prompt. Default: prompts as in local
+    files, otherwise 195 (UltraFeedback's) and 4,096; answers 420 (Mistral-7B-Instruct-v0.2's to
+    AlpacaEval), at most 0.58 of max_new_tokens (the demo's)."""
     compare: str | None = None
     """A run's folder: also show what each stage took there."""
     scaling: bool = False
@@ -72,15 +69,14 @@ def main(args: Args) -> None:
     if not compiles:
         print("Activations and exchange are left out, for want of the machine's compiler. Install")
         print(f"it: bash scripts/plan/setup.sh {plan.on.compiler}\n")
-    show(TIME.format(plan.recipe.iterations), time_table(plan, work))
+    show("Seconds of each time; products, memory and exchange at least:", time_table(plan, work))
     hours = plan.hours(work)
     cost = f", {hours * plan.on.size * args.price:,.0f} dollars" if args.price else ""
     print(f"the whole run: {hours:.3g} hours, {hours * plan.on.size:.3g} chip-hours{cost}\n")
     if args.scaling:
-        batch = plan.training.batch_size
-        show(f"A training step of {batch} pairs, in seconds:", scaling(plan))
+        show("Seconds of a training step:", scaling(plan))
     if took:
-        show(COMPARISON, comparison(plan, work, took))
+        show("Seconds of the run, by its manifests:", comparison(plan, work, took))
     if too_large := [told for told in work.values() if not fits(told, plan)]:
         raise UserError(refusal(plan, too_large[0], compiles))
 
@@ -116,27 +112,17 @@ def characters(recipe, iteration: int) -> list[int]:
     return [len(row.prompt) for row in rows.read(file, rows.Prompt)][first:last]
 
 
-# Mistral-7B-Instruct-v0.2's config.json: the plan of the published pipeline needs no hub.
-MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
-MISTRAL_7B = json.loads("""{
-    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 32768,
-    "sliding_window": null, "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2
-}""")
-
-
-def model_config(model: str) -> "configs.DecoderConfig":
+def model_config(model: str) -> "schedule.DecoderConfig":
     """Of a recipe's model."""
     kind, _, name = model.partition(":")
     if kind == "gguf":
         return gguf.read_config(gguf.find(name))
     if kind == "checkpoint":
         return checkpoint.load_config(name)
-    if model == MISTRAL:
-        return configs.from_hf(MISTRAL_7B)
+    if model == "mistralai/Mistral-7B-Instruct-v0.2":  # no hub is needed for it
+        return shapes.MISTRAL_7B
     files = ["config.json", "generation_config.json"]
-    return hf.read_config(model_weights.local_folder(model, files)[0])
+    return hf.read_config(weights.local_folder(model, files)[0])
 
 
 # ------------------------------------------------------------------------------- memory
@@ -148,36 +134,30 @@ def fits(told: dict, plan) -> bool:
 
 def refusal(plan, told: dict, compiles: bool) -> str:
     """One line: why a program does not fit, and what would make it."""
-    largest = sorted(told["parts"].items(), key=lambda part: -part[1])
-    why = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest if size > GIB / 10)
-    way = "64 times as many chips do not help"
+    parts = sorted(told["parts"].items(), key=lambda part: -part[1])
+    why = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
+    why = f"{told.get('refused', why)}; a chip of {plan.on} has {plan.on.chip.memory / GIB:.1f} GiB"
     for changed, flags in changes(plan, told["name"].partition(":")[0]):
         program = [each for each in changed.programs() if each["name"] == told["name"]]
         # What lies in memory in any case is known at once, before a compilation.
         known = (compiler.described(changed.on, program, c) for c in {False, compiles})
         if all(fits(*new, changed) for new in known):
-            way = f"{changed.on} fits with {flags}"
-            break
-    limit = f"a chip of {plan.on} has {plan.on.chip.memory / GIB:.1f} GiB"
-    return f"{told['name']} does not fit ({told.get('refused', why)}; {limit}): {way}"
+            return f"{told['name']} does not fit ({why}): {changed.on} fits with {flags}"
+    return f"{told['name']} does not fit ({why}), nor on 64 times as many chips"
 
 
 def changes(plan, stage: str) -> Iterator[tuple]:
     """The plan with other flags of the stage, and these flags; then the same on more chips."""
-    for factor in (1, 2, 4, 8, 16, 32, 64):
-        for cut in (1, 2, 4, 8):
-            flags = {"slots": max(1, plan.slots // cut)}
-            if stage == "dpo":
-                micro = max(1, plan.training.micro_batch_size // cut)
-                flags = {"remat": "full", "micro_batch_size": micro, "optimizer": "rmsprop"}
-            told = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in flags.items())
-            yield plan.on_more(factor).changed(stage, **flags), told
+    for factor, cut in itertools.product((1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8)):
+        flags = {"slots": max(1, plan.slots // cut)}
+        if stage == "dpo":
+            micro = max(1, plan.training.micro_batch_size // cut)
+            flags = {"remat": "full", "micro_batch_size": micro, "optimizer": "rmsprop"}
+        told = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in flags.items())
+        yield plan.on_more(factor).changed(stage, **flags), told
 
 
 # ------------------------------------------------------------------------------- tables
-
-TIME = """Seconds of one time, in {} iterations. products, memory, exchange: the least that each
-takes; cycles: as the TPU's compiler estimates; work: what is counted"""
 
 
 def show(title: str, rows: Iterable[list[str]]) -> None:
@@ -194,20 +174,20 @@ def assumptions(plan) -> None:
     on, chip, (prompt, answer, _) = plan.on, plan.on.chip, plan.lengths
     rates = f"{chip.bf16 / 1e12:.3g} TFLOP/s bf16, {chip.fp32 / 1e12:.3g} fp32"
     more = f"{chip.read / 1e9:.0f} GB/s memory, {on.exchange / 1e9:.0f} exchange"
-    print(f"{plan.recipe.name} on {on}: {on.size} chips, {on.hosts} hosts; a chip: {rates}, {more}")
-    prompts = f"{plan.prompts:,} prompts of {prompt:.0f} tokens an iteration"
-    answers = f"{plan.sampling.n} answers of {answer:.0f} each"
-    print(f"{plan.parameters:,} parameters; {prompts}, {answers}; {plan.heldout:,} held out")
     told = ", ".join(f"{name} {value:.0%}" for name, value in plan.efficiency.items())
+    prompts = f"{plan.prompts:,} prompts of {prompt:.0f} tokens, {plan.heldout:,} held out"
+    print(f"{plan.recipe.name} on {on}: {on.size} chips, {on.hosts} hosts; a chip: {rates}, {more}")
+    print(f"{plan.parameters:,} parameters; {prompts}; {plan.sampling.n} answers of {answer:.0f}")
     print(f"share of the roofline (assumed, or as you gave it): {told}\n", flush=True)
 
 
 def memory_table(plan, work: dict[str, dict]) -> Iterator[list[str]]:
-    yield ["program", *PARTS, "together", "of", ""]
+    columns = ("parameters", "moments", "gradients", "cache", "temporary", "together")
+    yield ["program", *columns, "of", ""]
     for told in work.values():
         sizes = told["parts"] | {"together": sum(told["parts"].values())}
-        cells = [f"{sizes[p] / GIB:.2f}" if p in sizes else "" for p in (*PARTS, "together")]
-        verdict = "fits" if fits(told, plan) else "refused" if "refused" in told else "too large"
+        cells = [f"{sizes[p] / GIB:.2f}" if p in sizes else "" for p in columns]
+        verdict = "fits" if fits(told, plan) else "does not fit"
         yield [told["name"], *cells, f"{plan.on.chip.memory / GIB:.1f}", verdict]
 
 
@@ -216,8 +196,7 @@ def time_table(plan, work: dict[str, dict]) -> Iterator[list[str]]:
     yield ["stage", "times", *columns]
     for stage in plan.stages():
         took = plan.seconds(stage, work)
-        cells = [f"{took[name]:.0f}" if took[name] else "" for name in columns]
-        yield [stage.name, str(stage.times), *cells]
+        yield [stage.name, str(stage.times), *(f"{took[name]:.0f}" for name in columns)]
 
 
 # ------------------------------------------------------------ a run beside it, and more chips
@@ -236,28 +215,23 @@ FILES = {
 def taken(run: str, iterations: int) -> dict[str, list[float]]:
     """Seconds of each stage, one for each time it ran, by its manifests: from when it knows its
     input to when its output is whole. Of a stage that was stopped, the last sitting's."""
-    took: dict[str, list[float]] = {}
+    took: dict[str, list[float]] = {stage: [] for stage in FILES}
     for folder in ("start", *(f"iteration_{k + 1}" for k in range(iterations))):
         for stage, path in ((s, Path(run, folder, name)) for s in FILES for name in FILES[s]):
             if path.is_dir():
                 seconds = checkpoint.read_manifest(str(path))["origin"].get("seconds")
             else:
-                manifest = output.read_manifest(str(path))
-                seconds = manifest and manifest.seconds
-            if seconds is not None:
-                took.setdefault(stage, []).append(seconds)
-    if not took:
+                seconds = getattr(output.read_manifest(str(path)), "seconds", None)
+            took[stage] += [] if seconds is None else [seconds]
+    if not any(took.values()):
         raise UserError(f"--compare {run}: it has no finished stages: give a run's folder")
     return took
-
-
-COMPARISON = "The run's own seconds, by its manifests; the shares are what --efficiency takes:"
 
 
 def comparison(plan, work: dict, took: dict[str, list[float]]) -> Iterator[list[str]]:
     yield ["stage", "predicted", "taken", "predicted / taken", "share of the roofline"]
     sums = [0.0, 0.0]
-    for stage in (stage for stage in plan.stages() if stage.name in took):
+    for stage in (stage for stage in plan.stages() if took[stage.name]):
         each, planned = took[stage.name], plan.seconds(stage, work)
         mean, predicted = sum(each) / len(each), planned["start"] + planned["work"]
         ideal = planned["work"] * plan.efficiency[stage.kind]

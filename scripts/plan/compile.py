@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -22,13 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh
 
-from model import decoder, generate, kv_cache, logprobs, losses, packing, train, weights
+from model import decoder, generate, kv_cache, logprobs, losses, packing, train
 from model.config import DecoderConfig
 from model.rankers import deberta, deberta_tpu
-from scripts.plan import count, slices
-from scripts.plan.slices import Slice
+from scripts.bench import shapes
+from scripts.plan import slices
 from sharding import mesh as meshes
 from sharding import table
 from sharding.chips import CHIPS
@@ -50,7 +52,7 @@ def installed(kind: str) -> bool:
     return (COMPILERS / kind).is_dir() or importlib.util.find_spec(MODULES[kind]) is not None
 
 
-def described(on: Slice, programs: list[dict], compiles: bool) -> list[dict]:
+def described(on: slices.Slice, programs: list[dict], compiles: bool) -> list[dict]:
     """What `main` says of each program."""
     path = [str(COMPILERS / on.compiler), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
@@ -85,14 +87,13 @@ class Program:
     def traced(self):
         """(the traced function, {"flops", "bytes"} of one device)."""
         traced = self.call.trace(*self.args)
-        flops = count.operations(traced.jaxpr.jaxpr, self.trips) / self.devices
+        flops = operations(traced.jaxpr.jaxpr, self.trips) / self.devices
         inside = sum(map(table.bytes_per_device, self.inside.values()))
         return traced, {"flops": flops, "bytes": inside}
 
     def describe(self, compiles: bool, size: int) -> dict:
-        """{"parts": title → bytes, "flops", "bytes", "cycles", "exchange"} of one device, and
-        "refused" if it is too large for the compiler. Without a compiler: no temporaries, cycles
-        or exchange. size: of the mesh."""
+        """{"parts": title → bytes, "flops", "bytes", "cycles", "exchange"} of one device; "refused"
+        if the compiler finds it too large. Without it: no temporaries, cycles, exchange."""
         parts = Counter()
         for title, arrays in (*self.inside.items(), *self.beside.items()):
             parts[title] += table.bytes_per_device(arrays)
@@ -109,7 +110,7 @@ class Program:
             new = memory.output_size_in_bytes - memory.alias_size_in_bytes
             whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
             parts["temporary"] = max(0, whole - work["bytes"])
-            told |= count.compiled_work(compiled.as_text(), size, self.trips)
+            told |= compiled_work(compiled.as_text(), size, self.trips)
         return told
 
 
@@ -127,9 +128,8 @@ def _of(kind: type, a):
 
 
 def _sampler(config, mesh, a) -> tuple[dict, list]:
-    params = decoder.abstract(config, mesh, jnp.dtype(a.dtype))
-    cache = kv_cache.abstract_cache(config, mesh, a.slots, a.length, jnp.dtype(a.dtype))
-    return kv_cache.unstacked(params), cache
+    params = kv_cache.unstacked(decoder.abstract(config, mesh, a.dtype))
+    return params, kv_cache.abstract_cache(config, mesh, a.slots, a.length, a.dtype)
 
 
 def decode(config, mesh, a) -> Program:
@@ -183,22 +183,15 @@ def gradients(config, mesh, a) -> Program:
     return Program(trainer.accumulate, args, inside, beside, mesh.size, chunks)
 
 
-def layer(config, mesh, a) -> Program:
+def layer(_, mesh, a) -> Program:
     """A layer of PairRM over so many comparisons, the other layers' weights beside it."""
     kernel = a.chip in CHIPS and any(map(deberta_tpu.runs_on, CHIPS[a.chip].kinds))
-    dtype, params = jnp.dtype(a.dtype), {"layers": [{} for _ in range(config.num_hidden_layers)]}
-    for slot in weights.table_slots(deberta.TABLE, config.num_hidden_layers).values():
-        parent = params
-        for step in slot.path[:-1]:
-            parent = parent[step]
-        dimensions = tuple(config.axis_sizes[letter] for letter in slot.our_axes)
-        parent[slot.path[-1]] = jax.ShapeDtypeStruct(dimensions, jnp.float32)
-    params = jax.eval_shape(lambda p: deberta.prepare(p, config, dtype), params)
+    config, dtype = shapes.PAIRRM, jnp.dtype(a.dtype)
+    params = jax.eval_shape(lambda p: deberta.prepare(p, config, dtype), shapes.encoder(config))
     params = jax.tree.map(lambda x: _whole(mesh, x.shape, dtype), params)
     first, *others = params.pop("layers")
     x_btd = _whole(mesh, (a.rows, a.length, config.hidden_size), dtype)
-    real_bt = _whole(mesh, (a.rows, a.length), jnp.bool_)
-    args = (first, config, x_btd, real_bt, None, kernel)
+    args = (first, config, x_btd, _whole(mesh, x_btd.shape[:2], jnp.bool_), None, kernel)
     return Program(deberta.layer, args, {"parameters": first}, {"parameters": [params, others]})
 
 
@@ -207,23 +200,19 @@ BUILDERS = {each.__name__: each for each in (decode, prefill, gradients, layer)}
 
 def main(topology: str) -> None:
     """Print what there is to say of each program that is asked for, a line of JSON each."""
-    chips = []
-    if topology:
-        try:
-            chips = _devices(slices.parse(topology) if topology != "cpu" else None)
-        except (ValueError, jax.errors.JaxRuntimeError) as error:
-            print(f"its compiler knows no such machine: {first_line(error)[:200]}")
-            sys.exit(2)
+    try:
+        chips = _devices(topology)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        print(f"its compiler knows no such machine: {first_line(error)[:200]}")
+        sys.exit(2)
     for program in json.load(sys.stdin):
         sizes, build = tuple(program["mesh"]), BUILDERS[program["build"]]
-        kind = deberta.DebertaConfig if build is layer else DecoderConfig
-        config = program["config"].items()
-        config = kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in config})
-        # Without devices a mesh is enough to trace a program, and to say what lies where.
+        eos = tuple(program["config"]["eos_token_ids"])
+        config = DecoderConfig(**program["config"] | {"eos_token_ids": eos})
+        # A mesh without devices is enough to trace a program, and to say what lies where.
         mesh, use = AbstractMesh(sizes, meshes.MESH_AXES), jax.sharding.use_abstract_mesh
         if chips:
-            mesh = meshes.make_mesh(*sizes, devices=chips[: math.prod(sizes)])
-            use = jax.set_mesh
+            mesh, use = meshes.make_mesh(*sizes, chips[: math.prod(sizes)]), jax.set_mesh
         # Built outside the mesh: optax makes a counter, and these devices run nothing.
         longest, usual = (
             build(config, mesh, SimpleNamespace(**program["given"] | more))
@@ -239,17 +228,121 @@ def main(topology: str) -> None:
         print(json.dumps({"name": program["name"], "usual": work, **told}), flush=True)
 
 
-def _devices(on: Slice | None) -> list:
-    if on is None:
-        return jax.devices()[:1]
+def _devices(topology: str) -> list:
+    if topology in ("", "cpu"):
+        return jax.devices()[:1] if topology else []
+    on = slices.parse(topology)
     if on.compiler == "cuda":
         target = (HERE / f"{on.chip.name}.target_config.txtpb").read_text()
-        shape = f"{on.hosts}x1x{on.size // on.hosts}"
-        more = {"target_config": target, "topology": shape}
+        more = {"target_config": target, "topology": f"{on.hosts}x1x{on.size // on.hosts}"}
         return topologies.get_topology_desc(platform="cuda", **more).devices
     # One chip is taken out of four.
-    name = str(on).replace(":1x1", ":2x2") if on.size == 1 else str(on)
+    name = topology.replace(":1x1", ":2x2") if on.size == 1 else topology
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[: on.size]
+
+
+# ---------------------------------------------------- operations, and a compiled program's text
+
+
+def operations(jaxpr, trips: int = 1) -> float:
+    """FLOPs of the matrix products in a jaxpr, over all devices. A loop's body counts as often as
+    it runs; `trips`: how often, where that depends on the data."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name, params, times = eqn.primitive.name, eqn.params, 1
+        inner = [operations(each, trips) for each in jaxprs_in_params(params)]
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            inner = [2 * depth * eqn.outvars[0].aval.size]
+        elif name == "scan":
+            times = params["length"]
+        elif name == "while":
+            times = trips
+        elif name == "cond":
+            inner = [max(inner)]
+        elif name == "shard_map":
+            times = params["mesh"].size
+        elif name == "pallas_call":
+            cost, times = params["cost_estimate"], math.prod(params["grid_mapping"].grid)
+            inner, times = ([cost.flops], 1) if cost else (inner, times)
+        total += times * sum(inner)
+    return total
+
+
+HEADER = re.compile(r"(ENTRY )?%?([^\s(]+) .*->.*\{$")
+CYCLES = re.compile(r'estimated_cycles":"(\d{1,15})"')  # 19 digits: not known
+CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+CONSTANT = re.compile(r"\s*%([\w.\-]+) = [su]32.* constant\((\d+)\)")
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
+ARRAY = re.compile(r"\b(?:pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
+
+
+def compiled_work(text: str, devices: int, trips: int = 1) -> dict[str, float]:
+    """{"cycles", "exchange"} of one device: the cycles that a TPU's compiler estimates (it has none
+    for Pallas kernels and exchanges), and the bytes that arrive from other devices."""
+    blocks: dict[str, list[str]] = {}
+    entry = ""
+    for line in text.splitlines():
+        if header := HEADER.match(line):
+            lines = blocks[header[2]] = []
+            entry = header[2] if header[1] else entry
+        elif blocks:
+            lines.append(line)
+    done: dict[str, tuple[float, float]] = {}
+
+    def of_block(name: str) -> tuple[float, float]:
+        """(cycles, bytes) of a computation, with those that it calls."""
+        if name not in done:
+            scattered = name.startswith("all-reduce-scatter")
+            cycles = moved = 0.0
+            for line in blocks.get(name, []):
+                estimate = CYCLES.search(line)
+                cycles += float(estimate[1]) if estimate else 0.0
+                moved += _moved(line, devices, scattered)
+                times = _trips(line, blocks, trips) if " while(" in line else 1
+                for called in CALLED.findall(line):
+                    inner = of_block(called)
+                    # A fusion's own estimate covers what is in it.
+                    cycles += 0 if " fusion(" in line else times * inner[0]
+                    moved += times * inner[1]
+            done[name] = cycles, moved
+        return done[name]
+
+    return dict(zip(("cycles", "exchange"), of_block(entry)))
+
+
+def _trips(line: str, blocks: dict[str, list[str]], unknown: int) -> int:
+    """How often a while loop runs: as the compiler says, or by a condition `i < constant`."""
+    if known := TRIPS.search(line):
+        return int(known[1])
+    condition = blocks[re.search(r"condition=%?([\w.\-]+)", line)[1]]
+    root = next(each for each in condition if "ROOT" in each)
+    constants = dict(found.groups() for found in map(CONSTANT.match, condition) if found)
+    if " compare(" not in root or "direction=LT" not in root:
+        return unknown
+    names = re.findall(r"%([\w.\-]+)", root.split(" compare(")[1].split(")")[0])
+    return next((int(constants[name]) for name in names if name in constants), unknown)
+
+
+def _moved(line: str, devices: int, scattered: bool) -> float:
+    """Bytes that one device receives in a collective; scattered: an all-reduce of which each device
+    keeps its share."""
+    found = COLLECTIVE.search(line)
+    if not found or devices == 1:
+        return 0.0
+    arrays, kind, start = found.groups()
+    sizes = [
+        int(width or 8) / 8 * math.prod(int(n) for n in shape.split(",") if n)
+        for width, shape in ARRAY.findall(arrays)
+    ]
+    if start and kind != "all-reduce":  # (inputs, outputs), and a permutation's own numbers
+        sizes = sizes[:1] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
+    times = {"all-reduce": 1 if scattered else 2, "reduce-scatter": devices}
+    return sum(sizes) * (1 - 1 / devices) * times.get(kind, 1)
 
 
 if __name__ == "__main__":

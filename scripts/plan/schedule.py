@@ -1,15 +1,16 @@
 """Which programs a recipe's stages run on a slice, how often, and how long that takes."""
 
 import dataclasses
-import json
 import math
-from typing import NamedTuple
+import re
+from collections import namedtuple
 
 import jax
 
 from model import decoder
 from model.config import DecoderConfig
 from model.packing import bucket, coarse_bucket
+from scripts.bench.shapes import PAIRRM
 from scripts.plan.slices import Slice
 from scripts.recipe import Recipe
 from sharding.errors import UserError
@@ -25,26 +26,14 @@ MEASURED_ON_CPU = {"sample": 0.75, "rank": 0.8, "dpo": 0.6, "kl": 0.7}
 START = {"sample": 65.0, "rank": 125.0, "dpo": 95.0, "kl": 65.0}
 START_ON_CPU = {"sample": 13.0, "rank": 2.0, "dpo": 17.0, "kl": 5.0}
 DISK = 1e9  # bytes a second of a checkpoint, one host
-
-# PairRM's encoder is microsoft/deberta-v3-large, with PairRM's markers in the vocabulary.
-PAIRRM = json.loads("""{
-    "vocab_size": 128005, "hidden_size": 1024, "intermediate_size": 4096, "layer_norm_eps": 1e-7,
-    "num_hidden_layers": 24, "num_attention_heads": 16,
-    "position_buckets": 256, "max_relative_positions": 512
-}""")
 PAIRRM_LONGEST = 2048  # tokens: its own limit on three texts
 
 
-class Stage(NamedTuple):
-    name: str
-    kind: str  # sample, rank, dpo or kl: the efficiency that goes with it
-    times: int  # in a whole run
-    programs: dict[str, float]  # name → how often it runs, each time
-    start: float  # seconds beside them
+# times: in a whole run. programs: name → how often each time. start: seconds beside them.
+Stage = namedtuple("Stage", "name kind times programs start")
 
 
 def with_flags(args, table: dict):
-    """A stage's flags, those of a recipe's table among them."""
     tuples = {name: tuple(x) if isinstance(x, list) else x for name, x in table.items()}
     return dataclasses.replace(args, **tuples)
 
@@ -80,17 +69,14 @@ class Plan:
         cut = math.prod(self.meshes["sample"][:2])
         slots = min(self.sampling.slots or 256, self.prompts * self.sampling.n)
         self.slots = -(-slots // cut) * cut
-        shapes = jax.tree.leaves(decoder.abstract(self.config))
-        self.parameters = sum(math.prod(x.shape) for x in shapes)
+        self.parameters = sum(x.size for x in jax.tree.leaves(decoder.abstract(self.config)))
 
     def _filled(self, stage: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
         rest = self.on.size // math.prod(side for side in sizes if side != -1)
         filled = tuple(rest if side == -1 else side for side in sizes)
         if math.prod(filled) != self.on.size:
-            raise UserError(
-                f"{stage}: mesh {' '.join(map(str, sizes))} does not cover {self.on.size} chips: "
-                "change it in the recipe, or choose another machine"
-            )
+            told = f"{stage}: mesh {' '.join(map(str, sizes))} does not cover {self.on.size} chips"
+            raise UserError(f"{told}: change it in the recipe, or choose another machine")
         return filled
 
     def changed(self, stage: str, **flags) -> "Plan":
@@ -133,20 +119,14 @@ class Plan:
             ("dpo: gradients", "gradients", trained, mean),
         ]
         keys, config = ("name", "build", "given", "usual"), dataclasses.asdict(self.config)
-        return [
-            dict(zip(keys, each))
-            | {"config": PAIRRM if each[1] == "layer" else config}
-            | {"mesh": self.meshes[each[0].partition(":")[0]]}
-            for each in asked
-            if self.pairrm or each[1] != "layer"
-        ]
+        programs = [dict(zip(keys, each)) for each in asked if self.pairrm or each[1] != "layer"]
+        where = [self.meshes[each["name"].partition(":")[0]] for each in programs]
+        return [each | {"config": config, "mesh": mesh} for each, mesh in zip(programs, where)]
 
     def _comparisons(self, length: int | None = None) -> dict[str, int]:
-        """Of one device in one call, as model/rankers/pairrm.py has it. length: default the usual
-        one."""
-        if length is None:
-            length = round(min(self.lengths[0], 1224) + 2 * self.lengths[1] + 9)
-            length = min(PAIRRM_LONGEST, bucket(length, 128))
+        """In one call of a device, as model/rankers/pairrm.py has it; length: default the usual."""
+        usual = round(min(self.lengths[0], 1224) + 2 * self.lengths[1] + 9)
+        length = length or min(PAIRRM_LONGEST, bucket(usual, 128))
         tokens = 1024 if self.on.chip.name == "cpu" else 16384
         return {"length": length, "rows": 1 << (max(1, tokens // length).bit_length() - 1)}
 
@@ -157,11 +137,9 @@ class Plan:
         micro = training.micro_batch_size
         start = START_ON_CPU if self.on.chip.name == "cpu" else START
         disk = 4 * self.parameters / DISK / self.on.hosts
-        written = 2 if training.save_every else 1  # the last state's is not hidden
         count = self.prompts - self.test_pairs
         steps = training.epochs * math.ceil(count / training.batch_size)
-        # A gradient takes as long as so many forward passes, which log-probs are.
-        passes = 4 if training.remat == "full" else 3
+        passes = 4 if training.remat == "full" else 3  # forward, in the time of a gradient
         references = (count + 3 * self.test_pairs) / micro / passes
         trained = {"dpo: gradients": steps * self.micro_batches + references}
         answers = min(self.kl.prompts or self.heldout, self.heldout) * self.heldout_sampling.n
@@ -171,7 +149,7 @@ class Plan:
             ("held-out answers", "sample", rounds + 1, self._drawn(True), disk),
             ("sample", "sample", rounds, self._drawn(False), disk),
             ("rank", "rank", rounds, self._ranked(self.prompts, self.sampling.n), 0),
-            ("dpo", "dpo", rounds, trained, (1 + written) * disk),
+            ("dpo", "dpo", rounds, trained, (3 if training.save_every else 2) * disk),
             ("compare", "rank", 2 * rounds - 1, self._ranked(self.heldout, 2), 0),
             ("kl", "kl", 2 * rounds - 1, distance, disk),
         )
@@ -195,7 +173,7 @@ class Plan:
         bubble = self.recipe.rank.get("comparisons") == "bubble"
         comparisons = prompts * (2 * (n - 1) + n - 2 if bubble else n * (n - 1))
         calls = comparisons / self._comparisons()["rows"] / self.on.size
-        return {"rank: a layer": PAIRRM["num_hidden_layers"] * calls} if self.pairrm else {}
+        return {"rank: a layer": PAIRRM.num_hidden_layers * calls} if self.pairrm else {}
 
     def seconds(self, stage: Stage, work: dict[str, dict]) -> dict[str, float]:
         """Of one time, by what scripts/plan/compile.py says of the programs (name → told). "work":
@@ -210,7 +188,6 @@ class Plan:
         return sums | {"start": stage.start}
 
     def hours(self, work: dict[str, dict]) -> float:
-        """Of the whole run."""
         took = ((stage.times, self.seconds(stage, work)) for stage in self.stages())
         return sum(times * (each["start"] + each["work"]) for times, each in took) / 3600
 
@@ -218,10 +195,10 @@ class Plan:
 def efficiencies(words: tuple[str, ...], on: Slice) -> dict[str, float]:
     """From --efficiency: sample=0.5, over what is assumed."""
     known = dict(MEASURED_ON_CPU if on.chip.name == "cpu" else ASSUMED)
-    for name, _, value in (word.partition("=") for word in words):
-        share = float(value) if value.replace(".", "", 1).isdigit() else 0.0
-        if name not in known or not 0 < share <= 1:
+    for word in words:
+        name, _, share = word.partition("=")
+        if name not in known or not re.fullmatch(r"0?\.\d*[1-9]\d*|1(\.0*)?", share):
             rule = f"{', '.join(known)}, above 0 and at most 1"
-            raise UserError(f"--efficiency {name}={value}: write NAME=SHARE, of {rule}")
-        known[name] = share
+            raise UserError(f"--efficiency {word}: write NAME=SHARE, of {rule}")
+        known[name] = float(share)
     return known

@@ -44,11 +44,10 @@ class Slice:
 
     def times(self, factor: int) -> "Slice":
         """So many times the chips, a power of two: the shortest side doubled again and again."""
-        if factor == 1:
-            return self
-        sides = list(self.shape)
-        sides[sides.index(min(sides))] *= 2
-        return Slice(self.chip, tuple(sides)).times(factor // 2)
+        sides = self.shape
+        for _ in range(round(math.log2(factor))):
+            sides = sorted([*sorted(sides)[1:], 2 * min(sides)])
+        return Slice(self.chip, tuple(sides))
 
     @property
     def compiler(self) -> str:
@@ -77,6 +76,6 @@ def parse(topology: str) -> Slice:
         raise UserError(f"{topology}: no chip {name!r} in the table: cpu, {', '.join(CHIPS)}")
     dimensions = TORUS.get(name, 1)
     if not re.fullmatch("x".join([r"[1-9]\d*"] * dimensions), shape):
-        example = ("8", "2x4", "2x2x1")[dimensions - 1]
-        raise UserError(f"{topology!r} is no slice of {name}: write {name}:{example}, say")
+        example = f"{name}:{('8', '2x4', '2x2x1')[dimensions - 1]}"
+        raise UserError(f"{topology!r} is no slice of {name}: write {example}, say")
     return Slice(CHIPS[name], tuple(map(int, shape.split("x"))))

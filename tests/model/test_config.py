@@ -75,7 +75,8 @@ def test_reads_mistral_7b_v01_with_its_window():
 
 def test_reads_smollm2():
     config = from_hf(SMOLLM2)
-    assert (config.model_type, config.head_dim, config.q_per_kv) == ("llama", 64, 3)
+    assert (config.model_type, config.head_dim) == ("llama", 64)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (9, 3)
     assert (config.tie_word_embeddings, config.rope_theta, config.pad_token_id) == (True, 1e5, 2)
     assert config.sliding_window is None
 

@@ -119,7 +119,7 @@ def test_a_signal_to_one_that_waits_for_the_others_ends_all_at_once(begin):
     waits.send_signal(signal.SIGTERM)
     (code, line), (other, last) = ends([first, waits], within=20)
     assert code == other == 75
-    assert line.startswith("process 1 (") and "was stopped" in line and "stopped" in last
+    assert line.startswith("process 1 (") and "stopped: run" in line and "stopped: run" in last
 
 
 def test_a_signal_ends_one_that_waits_for_the_others_to_come(begin):

@@ -69,7 +69,7 @@ def test_dpo_starts_at_ln_2_learns_and_writes_a_complete_checkpoint(base, tmp_pa
     assert run_sample(base, model=out, out="again.jsonl") == 0
 
 
-@pytest.mark.parametrize("micro", ["2", "3"])
+@pytest.mark.parametrize("micro", ["2", pytest.param("3", marks=pytest.mark.heavy)])
 def test_micro_batches_only_cut_the_sum(base, tmp_path, micro):
     assert run_dpo(base, tmp_path / "a", "--batch-size", "3") == 0
     assert run_dpo(base, tmp_path / "b", "--batch-size", "3", "--micro-batch-size", micro) == 0
