@@ -1,6 +1,7 @@
 """The files of a stage's slices become the file of one run. Runs without JAX."""
 
 import dataclasses
+import re
 from collections import Counter
 
 from etils import epath
@@ -68,15 +69,15 @@ def _slice_of(path: str, slices: int) -> tuple[Manifest, int]:
     text = (manifest.arguments if manifest else {}).get("slice")
     if text is None:
         raise UserError(f"{path} is no slice: give files of stages.sample --slice")
-    number, _, of = text.partition("/")
-    known = {"sha256", "set_aside"} <= manifest.results.keys() and (number + of).isdecimal()
-    if not known or int(number) >= int(of):
+    numbers = re.fullmatch("([0-9]+)/([0-9]+)", str(text))
+    number, of = map(int, numbers.groups()) if numbers else (0, 0)
+    if number >= of or not {"sha256", "set_aside"} <= manifest.results.keys():
         raise UserError(f"{manifest_path(path)} was edited: sample the slice again")
-    if int(of) != slices:
+    if of != slices:
         raise UserError(f"{path} is slice {text}, of {slices} files: give those of all {of} slices")
     if manifest.results["sha256"] != file_sha256(path):
         raise UserError(f"{path} has changed since it was written: sample the slice again")
-    return manifest, int(number)
+    return manifest, number
 
 
 def _without_slice(manifest: Manifest) -> Manifest:
@@ -89,7 +90,7 @@ def _in_order(path: str, manifest: Manifest) -> list[tuple[Fields, str | None]]:
     rows = ((row, None) for _, row in json_rows(path))
     aside_path, places = f"{path}.set_aside.jsonl", set(manifest.results["set_aside"])
     aside = json_rows(aside_path) if places else iter(())
-    entries = ((entry["row"], entry["reason"]) for _, entry in aside)
+    entries = ((entry["row"], entry["reason"]) for _, entry in aside if "row" in entry)
     total = manifest.counts["out"] + len(places)
     merged = [next(entries if n in places else rows, None) for n in range(total)]
     if None in merged or next(rows, None) or next(entries, None):
