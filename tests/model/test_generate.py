@@ -140,19 +140,26 @@ def test_answers_do_not_depend_on_slots_order_or_company():
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
-def test_answers_are_the_same_on_four_devices():
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 1, 2),
+        pytest.param((1, 4, 1), marks=pytest.mark.heavy),
+        pytest.param((1, 2, 2), marks=pytest.mark.heavy),
+    ],
+)
+def test_answers_are_the_same_on_four_devices(shape):
     sampling = Sampling(n=2, temperature=1.0, top_p=0.9, max_new_tokens=10)
     base = answers(sampling, prompts=PROMPTS[:3])
     config = tiny.config()
-    for shape in ((1, 4, 1), (2, 1, 2), (1, 2, 2)):
-        mesh = make_mesh(*shape)
-        shardings = jax.tree.map(lambda x: x.sharding, decoder.abstract(config, mesh))
-        params = jax.device_put(tiny.params(config), shardings)
-        with jax.set_mesh(mesh):
-            sharded = answers(sampling, prompts=PROMPTS[:3], params=params)
-        assert {k: [a.token_ids for a in v] for k, v in sharded.items()} == {
-            k: [a.token_ids for a in v] for k, v in base.items()
-        }
+    mesh = make_mesh(*shape)
+    shardings = jax.tree.map(lambda x: x.sharding, decoder.abstract(config, mesh))
+    params = jax.device_put(tiny.params(config), shardings)
+    with jax.set_mesh(mesh):
+        sharded = answers(sampling, prompts=PROMPTS[:3], params=params)
+    assert {k: [a.token_ids for a in v] for k, v in sharded.items()} == {
+        k: [a.token_ids for a in v] for k, v in base.items()
+    }
 
 
 def test_seed_prompt_and_index_each_change_the_draw():

@@ -78,6 +78,7 @@ def test_micro_batches_only_cut_the_sum(base, tmp_path, micro):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.heavy
 def test_devices_only_share_the_work(base, tmp_path):
     assert run_dpo(base, tmp_path / "a") == 0
     assert run_dpo(base, tmp_path / "b", "--mesh", "1", "4", "1") == 0
