@@ -57,6 +57,7 @@ def their_prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
 
 
 @with_model
+@pytest.mark.heavy  # the whole model
 def test_logits_of_real_prompts_equal_transformers(model, theirs):
     config, params = checkpoint.load(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)

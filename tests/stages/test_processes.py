@@ -147,10 +147,8 @@ def same_answers(one, other):
         assert a == b
 
 
-@pytest.mark.parametrize(
-    "processes,mesh",
-    [MESHES[0], pytest.param(*MESHES[1].values, id="2-tensor", marks=heavy), *MESHES[2:]],
-)
+@heavy  # where one is killed, two processes draw what one draws
+@pytest.mark.parametrize("processes,mesh", MESHES)
 def test_processes_on_one_mesh_draw_what_one_draws(folder, processes, mesh):
     out = f"{processes}-mesh-{'-'.join(mesh)}.jsonl"
     ended(together("sample", sample_argv(folder, out, "--mesh", *mesh), processes))
