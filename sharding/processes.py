@@ -258,7 +258,7 @@ class _Others:
         if self.client is not None:
             with contextlib.suppress(RuntimeError, ValueError):  # process 0 is gone
                 self._say()
-                time.sleep(4 * BEAT if self.me == 0 else 0)  # the store ends with process 0
+                time.sleep(10 * BEAT if self.me == 0 else 0)  # the store ends with process 0
         os.write(2, f"\n{text}\n".encode())  # last, below a progress bar
         os._exit(code)
 
