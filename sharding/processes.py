@@ -105,7 +105,7 @@ def start(flags: Flags) -> None:
         jax.distributed.initialize(
             *(place if place != "auto" else ()),
             initialization_timeout=ARRIVAL,
-            heartbeat_timeout_seconds=int(2 * others.timeout),  # it aborts, and names nobody
+            heartbeat_timeout_seconds=int(4 * others.timeout),  # it aborts, and names nobody
         )
     except (RuntimeError, ValueError) as error:
         others.close()
@@ -186,7 +186,7 @@ def fail(code: int, text: str) -> None:
     for the user; where another's death is the cause, that is said instead."""
     if _others is not None:
         if code != 75:
-            beats = _others.said[1] + GRACE
+            beats = _others.said[1] + GRACE + 1  # the dead one's last beat may be heard late
             while _others.said[1] < beats and _others.thread.is_alive():
                 time.sleep(BEAT / 5)
             _others.name_the_dead((GRACE - 1) * BEAT)
@@ -258,7 +258,7 @@ class _Others:
         if self.client is not None:
             with contextlib.suppress(RuntimeError, ValueError):  # process 0 is gone
                 self._say()
-                time.sleep(4 * BEAT if self.me == 0 else 0)  # the store ends with process 0
+                time.sleep(10 * BEAT if self.me == 0 else 0)  # the store ends with process 0
         os.write(2, f"\n{text}\n".encode())  # last, below a progress bar
         os._exit(code)
 

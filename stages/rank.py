@@ -92,7 +92,7 @@ def main(args: Args) -> None:
     options = ranker_options(args, pairwise)
     check_distinct({"--ranker": ranker_path(args.ranker)}, {"--out": args.out})
     if pairwise and args.place() is None:
-        use_all_cores()
+        make_two_devices()
     if options.pop("device", None) == "host":
         jax.config.update("jax_platforms", "cpu")  # before the first device is asked for
     processes.start(args)
@@ -125,13 +125,12 @@ def main(args: Args) -> None:
         print(", ".join(numbers))
 
 
-def use_all_cores() -> None:
-    """On CPU let JAX make several devices of the cores, where it is not loaded yet: it computes
-    the attention of a batch on one core."""
+def make_two_devices() -> None:
+    """On CPU let JAX make two devices of the cores, where it is not loaded yet: it computes the
+    attention of a batch on one core. Not more of them, since each holds a copy of the weights."""
     flags = os.environ.get("XLA_FLAGS", "")
-    if "jax" not in sys.modules and "device_count" not in flags:
-        devices = min(8, os.cpu_count() or 1)
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
+    if "jax" not in sys.modules and "device_count" not in flags and (os.cpu_count() or 1) > 1:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2"
 
 
 def is_pairwise(ranker: str) -> bool:

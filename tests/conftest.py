@@ -24,7 +24,12 @@ def pytest_addoption(parser):
     parser.addoption("--heavy", action="store_true", help="also run the tests marked heavy")
 
 
+# Files of few and long tests: begun first, so that no worker is left with one at the end.
+FIRST = ("test_processes.py", "test_trl.py", "test_dpo.py", "test_generate.py", "test_pairrm.py")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
     if not config.getoption("--heavy"):
         for item in items:
             if "heavy" in item.keywords:

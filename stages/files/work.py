@@ -260,7 +260,7 @@ def kept_array(
         try:
             write_atomically(place, content.getvalue())
             break
-        except OSError:
+        except (OSError, UserError):
             if place == places[-1]:
                 raise
     return array
