@@ -63,8 +63,8 @@ def main(args: Args) -> None:
     assumptions(plan)
     if compiles:
         print("compiling (minutes, for a large model)", file=sys.stderr)
-    programs = compiler.described(plan.on, plan.programs(), compiles)
-    work = {told["name"]: told for told in programs}
+    told = compiler.described(plan.on, plan.programs(), compiles)
+    work = {each["name"]: each for each in told}
     show("GiB per chip, at the longest texts that are allowed:", memory_table(plan, work))
     if not compiles:
         print("Activations and exchange are left out, for want of the machine's compiler. Install")
@@ -77,7 +77,7 @@ def main(args: Args) -> None:
         show("Seconds of a training step:", scaling(plan))
     if took:
         show("Seconds of the run, by its manifests:", comparison(plan, work, took))
-    if too_large := [told for told in work.values() if not fits(told, plan)]:
+    if too_large := [each for each in told if not fits(each, plan)]:
         raise UserError(refusal(plan, too_large[0], compiles))
 
 

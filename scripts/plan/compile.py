@@ -71,6 +71,7 @@ def described(on: slices.Slice, programs: list[dict], compiles: bool) -> list[di
 
 
 # ---------------------------------------------------------------- in the compiler's process
+# a: the stage's flags, and what `Plan.programs` adds to them
 
 
 @dataclasses.dataclass
@@ -117,9 +118,6 @@ class Program:
 def _whole(mesh, dimensions, dtype=np.int32):
     """The shape of an array that every device holds whole."""
     return jax.ShapeDtypeStruct(dimensions, dtype, sharding=meshes.replicated(mesh))
-
-
-# Each of these gives a Program. a: the stage's flags, and what `Plan.programs` adds to them.
 
 
 def _of(kind: type, a):
@@ -200,26 +198,22 @@ BUILDERS = {each.__name__: each for each in (decode, prefill, gradients, layer)}
 
 def main(topology: str) -> None:
     """Print what there is to say of each program that is asked for, a line of JSON each."""
-    try:
-        chips = _devices(topology)
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
-        print(f"its compiler knows no such machine: {first_line(error)[:200]}")
-        sys.exit(2)
     for program in json.load(sys.stdin):
         sizes, build = tuple(program["mesh"]), BUILDERS[program["build"]]
         eos = tuple(program["config"]["eos_token_ids"])
         config = DecoderConfig(**program["config"] | {"eos_token_ids": eos})
-        # A mesh without devices is enough to trace a program, and to say what lies where.
-        mesh, use = AbstractMesh(sizes, meshes.MESH_AXES), jax.sharding.use_abstract_mesh
-        if chips:
-            mesh, use = meshes.make_mesh(*sizes, chips[: math.prod(sizes)]), jax.set_mesh
+        try:
+            mesh, use = _mesh(topology, sizes)
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            print(f"its compiler knows no such machine or mesh: {first_line(error)[:200]}")
+            sys.exit(2)
         # Built outside the mesh: optax makes a counter, and these devices run nothing.
         longest, usual = (
             build(config, mesh, SimpleNamespace(**program["given"] | more))
             for more in ({}, program["usual"])
         )
         with use(mesh):
-            told = longest.describe(bool(chips), mesh.size)
+            told = longest.describe(bool(topology), mesh.size)
             _, work = usual.traced()
         # Along fsdp it is the weights that travel, as many whatever the lengths.
         share = work["flops"] / told["flops"]
@@ -228,9 +222,16 @@ def main(topology: str) -> None:
         print(json.dumps({"name": program["name"], "usual": work, **told}), flush=True)
 
 
+def _mesh(topology: str, sizes: tuple) -> tuple:
+    """(A mesh, how to set it.) One without devices is enough to trace a program."""
+    if not topology:
+        return AbstractMesh(sizes, meshes.MESH_AXES), jax.sharding.use_abstract_mesh
+    return meshes.make_mesh(*sizes, _devices(topology)[: math.prod(sizes)]), jax.set_mesh
+
+
 def _devices(topology: str) -> list:
-    if topology in ("", "cpu"):
-        return jax.devices()[:1] if topology else []
+    if topology == "cpu":
+        return jax.devices()
     on = slices.parse(topology)
     if on.compiler == "cuda":
         target = (HERE / f"{on.chip.name}.target_config.txtpb").read_text()
@@ -238,7 +239,7 @@ def _devices(topology: str) -> list:
         return topologies.get_topology_desc(platform="cuda", **more).devices
     # One chip is taken out of four.
     name = topology.replace(":1x1", ":2x2") if on.size == 1 else topology
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[: on.size]
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
 # ---------------------------------------------------- operations, and a compiled program's text

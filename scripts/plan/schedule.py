@@ -134,9 +134,8 @@ class Plan:
 
     def stages(self) -> list[Stage]:
         rounds, training = self.recipe.iterations, self.training
-        micro = training.micro_batch_size
+        micro, disk = training.micro_batch_size, 4 * self.parameters / DISK / self.on.hosts
         start = START_ON_CPU if self.on.chip.name == "cpu" else START
-        disk = 4 * self.parameters / DISK / self.on.hosts
         count = self.prompts - self.test_pairs
         steps = training.epochs * math.ceil(count / training.batch_size)
         passes = 4 if training.remat == "full" else 3  # forward, in the time of a gradient
