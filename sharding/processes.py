@@ -112,6 +112,7 @@ def start(flags: Flags) -> None:
         where = place if place == "auto" else place[0]
         raise UserError(f"--coordinator {where}: {first_line(error)}") from None
     others.me, others.client = distributed.global_state.process_id, distributed.global_state.client
+    others.say()  # before `agree`, so that all know of one that dies right after it
     _others = others
     places = {field.name for field in dataclasses.fields(Flags)}
     same = {name: x for name, x in dataclasses.asdict(flags).items() if name not in places}
@@ -224,13 +225,13 @@ class _Others:
             if self.client is not None:
                 self.said[1] += 1
                 try:
-                    self._say()
+                    self.say()
                     self._hear()
                 except (RuntimeError, ValueError):
                     self.end(75, f"process 0 ({self.heard['0'][0][0]}) died: {AGAIN}")
                 self.name_the_dead(self.timeout)
 
-    def _say(self) -> None:
+    def say(self) -> None:
         key, text = f"processes/{self.me}", json.dumps(self.said)
         self.client.key_value_set(key, text, allow_overwrite=True)
 
@@ -257,7 +258,7 @@ class _Others:
         self.said[2:] = code, why or text
         if self.client is not None:
             with contextlib.suppress(RuntimeError, ValueError):  # process 0 is gone
-                self._say()
+                self.say()
                 time.sleep(10 * BEAT if self.me == 0 else 0)  # the store ends with process 0
         os.write(2, f"\n{text}\n".encode())  # last, below a progress bar
         os._exit(code)

@@ -82,7 +82,7 @@ def test_one_that_is_killed_is_named_by_all_others(begin):
     waits, victim, sleeps = together(begin("wait", "sleep", "sleep"))
     victim.kill()
     for code, line in ends([waits, sleeps], within=20):
-        assert code == 75
+        assert code == 75, line
         assert line.startswith("process 1 (") and "died: run the same command again" in line
 
 
