@@ -4,7 +4,7 @@
 
 A recipe is a TOML file: what a run does, and under [machine.NAME] where and how fast.
 scripts/README.md explains each key. All of them are checked before any work, those of the stages'
-tables against the stages' own flags.
+tables by the stages' own flags and rules.
 
 RUN/settings.json keeps the settings that decide a run's results. The run goes on with these alone.
 `iterations` may be raised, and what only decides where or how fast may change.
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from etils import epath
 
 from sharding.errors import UserError
 from stages import dpo, pairs, rank, sample
@@ -39,7 +40,7 @@ STAGES |= {"evaluate.sample": sample.Args, "evaluate.kl": Kl}
 # Flags that only decide where or how fast: they are no settings of a run.
 HOW_FAST = {
     *("mesh", "slots", "cache_memory", "micro_batch_size", "remat", "rows", "device"),
-    *("save_every", "keep_states", "eval_every", "shardings"),
+    *("save_every", "keep_states", "eval_every", "shardings", "evaluate.kl.batch_size"),
 }
 # Flags that the loop gives, or cannot use; it leaves the seed of stages.pairs to the recipe.
 BY_LOOP = {
@@ -258,6 +259,27 @@ def described(kind: Any) -> str:
     return "a table" if isinstance(kind, dict) else words[kind]
 
 
+def with_flags(args: Any, table: dict) -> Any:
+    """A stage's Args with the flags of a recipe's table."""
+    lists = {name: tuple(x) for name, x in table.items() if isinstance(x, list)}
+    return dataclasses.replace(args, **table | lists)
+
+
+def check_values(recipe: Recipe) -> None:
+    """Have the stages refuse values that make no sense, before the first of them works for hours.
+    Takes two seconds, since they load JAX for it."""
+    for name, check_flags, args, table in (
+        ("sample", sample.checked, sample.Args("C", "P", "S"), recipe.sample),
+        ("evaluate.sample", sample.checked, sample.Args("C", "P", "S"), recipe.evaluate["sample"]),
+        ("pairs", pairs.check_flags, pairs.Args("K", "D"), recipe.pairs),
+        ("dpo", dpo.checked, dpo.Args("C", "D", "C2"), recipe.dpo),
+    ):
+        try:
+            check_flags(with_flags(args, table))
+        except UserError as error:
+            raise UserError(f"recipe {recipe.name}, [{name}]: {error}") from None
+
+
 def check_prompts(where: str, recipe: Recipe) -> None:
     """Each table names one source of prompts, which exists where it is a local file."""
     if "split" in recipe.heldout and "dataset" in recipe.prompts:
@@ -276,8 +298,10 @@ def check_prompts(where: str, recipe: Recipe) -> None:
             shown = ", ".join(f"{k} = {x}" for k, x in table.items() if isinstance(x, int))
             raise UserError(f"{where}: {name} takes no rows ({shown})")
         for file in (recipe.source(i)[0] for i in iterations if "file" in table):
-            if not Path(file).is_file():
+            if not epath.Path(file).is_file():
                 raise UserError(f"{where}: {name}.file: {file} does not exist")
+            if not file.endswith(".jsonl"):
+                raise UserError(f"{where}: {name}.file: {file}: give a prompts.jsonl")
 
 
 # ------------------------------------------------------------------- settings of a run
@@ -291,7 +315,7 @@ def settings_of(recipe: Recipe, seed: int, limit: int) -> dict[str, Any]:
         for key, value in table.items():
             if isinstance(value, dict):
                 rows |= flat(value, f"{path}{key}.")
-            elif key not in HOW_FAST:
+            elif not HOW_FAST & {key, f"{path}{key}"}:
                 rows[f"{path}{key}"] = value
         return rows
 
@@ -353,6 +377,7 @@ def main(args: Args) -> None:
         raise UserError(
             f"{run} is beyond iteration {recipe.iterations}: iterations may be raised, not lowered"
         )
+    check_values(recipe)
     bind(run, settings_of(recipe, seed, limit), write=not process_id)
 
     words = {"NAME": name, "run": run, "SEED": seed, "ITERATIONS": recipe.iterations}

@@ -91,8 +91,7 @@ def main(args: Args) -> None:
     pairwise = is_pairwise(args.ranker)
     options = ranker_options(args, pairwise)
     check_distinct({"--ranker": ranker_path(args.ranker)}, {"--out": args.out})
-    if pairwise and args.place() is None:
-        make_two_devices()
+    make_two_devices(args)
     if options.pop("device", None) == "host":
         jax.config.update("jax_platforms", "cpu")  # before the first device is asked for
     processes.start(args)
@@ -125,11 +124,13 @@ def main(args: Args) -> None:
         print(", ".join(numbers))
 
 
-def make_two_devices() -> None:
-    """On CPU let JAX make two devices of the cores, where it is not loaded yet: it computes the
-    attention of a batch on one core. Not more of them, since each holds a copy of the weights."""
+def make_two_devices(args) -> None:
+    """For PairRM in a single process on CPU: let JAX, where it is not loaded yet, make two devices
+    of the cores, since it computes the attention of a batch on one core. Not more of them: each
+    holds a copy of the weights. args: --ranker, and the flags of several processes."""
     flags = os.environ.get("XLA_FLAGS", "")
-    if "jax" not in sys.modules and "device_count" not in flags and (os.cpu_count() or 1) > 1:
+    can = "jax" not in sys.modules and "device_count" not in flags and (os.cpu_count() or 1) > 1
+    if can and is_pairwise(args.ranker) and args.place() is None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2"
 
 

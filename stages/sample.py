@@ -89,14 +89,7 @@ class Args(processes.Flags):
 def main(args: Args) -> None:
     # ------------------------------------------------------------------ flags and model
     first, slices = parse_slice(args.slice)
-    if args.slots is not None and args.slots < 1:
-        raise UserError(f"--slots is {args.slots}: it must be at least 1")
-    if args.slots is not None and args.cache_memory is not None:
-        raise UserError("--slots and --cache-memory say the same thing twice: give one of them")
-    if args.cache_memory is not None:
-        parse_bytes(args.cache_memory, "--cache-memory")
-    names = [field.name for field in dataclasses.fields(generate.Sampling)]
-    sampling = generate.Sampling(**{name: getattr(args, name) for name in names})
+    sampling = checked(args)
     check_distinct({"--checkpoint": args.checkpoint}, {"--out": args.out})
     processes.start(args)
     config = checkpoint.load_config(args.checkpoint)
@@ -186,6 +179,18 @@ def main(args: Args) -> None:
             others = len(prompts) - len(mine)
             counts = counts - Counter({"in": others}) if first == 0 else Counter({"in": len(mine)})
         output.finish(mine, counts, results)
+
+
+def checked(args: Args) -> "generate.Sampling":
+    """What decides the draws. Raises UserError for a flag that makes no sense."""
+    if args.slots is not None and args.slots < 1:
+        raise UserError(f"--slots is {args.slots}: it must be at least 1")
+    if args.slots is not None and args.cache_memory is not None:
+        raise UserError("--slots and --cache-memory say the same thing twice: give one of them")
+    if args.cache_memory is not None:
+        parse_bytes(args.cache_memory, "--cache-memory")
+    names = [field.name for field in dataclasses.fields(generate.Sampling)]
+    return generate.Sampling(**{name: getattr(args, name) for name in names})
 
 
 def parse_slice(text: str | None) -> tuple[int, int]:

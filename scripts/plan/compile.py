@@ -134,12 +134,12 @@ def decode(config, mesh, a) -> Program:
     """A step of all slots."""
     (params, cache), dtype = _sampler(config, mesh, a), jnp.dtype(a.dtype)
     a.stop_strings, drawing = (), _of(generate.Sampling, a)
-    state = jax.eval_shape(partial(generate._empty, config, a.slots, a.length, drawing, dtype))
+    empty, advance, _ = generate.programs(config, drawing, dtype)
+    state = jax.eval_shape(partial(empty, a.slots, a.length))
     state = jax.tree.map(lambda x: _whole(mesh, x.shape, x.dtype), state) | {"cache": cache}
-    call = partial(generate._advance, config=config, sampling=drawing, dtype=dtype)
     args = (params, state, _whole(mesh, ()))
     inside = {"parameters": params, "cache": cache}
-    return Program(jax.jit(call, donate_argnums=1), args, inside, devices=mesh.size)
+    return Program(advance, args, inside, devices=mesh.size)
 
 
 def prefill(config, mesh, a) -> Program:
@@ -150,7 +150,7 @@ def prefill(config, mesh, a) -> Program:
     unused = {name: x for name, x in params.items() if name == "unembed"}
     used = {name: x for name, x in params.items() if name != "unembed"}
     return Program(
-        jax.jit(lambda params, row: generate._prefill(params, config, row, jnp.dtype(a.dtype))),
+        jax.jit(generate.programs(config, generate.Sampling(), jnp.dtype(a.dtype))[2]),
         (params, {name: _whole(mesh, (1, a.tokens)) for name in names}),
         {"parameters": used},
         {"parameters": unused, "cache": cache},

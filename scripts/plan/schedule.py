@@ -12,7 +12,7 @@ from model.config import DecoderConfig
 from model.packing import bucket, coarse_bucket
 from scripts.bench.shapes import PAIRRM
 from scripts.plan.slices import Slice
-from scripts.recipe import Recipe
+from scripts.recipe import Recipe, with_flags
 from sharding.errors import UserError
 from sharding.mesh import decoding_sizes, training_sizes
 from stages import dpo, pairs, sample
@@ -31,11 +31,6 @@ PAIRRM_LONGEST = 2048  # tokens: its own limit on three texts
 
 # times: in a whole run. programs: name → how often each time. start: seconds beside them.
 Stage = namedtuple("Stage", "name kind times programs start")
-
-
-def with_flags(args, table: dict):
-    tuples = {name: tuple(x) if isinstance(x, list) else x for name, x in table.items()}
-    return dataclasses.replace(args, **tuples)
 
 
 @dataclasses.dataclass

@@ -61,6 +61,7 @@ class Compare(processes.Flags):
 def main(args: Compare) -> None:
     # ------------------------------------------------------------------------------ inputs
     check_distinct({"--ranker": rank.ranker_path(args.ranker)}, {"--out": args.out})
+    rank.make_two_devices(args)
     processes.start(args)
     files = (args.outputs, args.baseline)
     ours, baseline = (read_outputs(path, args.response) for path in files)

@@ -297,6 +297,7 @@ def test_a_run_goes_on_with_its_settings_alone(own):
         ("[dpo]", "# a comment\n[dpo]"),
         ("iterations = 2", "iterations = 5"),
         ("n = 4", "n = 4\nslots = 9\nmesh = [1, 1, 1]"),
+        ("[dpo]", "[evaluate.kl]\nbatch_size = 3\n[dpo]"),
         ("beta = 0.2", "beta = 0.2\nlearning_rate = 5e-7"),  # which is the stage's own
     ):
         assert shown(own(change)).returncode == 0
@@ -342,6 +343,22 @@ def test_a_damaged_run_is_refused(own):
     Path("a_file").write_text("")
     refused = shown(name, NAME="a_file", RUNS=".")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("beta = 0.2", "beta = -1", "[dpo]: --beta is -1: it must be above 0"),
+        ("beta = 0.2", "max_length = 8", "[dpo]: --max-prompt-length is"),
+        ("n = 4", "n = 0", "[sample]: n is 0: it must be at least 1"),
+        ("[dpo]", "[evaluate.sample]\ntop_p = 2\n[dpo]", "[evaluate.sample]: top_p is 2"),
+        ("[dpo]", "[pairs]\ntest_fraction = 7\n[dpo]", "[pairs]: --test-fraction 7 must be"),
+    ],
+)
+def test_a_value_that_a_stage_would_refuse_is_refused_before_the_run(own, old, new, said):
+    refused = shown(own((old, new)))
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and said in refused.stderr
+    assert not Path("runs").exists()
 
 
 def test_bad_numbers_are_refused(own):
