@@ -164,3 +164,18 @@ def embed(params: Params, tokens_bt: jax.Array, dtype) -> jax.Array:
 def cache_layout(k_btkh: jax.Array, v_btkh: jax.Array):
     """Keys and values as model/attention.py takes them: (k_bkht, v_bkth)."""
     return jnp.transpose(k_btkh, (0, 2, 3, 1)), jnp.transpose(v_btkh, (0, 2, 1, 3))
+
+
+def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
+    """fp32 logits [..., v] of final hidden states [..., d]."""
+    if config.tie_word_embeddings:
+        equation, w = "...d,vd->...v", params["embed"]
+    else:
+        equation, w = "...d,dv->...v", params["unembed"]
+    return jnp.einsum(
+        equation,
+        hidden,
+        w.astype(hidden.dtype),
+        precision=matmul_precision(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )

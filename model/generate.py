@@ -500,7 +500,7 @@ def _admit(params, state, hidden_gd, starting, *, config, sampling) -> dict:
     """The state (without the cache) after the first tokens of the starting answers are drawn.
     hidden_gd: of their prompts' last tokens."""
     slots_g, lengths_g = starting["slots"], starting["lengths"]
-    logits_gv = kv_cache.logits(params, config, hidden_gd)
+    logits_gv = decoder.logits(params, config, hidden_gd)
     first_g = jnp.zeros_like(slots_g)
     tokens_g, logprobs_g = draw(logits_gv, uniforms(starting["keys"], first_g), sampling)
     active_g = ~_is_eos(tokens_g, config) & (sampling.max_new_tokens > 1)
@@ -535,7 +535,7 @@ def _advance(params, state, stop_at_active, *, config, sampling, dtype) -> dict:
         hidden_bd, cache = kv_cache.decode(
             params, config, state["cache"], last_b, positions_b, dtype
         )
-        logits_bv = kv_cache.logits(params, config, hidden_bd)
+        logits_bv = decoder.logits(params, config, hidden_bd)
         tokens_b, logprobs_b = draw(logits_bv, uniforms(state["keys"], steps_b), sampling)
         at_b = jnp.where(active_b, steps_b, sampling.max_new_tokens)  # beyond: not written
         steps_b = steps_b + active_b

@@ -22,7 +22,6 @@ from model.decoder import (
     rms_norm,
     rope_angles,
 )
-from model.precision import matmul_precision
 from sharding.mesh import constrain, placed
 
 
@@ -93,19 +92,15 @@ def _prefill_layer(w: Params, config: DecoderConfig, x_btd, rope, seen_bts):
     return block(w, config, x_btd, rope, attend)
 
 
-def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
-    """fp32 logits [..., v] of final hidden states [..., d]."""
-    if config.tie_word_embeddings:
-        equation, w = "...d,vd->...v", params["embed"]
-    else:
-        equation, w = "...d,dv->...v", params["unembed"]
-    return jnp.einsum(
-        equation,
-        hidden,
-        w.astype(hidden.dtype),
-        precision=matmul_precision(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
+# Logical axes of a layer's keys and values.
+CACHE_AXES = (
+    ("batch", "kv_heads", "head_dim", "length"),
+    ("batch", "kv_heads", "length", "head_dim"),
+)
+
+
+def constrain_cache(k_bkhs: jax.Array, v_bksh: jax.Array):
+    return tuple(constrain(x, *axes) for x, axes in zip((k_bkhs, v_bksh), CACHE_AXES))
 
 
 def empty_cache(config: DecoderConfig, rows: int, length: int, dtype=jnp.float32) -> list:
@@ -125,32 +120,6 @@ def cache_bytes(config: DecoderConfig, length: int, dtype=jnp.float32) -> int:
     """Bytes of the keys and values of one sequence of up to `length` positions."""
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return numbers * length * jnp.dtype(dtype).itemsize
-
-
-def free_memory(mesh) -> int:
-    """Bytes that are free on the mesh's devices together; simulated ones share the machine's."""
-    if mesh.devices.flat[0].platform == "cpu":
-        return available_memory()
-    stats = [device.memory_stats() for device in mesh.local_devices]
-    return mesh.size * min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
-
-
-def available_memory() -> int:
-    """Bytes that new work on this machine may take: what is free and what the kernel gives back."""
-    with open("/proc/meminfo") as file:
-        line = next(line for line in file if line.startswith("MemAvailable"))
-    return 1024 * int(line.split()[1])
-
-
-# Logical axes of a layer's keys and values.
-CACHE_AXES = (
-    ("batch", "kv_heads", "head_dim", "length"),
-    ("batch", "kv_heads", "length", "head_dim"),
-)
-
-
-def constrain_cache(k_bkhs: jax.Array, v_bksh: jax.Array):
-    return tuple(constrain(x, *axes) for x, axes in zip((k_bkhs, v_bksh), CACHE_AXES))
 
 
 def abstract_cache(config: DecoderConfig, mesh, rows: int, length: int, dtype=jnp.float32) -> list:

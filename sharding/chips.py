@@ -1,4 +1,4 @@
-"""What chips can do, as their makers publish it.
+"""What chips can do, as their makers publish it; and the memory that is free here.
 
 Sources: TPUs cloud.google.com/tpu/docs/{v5e,v5p,v6e}; GPUs NVIDIA's data sheets of the SXM
 versions, dense, without sparsity. scripts/plan/slices.py combines chips into slices.
@@ -54,3 +54,18 @@ def of_kind(device_kind: str) -> Chip | None:
     """The chip of one of jax's devices; None where it is not in the table."""
     known = [chip for chip in _CHIPS if device_kind.startswith(chip.kinds)]
     return known[0] if known else None
+
+
+def free_memory(mesh) -> int:
+    """Bytes that are free on the mesh's devices together; simulated ones share the machine's."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return available_memory()
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    return mesh.size * min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+
+
+def available_memory() -> int:
+    """Bytes that new work on this machine may take: what is free and what the kernel gives back."""
+    with open("/proc/meminfo") as file:
+        line = next(line for line in file if line.startswith("MemAvailable"))
+    return 1024 * int(line.split()[1])

@@ -39,8 +39,8 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
 
     from model import checkpoint, generate, kv_cache
     from model import tokenizer as tokenizers
+    from sharding import chips, table
     from sharding import mesh as meshes
-    from sharding import table
 
 
 @dataclasses.dataclass
@@ -227,7 +227,7 @@ def count_slots(args: Args, mesh, slot_bytes: int, answers: int) -> int:
         if args.cache_memory is not None:
             memory = parse_bytes(args.cache_memory, "--cache-memory")
         else:
-            memory = kv_cache.free_memory(mesh) * (0.25 if on_cpu else 0.8)
+            memory = chips.free_memory(mesh) * (0.25 if on_cpu else 0.8)
         slots = int(memory / (slot_bytes * shards)) * shards
         if slots < 1:
             raise UserError(

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from model import generate
-from model.kv_cache import available_memory
 from model.precision import matmul_precision
 from scripts.bench import shapes
 from scripts.bench.machine import timed
 from scripts.bench.shapes import Sizes
+from sharding.chips import available_memory
 from sharding.errors import first_line
 
 Row = dict  # "name" and figures, their units in the keys

@@ -28,7 +28,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, generate, kv_cache
+    from model import checkpoint, decoder, generate, kv_cache
     from model import tokenizer as tokenizers
     from scripts.bench import measuring
 
@@ -185,7 +185,7 @@ class Ours(Worker):
 
         whole, hidden_bd = decode_time(call.state.pop("cache"), length - 1)
         products, _ = decode_time(kv_cache.empty_cache(c, slots, 32), 31)
-        logits = jax.jit(lambda params, hidden_bd: kv_cache.logits(params, c, hidden_bd))
+        logits = jax.jit(lambda params, hidden_bd: decoder.logits(params, c, hidden_bd))
         draw = jax.jit(lambda logits_bv, u_b: generate.draw(logits_bv, u_b, self.sampling))
         head = {k: v for k, v in params.items() if k != "layers"}
         logits_bv = logits(head, hidden_bd)

@@ -83,7 +83,7 @@ class Pair:
 @partial(jax.jit, static_argnames=("config", "dtype", "remat"))
 def full_logits(params, config, tokens_bt, valid_bt=None, **kwargs):
     batch = tiny.rows_of_one(tokens_bt, valid_bt)
-    return kv_cache.logits(params, config, forward(params, config, batch, **kwargs))
+    return decoder.logits(params, config, forward(params, config, batch, **kwargs))
 
 
 @cache
@@ -159,7 +159,7 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
     )
     prefill = jax.jit(lambda tokens_bt: kv_cache.prefill(params, pair.config, tokens_bt))
     hidden_btd, kv = prefill(jnp.asarray(prompts_bt))
-    prefilled = np.asarray(kv_cache.logits(params, pair.config, hidden_btd))
+    prefilled = np.asarray(decoder.logits(params, pair.config, hidden_btd))
     cache = [
         (k.at[..., :prompt_length].set(new_k), v.at[:, :, :prompt_length].set(new_v))
         for (k, v), (new_k, new_v) in zip(
@@ -174,7 +174,7 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
         positions_b = lengths_b + step
         fed_b = tokens_bt[np.arange(3), positions_b]
         hidden_bd, cache = decode(cache, jnp.asarray(fed_b), jnp.asarray(positions_b))
-        logits_bv = kv_cache.logits(params, pair.config, hidden_bd)
+        logits_bv = decoder.logits(params, pair.config, hidden_bd)
         assert_close(logits_bv, expected[np.arange(3), positions_b])
 
 

@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model import decoder, generate, kv_cache
+from model import decoder, generate
 from model.forward import forward
 from model.generate import Sampler, Sampling
 from model.logprobs import response_logprobs
@@ -99,7 +99,7 @@ def test_greedy_answers_are_the_argmax_of_the_full_forward_pass():
         assert len(drawn) == 12
         row = np.zeros((1, 96), np.int32)  # one shape for all: what comes later is not seen
         row[0, : len(prompt) + 12] = prompt + drawn
-        logits = kv_cache.logits(params, config, forward(params, config, tiny.rows_of_one(row)))[0]
+        logits = decoder.logits(params, config, forward(params, config, tiny.rows_of_one(row)))[0]
         for i, token in enumerate(drawn):
             assert token == int(jnp.argmax(logits[len(prompt) + i - 1]))
 

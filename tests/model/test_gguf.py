@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from model import checkpoint, hf, kv_cache
+from model import checkpoint, decoder, hf
 from model.config import DecoderConfig
 from model.forward import forward
 from model.generate import Sampler, Sampling
@@ -66,7 +66,7 @@ def test_logits_of_real_prompts_equal_transformers(model, theirs):
         with torch.no_grad():
             reference = theirs(torch.tensor([ids])).logits[0].numpy()
         hidden_btd = forward(params, config, tiny.rows_of_one(np.array([ids])))
-        ours = np.asarray(kv_cache.logits(params, config, hidden_btd))[0]
+        ours = np.asarray(decoder.logits(params, config, hidden_btd))[0]
         assert np.abs(ours - reference).max() < 1e-3
 
 
