@@ -87,7 +87,7 @@ class Trained:
 @dataclasses.dataclass
 class Run:
     name: str
-    settings: str
+    settings: dict  # what decides the results, by scripts.recipe: dotted key → value
     models: list[Model]  # the start model first
     trained: list[Trained]
     nodes: list[graph.Node]  # parents first
@@ -98,14 +98,14 @@ def read(run: str) -> Run:
     """The whole run; each of its files is read once. Raises UserError where `run` is no run."""
     folder = epath.Path(run)
     trained = [_trained(place) for place in graph.places(folder) if place.name != "start"]
-    answered, settings = models(run), folder / "settings"
+    answered, settings = models(run), folder / "settings.json"
     tokens = {f"{t.name}/{file}": n for t in trained for file, n in t.tokens.items()}
     for model in answered:
         count = sum(len(answer.get("token_ids", [])) for answer in model.answers)
         tokens[f"{model.name}/heldout.samples.jsonl"] = count
     return Run(
         name=folder.name,
-        settings=settings.read_text().strip() if settings.exists() else "",
+        settings=json.loads(settings.read_text()) if settings.exists() else {},
         models=answered,
         trained=[t for t in trained if t.scores or t.pairs],
         nodes=graph.read(run),

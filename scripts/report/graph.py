@@ -47,20 +47,24 @@ def read(run: str) -> list[Node]:
         nodes.append(node)
         for content in contents:  # of equal checkpoints the first one stands for all
             by_content.setdefault(content, node)
-    for node in nodes[:]:
+    unknown = []  # what no content of the run is: named by its path alone
+    for node in nodes:
         made = node.manifest
         files = {entry["sha256"]: entry["path"] for entry in with_roles(made.inputs).values()}
         models = {made.identities.get(name): name for name in READS.get(made.stage, ())}
         for content, name in (files | models).items():
-            if content is None:
-                continue
-            if content not in by_content and content in files:
-                by_content[content] = _input(folder, name, content, nodes)
-            elif content not in by_content:
-                nodes.append(Node(name, content, None))
-                by_content[content] = nodes[-1]
-            if by_content[content] not in node.parents:
-                node.parents.append(by_content[content])
+            if content in by_content:
+                _add_parent(node, by_content[content])
+            elif content is not None:
+                unknown.append((node, name, content, content in files))
+    for node, name, content, is_file in unknown:
+        if content not in by_content:
+            by_content[content] = Node(name, content, None)
+            if is_file and (edited := _edited(folder, name, content, nodes, node)):
+                by_content[content] = edited
+            if by_content[content] not in nodes:
+                nodes.append(by_content[content])
+        _add_parent(node, by_content[content])
     return list(TopologicalSorter({node: node.parents for node in nodes}).static_order())
 
 
@@ -103,17 +107,29 @@ def _checkpoint(folder, path) -> Node:
         raise UserError(f"{file} is damaged ({error!r}): make the checkpoint again") from None
 
 
-def _input(folder, path: str, sha256: str, nodes: list[Node]) -> Node:
-    """An input whose content no manifest describes: the user's own file, or one changed since."""
+def _add_parent(node: Node, parent: Node) -> None:
+    if parent not in node.parents:
+        node.parents.append(parent)
+
+
+def _edited(folder, path: str, sha256: str, nodes: list[Node], made: Node) -> Node | None:
+    """The file of the run that `path`, an input of `made`, names, where its content is another one
+    now; None where it names a file outside the run."""
     parts = [part for part in epath.Path(path).parts if part != "/"]
     # The manifest may name it from another working folder: the longest tail that is in this run.
     tails = ("/".join(parts[i:]) for i in range(len(parts)))
     within = next((tail for tail in tails if (folder / tail).is_file()), None)
-    node = next((node for node in nodes if within is not None and node.path == within), None)
-    if node is None:
-        nodes.append(node := Node(within or path, sha256, None))
-    node.changed |= within is not None and file_sha256(str(folder / within)) != sha256
+    if within is None:
+        return None
+    node = next((node for node in nodes if node.path == within), Node(within, sha256, None))
+    if _is_made_from(node, made):  # only its name is alike
+        return None
+    node.changed |= file_sha256(str(folder / within)) != sha256
     return node
+
+
+def _is_made_from(node: Node, source: Node) -> bool:
+    return node is source or any(_is_made_from(parent, source) for parent in node.parents)
 
 
 def _within(folder, path) -> str:

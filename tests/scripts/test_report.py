@@ -67,7 +67,7 @@ def run(tmp_path_factory):
     )
     ranker = f"{reward}:reward"
     checkpoint(run / "start/checkpoint", "0" * 64, {"source": "made up"})
-    (run / "settings").write_text("seed 0 <limit> 4\n")
+    (run / "settings.json").write_text('{"SEED": 0, "ranker": "<r>", "dpo.beta": 0.1}')
     before = None
     for k, (name, texts) in enumerate(MODELS.items()):
         it = run / name
@@ -160,7 +160,7 @@ def test_the_page_is_whole_needs_no_network_and_shows_all_answers(run):
     assert [a["won"] for a in first] == [None, 1.0, 1.0]
     assert [a["score"] for a in first] == [1.0, 4.0, 6.0]
     assert [a["finished"] for a in content["prompts"][2]["answers"]] == [False, True, True]
-    for text in ("seed 0 <limit> 4", "1 h 6 min", "1 set aside: no room", "letters"):
+    for text in ("SEED 0, ranker <r>, dpo.beta 0.1", "1 h 6 min", "1 set aside: no room", "letters"):
         assert any(text in t for t in page.texts), text
 
 
@@ -201,6 +201,20 @@ def test_lineage_says_what_was_made_from_what_and_what_changed_since(run, tmp_pa
         file.write("\n")
     changed = [node for node in graph.read(str(edited)) if node.changed]
     assert [node.path for node in changed] == ["iteration_1/pairs.jsonl"]
+
+
+def test_a_file_outside_the_run_may_be_called_as_the_one_that_was_made_of_it(run, tmp_path):
+    copied, mine = tmp_path / "small", tmp_path / "recipes" / "small" / "heldout.jsonl"
+    shutil.copytree(run, copied)
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}\n")
+    inputs = {"prompts": an_input(str(mine))}
+    output = Output.open(str(copied / "heldout.jsonl"), Manifest("prompts", {}, inputs, {}))
+    output.write({"prompt_id": "a", "prompt": "hi"})
+    output.finish(["a"], Counter({"in": 1}))
+    nodes = {node.path: node for node in graph.read(str(copied))}
+    assert [parent.path for parent in nodes["heldout.jsonl"].parents] == [str(mine)]
+    assert not nodes["heldout.jsonl"].changed
 
 
 def test_a_run_that_has_just_begun_has_a_page_and_says_what_is_missing(run, tmp_path):
