@@ -160,7 +160,12 @@ def test_the_page_is_whole_needs_no_network_and_shows_all_answers(run):
     assert [a["won"] for a in first] == [None, 1.0, 1.0]
     assert [a["score"] for a in first] == [1.0, 4.0, 6.0]
     assert [a["finished"] for a in content["prompts"][2]["answers"]] == [False, True, True]
-    for text in ("SEED 0, ranker <r>, dpo.beta 0.1", "1 h 6 min", "1 set aside: no room", "letters"):
+    for text in (
+        "SEED 0, ranker <r>, dpo.beta 0.1",
+        "1 h 6 min",
+        "1 set aside: no room",
+        "letters",
+    ):
         assert any(text in t for t in page.texts), text
 
 
