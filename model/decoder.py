@@ -84,13 +84,14 @@ def abstract(config: DecoderConfig, mesh=None, dtype=jnp.float32) -> Params:
 
 
 def matmul(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """einsum in x's dtype: fp32 master weights are rounded to bf16 where x is bf16."""
-    return checkpoint_name(_matmul(equation, x, w.astype(x.dtype)), "product")
+    """einsum in x's dtype: fp32 master weights are rounded to bf16 where x is bf16. Their gradient
+    comes in their own dtype: it is not rounded before the devices' shares of it are summed."""
+    return checkpoint_name(_matmul(equation, x, w), "product")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(equation, x, w):
-    return jnp.einsum(equation, x, w, precision=matmul_precision(x.dtype))
+    return jnp.einsum(equation, x, w.astype(x.dtype), precision=matmul_precision(x.dtype))
 
 
 def _matmul_bwd(equation, saved, ct):
@@ -101,12 +102,18 @@ def _matmul_bwd(equation, saved, ct):
     operands, out = equation.split("->")
     axes_x, axes_w = operands.split(",")
     precision = matmul_precision(x.dtype)
-    grad_x = jnp.einsum(f"{out},{axes_w}->{axes_x}", ct, w, precision=precision)
+    grad_x = jnp.einsum(f"{out},{axes_w}->{axes_x}", ct, w.astype(x.dtype), precision=precision)
     (axes_1, first), (axes_2, second) = sorted(
         ((axes_x, x), (out, ct)), key=lambda side: side[1].size
     )
     axes = "".join(axis for axis in axes_1 + axes_2 if axis in axes_w)
-    grad_w = jnp.einsum(f"{axes_1},{axes_2}->{axes}", first, second, precision=precision)
+    grad_w = jnp.einsum(
+        f"{axes_1},{axes_2}->{axes}",
+        first,
+        second,
+        precision=precision,
+        preferred_element_type=w.dtype,
+    )
     return grad_x, jnp.einsum(f"{axes}->{axes_w}", grad_w)
 
 
@@ -157,7 +164,8 @@ def block(w: Params, config: DecoderConfig, x_btd: jax.Array, rope, attend):
 
 
 def embed(params: Params, tokens_bt: jax.Array, dtype) -> jax.Array:
-    x_btd = params["embed"].astype(dtype)[tokens_bt]
+    # Looked up before the cast, so that the gradient of a token's row is summed in fp32.
+    x_btd = params["embed"][tokens_bt].astype(dtype)
     return constrain(x_btd, "batch", "length", "act_embed")
 
 

@@ -46,7 +46,8 @@ def forward(
 
     x_btd = embed(params, batch["tokens"], dtype)
     keep = {"none": jax.checkpoint_policies.save_only_these_names("product"), "full": None}
-    body = jax.checkpoint(body, policy=keep[remat])
+    # Within a scan nothing else could be merged with what is computed again.
+    body = jax.checkpoint(body, policy=keep[remat], prevent_cse=False)
     x_btd, _ = jax.lax.scan(body, x_btd, params["layers"])
     return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps)
 

@@ -16,6 +16,7 @@ from model.precision import matmul_precision
 from sharding.mesh import batch_shards, constrain
 
 CHUNK = 256  # tokens per device whose logits are held: 50 MB of fp32 at 49,152 words
+ACCELERATOR_CHUNK = 1024  # elsewhere than on CPU: devices sum the vocabulary's gradient per chunk
 # Kept log-probs of a reference are named by it (stages/dpo.py). Raise it with each change to this
 # file, to the decoder, its forward pass or packing that moves the numbers by more than rounding.
 VERSION = 1
@@ -45,6 +46,14 @@ def response_logprobs(
     return jnp.sum(jnp.where(mine_btn, logprobs_bt[..., None], 0.0), axis=(0, 1))
 
 
+def chunk_length(rows: int, length: int, mesh) -> int:
+    """Tokens of each row in a chunk, for a batch of `rows` rows of `length` tokens on this mesh."""
+    device = mesh.abstract_device  # None: a mesh without devices
+    on_cpu = mesh.empty or (device is not None and device.device_kind == "cpu")
+    tokens = (CHUNK if on_cpu else ACCELERATOR_CHUNK) * batch_shards(mesh)
+    return min(length, max(1, tokens // rows))
+
+
 def token_logprobs(params, config, hidden_btd, targets_bt, longest) -> jax.Array:
     """log softmax of the logits at the targets, fp32 [b, t]. Only the first `longest` tokens (an
     int32) of each row are sure to be computed; values behind them may be 0.
@@ -53,7 +62,7 @@ def token_logprobs(params, config, hidden_btd, targets_bt, longest) -> jax.Array
     memory holds the logits of one chunk only, at the price of one more vocabulary product.
     """
     b, t, _ = hidden_btd.shape
-    step = min(t, max(1, CHUNK * batch_shards(jax.sharding.get_abstract_mesh()) // b))
+    step = chunk_length(b, t, jax.sharding.get_abstract_mesh())
     behind = -t % step
     hidden_btd = jnp.pad(hidden_btd, ((0, 0), (0, behind), (0, 0)))
     targets_bt = jnp.pad(targets_bt, ((0, 0), (0, behind)))

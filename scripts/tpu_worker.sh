@@ -37,6 +37,8 @@ loop() { # as `run`; leads its process group, and outlives a signal to note the 
   trap : TERM
   echo $$ >align.pid
   local settings=(PYTHON=.venv/bin/python)
+  [[ ! -f .align_token ]] || HF_TOKEN=$(<.align_token)
+  [[ -z ${HF_TOKEN:-} ]] || export HF_TOKEN
   while [[ $1 == *=* ]]; do
     settings+=("$1")
     shift

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding.errors import UserError
@@ -56,9 +57,11 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
             f"mesh {data},{fsdp},{tensor} does not cover the {len(devices)} devices: "
             "the product of the sizes must be their number"
         )
+    # `jax.make_mesh` splits an axis of the chips' torus over two mesh axes on a v5e only, and refuses
+    # such meshes elsewhere (8 along tensor on a v6e:4x4).
+    placed_devices = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # The compiler propagates; jax's default of Explicit rejects top_k on a sharded axis.
-    types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    return Mesh(placed_devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def training_sizes(devices: int, config) -> tuple[int, int, int]:

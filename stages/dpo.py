@@ -240,7 +240,7 @@ def main(args: Args) -> None:
         def metrics(step: int, values: dict[str, np.ndarray]) -> dict[str, float]:
             means = losses.metrics(values)
             if step == 0 and starts_at_reference and args.loss == "sigmoid" and not args.nll_weight:
-                gates.check_ln_2(means["loss"], args.dtype)
+                gates.check_ln_2(means["loss"], args.dtype, args.beta, args.batch_size)
             return means
 
         def evaluate(params) -> dict[str, float]:

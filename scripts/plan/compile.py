@@ -172,8 +172,7 @@ def gradients(config, mesh, a) -> Program:
     trainer = train.Trainer(loss, _of(train.Optimization, a), 100, params)
     before = params if a.batch_size > size else None
     # The chunks of the responses in model/logprobs.py.
-    rows, t = packed["targets"].shape
-    step = min(t, max(1, logprobs.CHUNK * meshes.batch_shards(mesh) // rows))
+    step = logprobs.chunk_length(*packed["targets"].shape, mesh.abstract_mesh)
     chunks = -(-int((packed["owners"] >= 0).sum(axis=1).max()) // step)
     args = (params, before, batch, _whole(mesh, (), np.float32))
     inside = {"parameters": params, "gradients": params}
