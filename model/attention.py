@@ -4,6 +4,8 @@ Axis letters: b batch, t query position, s key position, n query head, k key/val
 g query heads of one key head (n = k·g), h head width.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -53,6 +55,24 @@ def attention(
     else:
         out_bkgth = _blockwise(q_bkgth, k_bkhs, v_bksh, seen_bts)
     return jnp.transpose(out_bkgth, (0, 3, 1, 2, 4)).reshape(b, t, n, h)
+
+
+def decode_attention(q_btnh: jax.Array, parts: Sequence[tuple]) -> jax.Array:
+    """As `attention`, of one query per row, over keys that lie in several arrays: `parts` has
+    (k_bkhs, v_bksh, seen_bts) of each."""
+    b, t, n, h = q_btnh.shape
+    k = parts[0][0].shape[1]
+    q_bkgth = jnp.transpose(q_btnh.reshape(b, t, k, n // k, h), (0, 2, 3, 1, 4))
+    scores = [
+        _scores(q_bkgth, k_bkhs, seen_bts, _product_of_few_rows) for k_bkhs, _, seen_bts in parts
+    ]
+    largest_bkgt = jnp.max(jnp.stack([jnp.max(each, axis=-1) for each in scores]), axis=0)
+    weights = [jnp.exp(each - largest_bkgt[..., None]) for each in scores]
+    total_bkgt = sum(jnp.sum(each, axis=-1) for each in weights)
+    rows = [each.reshape(b, k, n // k * t, -1).astype(q_btnh.dtype) for each in weights]
+    out_bkrh = sum(_product_of_few_rows(each, part[1]) for each, part in zip(rows, parts))
+    out_bkgth = out_bkrh.reshape(b, k, n // k, t, h) / total_bkgt[..., None]
+    return jnp.transpose(out_bkgth.astype(q_btnh.dtype), (0, 3, 1, 2, 4)).reshape(b, t, n, h)
 
 
 def _scores(q_bkgth, k_bkhs, seen_bts, product) -> jax.Array:

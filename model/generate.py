@@ -3,23 +3,23 @@
 Prompts that can start at the same time are packed into one row and prefilled once; their keys and
 values are copied to the slots of their answers. All slots then advance together, one token per
 step, in a compiled loop. A slot whose answer has ended is given the next answer. The cache and the
-rest of the slots' state stay on the device, donated from call to call. The cache is only as long as
-the longest answer in the making needs, and when no more prompts wait, the last answers are gathered
-into fewer slots. Both sizes take a few fixed values, each compiled once.
+rest of the slots' state stay on the device, donated from call to call; the host gets the tokens of
+each call. The cache is only as long as the longest answer in the making needs, and when no more
+prompts come, the last answers are gathered into fewer slots. Both sizes take a few fixed values,
+each compiled once. How answers are drawn differs from slot to slot and compiles nothing.
 
 Randomness is a function of (seed, prompt_id, answer index, token position) alone, so an answer does
 not depend on the slots, the order of the prompts, or a restart. Arithmetic may depend on them: a
 matrix product of another shape rounds differently. If a draw falls within that rounding of the
 border between two tokens, the answer continues differently from there.
 
-Axis letters: b slot, g answer that starts, t index in the row of prompts, s cache position,
-v vocabulary.
+Axis letters: b slot, g answer that starts, t index in the row of prompts, s cache position, i step
+of a call, v vocabulary.
 """
 
 import dataclasses
-import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 
@@ -27,14 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import decoder, kv_cache
+from model import decoder, drawing, kv_cache, slot_state
 from model.config import DecoderConfig
 from model.packing import coarse_bucket
+from model.slot_state import STEPS_PER_CALL
 from sharding.errors import UserError
-from sharding.mesh import constrain
 
-STEPS_PER_CALL = 32  # the most decode steps before the host looks at the answers
-PREFILL_TOKENS = 512  # the most tokens in a row of several prompts
+PREFILL_TOKENS = 512  # the most tokens in a row of several prompts; off CPU four times as many
 PREFILL_PROMPTS = 8  # the most prompts in a row; a power of two: few numbers to compile
 
 
@@ -51,13 +50,14 @@ class Sampling:
     max_new_tokens: int = 256
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self):
         for name, ok, rule in (
             ("n", self.n >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_k", 0 <= self.top_k < 2**31, "at least 0 and below 2³¹"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("stop_strings", all(self.stop_strings), "not empty"),
@@ -77,129 +77,26 @@ class Answer:
     finish_reason: str  # "stop" (an EOS was drawn), "length" (the limit is reached), "stop_string"
 
 
-# ----------------------------------------------------------------------------- drawing
+@dataclasses.dataclass
+class Event:
+    """What a call brought for one answer: its new tokens, EOS included, and the answer if it has
+    ended."""
+
+    prompt_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[float]
+    answer: Answer | None
 
 
-def draw(logits_bv: jax.Array, uniform_b: jax.Array, sampling: Sampling):
-    """One token per row by inverse CDF: (tokens int32 [b], their unfiltered log-probs fp32 [b]).
+@dataclasses.dataclass
+class Group:
+    """Answers to one prompt that start together and share its prefill."""
 
-    logits_bv: fp32; uniform_b: fp32 in [0, 1). Filters in transformers' order: temperature, top-k,
-    top-p, min-p (generation/logits_process.py).
-    """
-    with jax.named_scope("draw"):
-        if sampling.temperature == 0:
-            tokens_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
-        else:
-            weights_bv = filtered_weights(logits_bv, sampling)
-            tokens_b = _inverse_cdf(weights_bv, uniform_b)
-        chosen_b = jnp.take_along_axis(logits_bv, tokens_b[:, None], axis=-1)[:, 0]
-        return tokens_b, chosen_b - jax.nn.logsumexp(logits_bv, axis=-1)
-
-
-def filtered_weights(logits_bv: jax.Array, sampling: Sampling) -> jax.Array:
-    """Unnormalised probabilities [b, v]: 1 at the likeliest token, 0 where filtered out."""
-    scaled_bv = logits_bv / sampling.temperature
-    weights_bv = jnp.exp(scaled_bv - jnp.max(scaled_bv, axis=-1, keepdims=True))
-    if 0 < sampling.top_k < logits_bv.shape[-1]:
-        kth_b1 = jax.lax.top_k(weights_bv, sampling.top_k)[0][:, -1:]
-        weights_bv = jnp.where(weights_bv >= kth_b1, weights_bv, 0.0)
-    if sampling.top_p < 1:
-        weights_bv = _keep_top_p(weights_bv, sampling.top_p)
-    if sampling.min_p > 0:  # of the likeliest token's probability, whose weight is 1
-        weights_bv = jnp.where(weights_bv >= sampling.min_p, weights_bv, 0.0)
-    return weights_bv
-
-
-def _keep_top_p(weights_bv: jax.Array, top_p: float, head: int = 128) -> jax.Array:
-    """Keep a token if all likelier tokens together have less than top_p of the mass.
-
-    In most rows the smallest kept weight is among the `head` largest; in the others bisection finds
-    it, a few rows at a time. Both are exact, and cost a fraction of sorting the vocabulary. Equal
-    weights are kept or dropped together.
-    """
-    b, v = weights_bv.shape
-    limit_b = top_p * jnp.sum(weights_bv, axis=-1)
-    head_bk = jax.lax.top_k(weights_bv, min(head, v))[0]
-    above_bk = jnp.cumsum(head_bk, axis=-1) - head_bk
-    smallest_b = jnp.min(jnp.where(above_bk < limit_b[:, None], head_bk, jnp.inf), axis=-1)
-    open_b = above_bk[:, -1] < limit_b
-
-    def bisect(carry):
-        open_b, smallest_b = carry
-        rows = jnp.nonzero(open_b, size=min(8, b), fill_value=b)[0]  # b: no row
-        smallest = _bisect_top_p(
-            weights_bv.at[rows].get(mode="clip"), limit_b.at[rows].get(mode="clip")
-        )
-        smallest_b = smallest_b.at[rows].set(smallest, mode="drop")
-        return open_b.at[rows].set(False, mode="drop"), smallest_b
-
-    _, smallest_b = jax.lax.while_loop(lambda c: jnp.any(c[0]), bisect, (open_b, smallest_b))
-    return jnp.where(weights_bv >= smallest_b[:, None], weights_bv, 0.0)
-
-
-def _bisect_top_p(weights_bv: jax.Array, limit_b: jax.Array) -> jax.Array:
-    """The smallest weight for which all larger weights sum to less than the limit. Bisection over
-    the bits: non-negative floats are ordered as their bits are."""
-    bits_bv = jax.lax.bitcast_convert_type(weights_bv, jnp.int32)
-
-    def halve(_, bounds):
-        # The weights above high sum to less than the limit, those above low do not (or low is -1).
-        low_b, high_b = bounds
-        middle_b = low_b + (high_b - low_b) // 2
-        above_b = jnp.sum(jnp.where(bits_bv > middle_b[:, None], weights_bv, 0.0), axis=-1)
-        kept_b = above_b < limit_b
-        return jnp.where(kept_b, low_b, middle_b), jnp.where(kept_b, middle_b, high_b)
-
-    top_b = jnp.max(bits_bv, axis=-1)
-    _, high_b = jax.lax.fori_loop(0, 31, halve, (jnp.full_like(top_b, -1), top_b))
-    return jax.lax.bitcast_convert_type(high_b, jnp.float32)
-
-
-def _inverse_cdf(weights_bv: jax.Array, uniform_b: jax.Array, block: int = 256) -> jax.Array:
-    """The token at which the running sum of the weights passes uniform · total.
-
-    In two levels, first over the sums of blocks, then within one block: five times faster on CPU
-    than one cumsum over the vocabulary, and more exact.
-    """
-    b, v = weights_bv.shape
-    weights_bv = jnp.pad(weights_bv, ((0, 0), (0, -v % block)))
-    blocks_bij = weights_bv.reshape(b, -1, block)
-    sums_bi = jnp.cumsum(jnp.sum(blocks_bij, axis=-1), axis=-1)
-    target_b1 = uniform_b[:, None] * sums_bi[:, -1:]
-    i_b = _first_above(sums_bi, target_b1)
-    before_b1 = jnp.where(
-        i_b[:, None] > 0, jnp.take_along_axis(sums_bi, jnp.maximum(i_b - 1, 0)[:, None], 1), 0.0
-    )
-    within_bj = jnp.take_along_axis(blocks_bij, i_b[:, None, None], axis=1)[:, 0]
-    j_b = _first_above(jnp.cumsum(within_bj, axis=-1), target_b1 - before_b1)
-    return (i_b * block + j_b).astype(jnp.int32)
-
-
-def _first_above(sums_bi: jax.Array, target_b1: jax.Array) -> jax.Array:
-    """The first index whose running sum exceeds the target. If rounding leaves none: the last index
-    that added anything, so that a filtered token is never drawn."""
-    index_b = jnp.sum(sums_bi <= target_b1, axis=-1)
-    last_b = jnp.sum(sums_bi < sums_bi[:, -1:], axis=-1)
-    return jnp.minimum(index_b, last_b)
-
-
-def answer_key(seed: int, prompt_id: str, index: int) -> np.ndarray:
-    """The key of one answer's random numbers: uint32 [2]."""
-    digest = hashlib.sha256(f"{seed}\n{index}\n{prompt_id}".encode("utf-8", "surrogatepass"))
-    return np.frombuffer(digest.digest()[:8], np.uint32)
-
-
-def uniforms(keys_b2: jax.Array, positions_b: jax.Array) -> jax.Array:
-    """One uniform number in [0, 1) for each answer's key and token position."""
-
-    def one(key_2, position):
-        key = jax.random.wrap_key_data(key_2, impl="threefry2x32")
-        return jax.random.uniform(jax.random.fold_in(key, position))
-
-    return jax.vmap(one)(keys_b2, positions_b)
-
-
-# ----------------------------------------------------------------------------- the engine
+    prompt_id: str
+    token_ids: list[int]
+    indices: Sequence[int]
+    sampling: Sampling
 
 
 @dataclasses.dataclass
@@ -209,17 +106,26 @@ class Making:
     prompt_id: str
     index: int
     prompt_length: int
-    steps: int = 1  # tokens drawn
+    sampling: Sampling
+    token_ids: list[int] = dataclasses.field(default_factory=list)  # drawn, EOS included
+    logprobs: list[np.float32] = dataclasses.field(default_factory=list)
+    told: int = 0  # tokens that an Event has brought
 
 
 class Sampler:
-    """Draws answers for a stream of prompts.
+    """Draws answers to prompts.
 
         sampler = Sampler(config, params, decode_text, sampling, slots=64, longest_prompt=300)
-        for prompt_id, answers in sampler.run(prompts): …
+        for prompt_id, answers in sampler.run(prompts): …         # n answers to each prompt
 
-    params: stacked, in any dtype; they are unstacked here, so the caller must drop them. A prompt's
-    answers come when the last of them has ended, so prompts come in no fixed order.
+    or answer by answer, each drawn in its own way:
+
+        sampler.submit("a", token_ids, indices=[0, 1], sampling=Sampling(temperature=0))
+        for event in sampler.events(): …                          # tokens, and answers that end
+
+    params: stacked, in any dtype; they are unstacked here, so the caller must drop them. `sampling`
+    is the default, and its max_new_tokens the most for any answer. An answer's events come in
+    order, the answers in no fixed one.
     """
 
     def __init__(
@@ -235,132 +141,214 @@ class Sampler:
         self.config, self.sampling, self.decode_text = config, sampling, decode_text
         self.params = kv_cache.unstack_layers(params)
         self.slots, self.dtype = slots, dtype
-        self.group = min(sampling.n, slots)  # answers that share one prefill
+        self.group = min(sampling.n, slots)  # answers that share one prefill, as a rule
         self.longest_prompt = longest_prompt
         # In positions: a multiple of 16, since odd sizes are a tenth slower on CPU.
         self.longest = -(-(longest_prompt + sampling.max_new_tokens) // 16) * 16
         self.tokens_drawn = 0  # in finished answers, without EOS
-        self._admit = jax.jit(partial(_admit, config=config, sampling=sampling), donate_argnums=1)
-        self._advance = jax.jit(
-            partial(_advance, config=config, sampling=sampling, dtype=dtype), donate_argnums=1
+        self.waiting: deque[Group] = deque()
+        self.doing: dict[int, Making] = {}  # slot → its answer
+        self.firsts: list[
+            tuple
+        ] = []  # (answers, their first tokens, log-probs), still on the device
+        self.rows, self.length, self.state = 0, 0, None
+        self.more = True  # whether prompts may still come
+        platform = jax.default_backend()
+        self.on_cpu = platform == "cpu"
+        how = {"config": config, "dtype": dtype}
+        admit = slot_state.admit_by_parts if self.on_cpu else slot_state.admit
+        self._admit = partial(admit, **how)
+        self._advance = partial(slot_state.advance, **how, side_buffer=platform == "tpu")
+
+    # ------------------------------------------------------------------ answers, one by one
+
+    def submit(
+        self,
+        prompt_id: str,
+        token_ids: list[int],
+        indices: Sequence[int] = (0,),
+        sampling: Sampling | None = None,
+    ) -> None:
+        """Draw these answers to a prompt, as soon as slots are free. An answer is decided by the
+        sampling's seed, prompt_id and its index. ValueError: the prompt is too long."""
+        sampling = sampling or self.sampling
+        if len(token_ids) > self.longest_prompt:
+            raise ValueError(
+                f"a prompt of {len(token_ids)} tokens: longest_prompt is {self.longest_prompt}"
+            )
+        if sampling.max_new_tokens > self.sampling.max_new_tokens:
+            raise ValueError(f"max_new_tokens is at most {self.sampling.max_new_tokens}")
+        for start in range(0, len(indices), self.slots):
+            some = indices[start : start + self.slots]
+            self.waiting.append(Group(prompt_id, token_ids, some, sampling))
+
+    def cancel(self, prompt_id: str, indices: Sequence[int] | None = None) -> None:
+        """Forget these answers to a prompt (None: all of them). They bring no further events."""
+
+        def is_meant(index: int) -> bool:
+            return indices is None or index in indices
+
+        for group in self.waiting:
+            if group.prompt_id == prompt_id:
+                group.indices = [index for index in group.indices if not is_meant(index)]
+        self.waiting = deque(group for group in self.waiting if group.indices)
+        self._release(
+            [s for s, m in self.doing.items() if m.prompt_id == prompt_id and is_meant(m.index)]
         )
-        self._release = jax.jit(_release, donate_argnums=0)
+
+    def events(self, steps: int = STEPS_PER_CALL) -> Iterator[Event]:
+        """What the answers bring, until none is left. Meanwhile more may be submitted or cancelled.
+        steps: the most tokens per answer before new ones are admitted."""
+        while self.waiting or self.doing:
+            while self.admit():
+                pass
+            yield from self.advance(steps)
+
+    # ------------------------------------------------------------------ all answers of a file
 
     def run(
         self, prompts: Iterable[tuple[str, list[int]]], each_call: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[str, list[Answer]]]:
         """(prompt_id, its n answers in order of their index) for each (prompt_id, token ids).
 
+        A prompt's answers come when the last of them has ended, so prompts come in no fixed order.
         `each_call` runs between two calls of the device; it may raise to stop the run.
         """
-        groups = self._groups(prompts)
-        waiting = deque(islice(groups, PREFILL_PROMPTS))
-        self.rows = self.slots
-        self.length = self._cache_length(self.longest_prompt + STEPS_PER_CALL)
-        self.state = _empty(self.config, self.rows, self.length, self.sampling, self.dtype)
-        self.doing: dict[int, Making] = {}  # slot → its answer
+        prompts, n = iter(prompts), self.sampling.n
         done: dict[str, dict[int, Answer]] = {}  # prompt_id → index → answer
+        self.waiting.clear()
+        self.doing.clear()
+        self.firsts, self.rows, self.more = [], 0, True
         while True:
-            while count := self._how_many_fit(waiting):
-                starting = [waiting.popleft() for _ in range(count)]
-                self._start(starting)
-                for prompt_id, *_ in starting:
-                    done.setdefault(prompt_id, {})
-                waiting.extend(islice(groups, count))
+            while True:
+                while self.more and len(self.waiting) < PREFILL_PROMPTS:
+                    prompt_id, token_ids = next(prompts, (None, None))
+                    self.more = prompt_id is not None
+                    if self.more:
+                        done[prompt_id] = {}
+                        self.submit(prompt_id, token_ids, range(n))
+                if not self.admit():
+                    break
             if not self.doing:
                 return
             each_call()
-            self._fit(more=bool(waiting))
-            # The call ends as soon as the waiting group fits, or half of the slots are idle.
-            if waiting:
-                look = self.rows - len(waiting[0][2])
-            else:
-                look = self.rows // 2 if self._may_halve() else 0
-            self.state = self._advance(self.params, self.state, look)
-            for prompt_id, index, answer in self._ended():
-                done[prompt_id][index] = answer
-                self.tokens_drawn += len(answer.token_ids)
-                if len(done[prompt_id]) == self.sampling.n:
-                    answers = done.pop(prompt_id)
-                    yield prompt_id, [answers[i] for i in range(self.sampling.n)]
+            for event in self.advance():
+                if event.answer is not None:
+                    done[event.prompt_id][event.index] = event.answer
+                    if len(done[event.prompt_id]) == n:
+                        answers = done.pop(event.prompt_id)
+                        yield event.prompt_id, [answers[i] for i in range(n)]
 
-    def _groups(self, prompts):
-        """Cut each prompt's answers into groups that fit the slots."""
-        for prompt_id, token_ids in prompts:
-            for start in range(0, self.sampling.n, self.group):
-                indices = range(start, min(start + self.group, self.sampling.n))
-                yield prompt_id, token_ids, indices
+    # ---------------------------------------------------------------------- calls of the device
 
-    def _how_many_fit(self, waiting: deque) -> int:
+    def admit(self) -> bool:
+        """Prefill the first of the waiting prompts, packed into one row, copy them into one free
+        slot per answer, and draw the answers' first tokens. False: none waits, or none fits."""
+        if not self.doing and self.waiting and self.rows < self.slots:
+            self._empty()
+        groups = [self.waiting.popleft() for _ in range(self._how_many_fit())]
+        if not groups:
+            return False
+        needed = self._cache_length(max(len(group.token_ids) for group in groups))
+        if self.length < needed:
+            self._resize(needed)
+        row, starting, makings = self._row_of(groups)
+        self.state, *first = self._admit(self.params, self.state, row, starting)
+        self.firsts.append((makings, *first))
+        return True
+
+    def advance(self, steps: int = STEPS_PER_CALL) -> list[Event]:
+        """Draw up to so many tokens in each slot, and tell what came. The call ends as soon as
+        those that wait can be admitted, or half of the slots are idle and no more prompts come."""
+        if not self.doing:
+            return []
+        self._fit()
+        if self.waiting:
+            look = self.rows - self._wanted()
+        else:
+            look = self.rows // 2 if self._may_halve() else 0
+        self.state, drawn = self._advance(self.params, self.state, look, steps)
+        return self._read(drawn)
+
+    def _how_many_fit(self) -> int:
         """How many of the waiting groups can start now: 8, 4, 2, 1 or none."""
         count, free = PREFILL_PROMPTS, self.rows - len(self.doing)
+        most = PREFILL_TOKENS * (1 if self.on_cpu else 4)
         while count:
-            first = list(islice(waiting, count))
-            fits = len(first) == count and sum(len(indices) for *_, indices in first) <= free
-            tokens = sum(len(token_ids) for _, token_ids, _ in first)
-            if fits and (tokens <= PREFILL_TOKENS or count == 1):
+            first = list(islice(self.waiting, count))
+            fits = len(first) == count and sum(len(group.indices) for group in first) <= free
+            tokens = sum(len(group.token_ids) for group in first)
+            if fits and (tokens <= most or count == 1):
                 return count
             count //= 2
         return 0
 
-    def _start(self, groups: list[tuple[str, list[int], range]]) -> None:
-        """Prefill the groups' prompts, packed into one row, copy them into one free slot per
-        answer, and draw the answers' first tokens."""
-        t = coarse_bucket(sum(len(token_ids) for _, token_ids, _ in groups))
+    def _wanted(self) -> int:
+        """How many idle slots end a call while answers wait: enough for the first group. Off CPU,
+        where looking costs more than a few idle slots, a sixteenth of all if so many wait."""
+        wanted = 0
+        for group in islice(self.waiting, PREFILL_PROMPTS):
+            if wanted and (self.on_cpu or wanted + len(group.indices) > self.rows // 16):
+                break
+            wanted += len(group.indices)
+        return wanted
+
+    def _row_of(self, groups: list[Group]) -> tuple[dict, dict, list[Making]]:
+        """(The row of prompts, where and how each answer starts, the answers) of these groups."""
+        t = coarse_bucket(sum(len(group.token_ids) for group in groups))
         row = {name: np.zeros((1, t), np.int32) for name in ("tokens", "positions", "prompts")}
-        count = self.group * len(groups)
-        starting = {
-            "slots": np.full(count, self.rows, np.int32),  # beyond the last slot: not written
-            "starts": np.zeros(count, np.int32),
-            "lengths": np.ones(count, np.int32),
-            "keys": np.zeros((count, 2), np.uint32),
-        }
+        largest = max(len(group.indices) for group in groups)
+        if largest > self.group:  # few sizes to compile
+            largest = min(2 ** (largest - 1).bit_length(), self.slots)
+        starting = slot_state.nothing_starts(max(largest, self.group) * len(groups), self.rows)
         free = [slot for slot in range(self.rows) if slot not in self.doing]
-        start = 0
-        for number, (prompt_id, token_ids, indices) in enumerate(groups):
-            length = len(token_ids)
-            if length > self.longest_prompt:
-                raise ValueError(
-                    f"a prompt of {length} tokens: longest_prompt is {self.longest_prompt}"
-                )
+        start, g, makings = 0, 0, []
+        for number, group in enumerate(groups):
+            length, how = len(group.token_ids), group.sampling
             here = slice(start, start + length)
-            row["tokens"][0, here] = token_ids
+            row["tokens"][0, here] = group.token_ids
             row["positions"][0, here] = np.arange(length)
             row["prompts"][0, here] = number + 1
-            for g, index in enumerate(indices, number * self.group):
+            for index in group.indices:
                 slot = free.pop()
-                self.doing[slot] = Making(prompt_id, index, length)
-                starting["slots"][g], starting["starts"][g] = slot, start
-                starting["lengths"][g] = length
-                starting["keys"][g] = answer_key(self.sampling.seed, prompt_id, index)
+                making = Making(group.prompt_id, index, length, how)
+                makings.append(making)
+                self.doing[slot] = making
+                values = {"slots": slot, "starts": start, "lengths": length}
+                values |= {"limits": how.max_new_tokens, "ignore_eos": how.ignore_eos}
+                values["keys"] = drawing.answer_key(how.seed, group.prompt_id, index)
+                for name, value in values.items():
+                    starting[name][g] = value
+                for name, column in starting["settings"].items():
+                    column[g] = getattr(how, name)
+                g += 1
             start += length
-        needed = self._cache_length(max(len(token_ids) for _, token_ids, _ in groups))
-        if self.length < needed:
-            self._resize(needed)
-        hidden_1td, prompts_cache = _prefill(self.params, self.config, row, self.dtype)
-        cache = self.state.pop("cache")
-        for i, kv in enumerate(prompts_cache):
-            cache[i] = _copy_prompts(*cache[i], *kv, starting["slots"], starting["starts"])
-        hidden_gd = _last_hidden(hidden_1td, starting["starts"] + starting["lengths"] - 1)
-        self.state = self._admit(self.params, self.state, hidden_gd, starting)
-        self.state["cache"] = cache
+        return row, starting, makings
 
     # ------------------------------------------------------------ the sizes of the state
+
+    def _empty(self) -> None:
+        self.rows = self.slots
+        self.length = self._cache_length(self.longest_prompt + STEPS_PER_CALL)
+        self.state = slot_state.empty(self.config, self.rows, self.length, self.dtype)
 
     def _cache_length(self, needed: int) -> int:
         # Below 128, compiling another length costs more than it saves.
         return min(max(128, coarse_bucket(needed)), self.longest)
 
     def _may_halve(self) -> bool:
-        return self.rows > max(1, self.slots // 4)
+        return not self.more and not self.waiting and self.rows > max(1, self.slots // 4)
 
-    def _fit(self, more: bool) -> None:
+    def _fit(self) -> None:
         """Make the cache long enough for the next call, or shorter if that halves it. When no more
-        prompts wait and half of the slots are idle, halve the slots (twice at most)."""
-        limit = self.sampling.max_new_tokens
-        ends = (m.prompt_length + min(m.steps + STEPS_PER_CALL, limit) for m in self.doing.values())
+        prompts come and half of the slots are idle, halve the slots (twice at most)."""
+        ends = (
+            m.prompt_length
+            + min(max(len(m.token_ids), 1) + STEPS_PER_CALL, m.sampling.max_new_tokens)
+            for m in self.doing.values()
+        )
         length, rows = self._cache_length(max(ends)), self.rows
-        if not more and self._may_halve() and len(self.doing) <= rows // 2:
+        if self._may_halve() and len(self.doing) <= rows // 2:
             rows //= 2
         if rows < self.rows:
             live = sorted(self.doing)
@@ -372,200 +360,92 @@ class Sampler:
 
     def _resize(self, length: int, slots: list[int] | None = None) -> None:
         """Set the cache's length, and keep only these slots (None: all)."""
+        cache = self.state.pop("cache")
         if slots is not None:
             slots = np.array(slots)
-            rest = {name: x[slots] for name, x in self.state.items() if name != "cache"}
-            self.state = rest | {"cache": self.state["cache"]}
+            self.state = jax.tree.map(lambda x: x[slots], self.state)
             self.rows = len(slots)
-        cache = self.state["cache"]
         for i in range(len(cache)):  # one layer at a time, so that only one exists twice
-            cache[i] = _resize_layer(*cache[i], slots, length)
-        self.length = length
+            cache[i] = slot_state.resize_layer(*cache[i], slots, length)
+        self.state["cache"], self.length = cache, length
 
     # ---------------------------------------------------------------------- the answers
 
-    def _ended(self) -> list[tuple[str, int, Answer]]:
-        """(prompt_id, index, answer) of the answers that have ended since the last look."""
-        names = ("active", "steps", "tokens", "logprobs")
-        active, steps, tokens, logprobs = jax.device_get([self.state[n] for n in names])
-        ended, stopped = [], np.zeros(self.rows, bool)
+    def _read(self, drawn: dict) -> list[Event]:
+        """What a call drew, as events; ended answers leave their slots."""
+        steps, active, drawn, firsts = jax.device_get(
+            (self.state["steps"], self.state["active"], drawn, [f[1:] for f in self.firsts])
+        )
+        for (makings, *_), first in zip(self.firsts, firsts):
+            for making, token, logprob in zip(makings, *first):
+                making.token_ids.append(int(token))
+                making.logprobs.append(logprob)
+        self.firsts = []
+        events, stopped = [], []
         for slot, making in list(self.doing.items()):
-            making.steps = int(steps[slot])
-            drawn, scores = tokens[slot, : making.steps].tolist(), logprobs[slot, : making.steps]
-            end = drawn[-1] if drawn[-1] in self.config.eos_token_ids else None
-            token_ids = drawn if end is None else drawn[:-1]
-            answer = self._cut_at_stop_string(token_ids, scores)
-            stopped[slot] = answer is not None
-            if answer is None and not active[slot]:
-                reason, score = "length" if end is None else "stop", float(np.sum(scores))
-                answer = Answer(self.decode_text(token_ids), token_ids, end, score, reason)
+            new = int(steps[slot]) - len(making.token_ids)
+            making.token_ids += drawn["tokens"][slot, :new].tolist()
+            making.logprobs += list(drawn["logprobs"][slot, :new])
+            answer = self._cut_at_stop_string(making)
             if answer is not None:
-                ended.append((making.prompt_id, making.index, answer))
+                stopped.append(slot)
+            elif not active[slot]:
+                answer = self._whole(making)
+            told, making.told = making.told, len(making.token_ids)
+            tokens, logprobs = making.token_ids[told:], making.logprobs[told:]
+            events.append(
+                Event(making.prompt_id, making.index, tokens, list(map(float, logprobs)), answer)
+            )
+            if answer is not None:
+                self.tokens_drawn += len(answer.token_ids)
                 del self.doing[slot]
-        if stopped.any():
-            self.state = self._release(self.state, stopped)
-        return ended
+        self._release(stopped)
+        return events
 
-    def _cut_at_stop_string(self, token_ids: list[int], scores) -> Answer | None:
+    def _release(self, slots: list[int]) -> None:
+        """Stop drawing in these slots."""
+        if slots:
+            for slot in slots:
+                self.doing.pop(slot, None)
+            idle = np.zeros(self.rows, bool)
+            idle[slots] = True
+            self.state = slot_state.release(self.state, idle)
+
+    def _whole(self, making: Making) -> Answer:
+        drawn, is_end = making.token_ids, making.token_ids[-1] in self.config.eos_token_ids
+        end = drawn[-1] if is_end and not making.sampling.ignore_eos else None
+        token_ids = drawn if end is None else drawn[:-1]
+        score = float(np.sum(np.array(making.logprobs, np.float32)))
+        reason = "length" if end is None else "stop"
+        return Answer(self.decode_text(token_ids), token_ids, end, score, reason)
+
+    def _cut_at_stop_string(self, making: Making) -> Answer | None:
         """The answer up to its first stop string; None if it has none. The text ends right before
         the string, the tokens before the token in which the string begins."""
-        if not self.sampling.stop_strings:
+        stop_strings = making.sampling.stop_strings
+        if not stop_strings or not self._may_have_stopped(making):
             return None
+        token_ids = making.token_ids
+        if token_ids[-1] in self.config.eos_token_ids and not making.sampling.ignore_eos:
+            token_ids = token_ids[:-1]
         text = self.decode_text(token_ids)
-        places = [i for i in map(text.find, self.sampling.stop_strings) if i >= 0]
+        places = [i for i in map(text.find, stop_strings) if i >= 0]
         if not places:
             return None
         text = text[: min(places)]
         kept = len(token_ids)
         while kept and not text.startswith(self.decode_text(token_ids[:kept])):
             kept -= 1
-        return Answer(text, token_ids[:kept], None, float(np.sum(scores[:kept])), "stop_string")
+        score = float(np.sum(np.array(making.logprobs[:kept], np.float32)))
+        return Answer(text, token_ids[:kept], None, score, "stop_string")
 
-
-# ------------------------------------------------------------- what runs on the device
-
-
-def programs(config: DecoderConfig, sampling: Sampling, dtype=jnp.float32):
-    """The programs of a Sampler, to be measured by themselves. params: unstacked.
-
-    `empty(slots, length)`: the state of idle slots. `advance(params, state, stop_at_active)`: up to
-    STEPS_PER_CALL tokens in each active slot; donates the state. `prefill(params, row)`.
-    """
-    advance = partial(_advance, config=config, sampling=sampling, dtype=dtype)
-    return (
-        lambda slots, length: _empty(config, slots, length, sampling, dtype),
-        jax.jit(advance, donate_argnums=1),
-        lambda params, row: _prefill(params, config, row, dtype),
-    )
-
-
-def _empty(config: DecoderConfig, slots: int, length: int, sampling: Sampling, dtype) -> dict:
-    """The state of all slots, none of them in use. `tokens` and `logprobs` include EOS."""
-    # numpy arrays are the same on every process, whatever devices the mesh has.
-    return {
-        "cache": kv_cache.empty_cache(config, slots, length, dtype),
-        "active": np.zeros(slots, bool),
-        "keys": np.zeros((slots, 2), np.uint32),
-        "prompt_lengths": np.zeros(slots, np.int32),
-        "steps": np.zeros(slots, np.int32),  # tokens drawn
-        "tokens": np.zeros((slots, sampling.max_new_tokens), np.int32),
-        "logprobs": np.zeros((slots, sampling.max_new_tokens), np.float32),
-    }
-
-
-def arrays_held(config: DecoderConfig, mesh, slots: int, length: int, dtype=jnp.float32) -> dict:
-    """{title: arrays} that a sampler holds, as shapes with their shardings: parameters in the dtype
-    of computation, and a cache of `slots` rows with `length` positions each."""
-    keys, values = zip(*kv_cache.abstract_cache(config, mesh, slots, length, dtype))
-    return {
-        "parameters": decoder.abstract(config, mesh, dtype),
-        "cache": {"keys": list(keys), "values": list(values)},
-    }
-
-
-def _replicated(state: dict) -> dict:
-    """The state, all but the cache whole on every device, since the host reads it."""
-    rest = {name: x for name, x in state.items() if name != "cache"}
-    return state | {name: constrain(x, *[None] * x.ndim) for name, x in rest.items()}
-
-
-def _prefill(params, config: DecoderConfig, row, dtype):
-    """(hidden states [1, t, d] of a row of prompts, the keys and values of each layer)."""
-    same_1tt = row["prompts"][:, :, None] == row["prompts"][:, None, :]
-    return kv_cache.prefill(params, config, row["tokens"], row["positions"], same_1tt, dtype)
-
-
-@partial(jax.jit, donate_argnums=(0, 1))
-def _copy_prompts(k_bkhs, v_bksh, prompts_k, prompts_v, slots_g, starts_g):
-    """One layer's cache after the prompts at `starts_g` of their row were copied to `slots_g` (a
-    slot beyond the last is not written). Called layer by layer, so that one layer is compiled."""
-    # The tokens behind a prompt are copied too; they are overwritten before they are read.
-    from_gs = starts_g[:, None] + jnp.arange(k_bkhs.shape[-1])
-    from_gs = jnp.minimum(from_gs, prompts_k.shape[-1] - 1)
-    new_k = jnp.moveaxis(prompts_k[0][:, :, from_gs], 2, 0)
-    new_v = jnp.moveaxis(prompts_v[0][:, from_gs], 1, 0)
-    return kv_cache.constrain_cache(
-        k_bkhs.at[slots_g].set(new_k, mode="drop"), v_bksh.at[slots_g].set(new_v, mode="drop")
-    )
-
-
-@jax.jit
-def _last_hidden(hidden_1td, ends_g):
-    """The hidden states of the prompts' last tokens. Apart from `_admit`, which takes seconds to
-    compile and so is compiled once for rows of all lengths."""
-    return hidden_1td[0, ends_g]
-
-
-def _admit(params, state, hidden_gd, starting, *, config, sampling) -> dict:
-    """The state (without the cache) after the first tokens of the starting answers are drawn.
-    hidden_gd: of their prompts' last tokens."""
-    slots_g, lengths_g = starting["slots"], starting["lengths"]
-    logits_gv = decoder.logits(params, config, hidden_gd)
-    first_g = jnp.zeros_like(slots_g)
-    tokens_g, logprobs_g = draw(logits_gv, uniforms(starting["keys"], first_g), sampling)
-    active_g = ~_is_eos(tokens_g, config) & (sampling.max_new_tokens > 1)
-    new = {
-        "active": active_g,
-        "keys": starting["keys"],
-        "prompt_lengths": lengths_g,
-        "steps": jnp.ones_like(slots_g),
-    }
-    state = state | {
-        name: state[name].at[slots_g].set(value, mode="drop") for name, value in new.items()
-    }
-    state["tokens"] = state["tokens"].at[slots_g, 0].set(tokens_g, mode="drop")
-    state["logprobs"] = state["logprobs"].at[slots_g, 0].set(logprobs_g, mode="drop")
-    return _replicated(state)
-
-
-def _advance(params, state, stop_at_active, *, config, sampling, dtype) -> dict:
-    """Draw tokens in all active slots until at most `stop_at_active` of them are left, or
-    STEPS_PER_CALL times."""
-    rows = jnp.arange(state["steps"].shape[0])
-
-    def unfinished(carry):
-        i, state = carry
-        return (i < STEPS_PER_CALL) & (jnp.sum(state["active"]) > stop_at_active)
-
-    def step(carry):
-        i, state = carry
-        steps_b, active_b = state["steps"], state["active"]
-        last_b = state["tokens"][rows, steps_b - 1]
-        positions_b = state["prompt_lengths"] + steps_b - 1
-        hidden_bd, cache = kv_cache.decode(
-            params, config, state["cache"], last_b, positions_b, dtype
-        )
-        logits_bv = decoder.logits(params, config, hidden_bd)
-        tokens_b, logprobs_b = draw(logits_bv, uniforms(state["keys"], steps_b), sampling)
-        at_b = jnp.where(active_b, steps_b, sampling.max_new_tokens)  # beyond: not written
-        steps_b = steps_b + active_b
-        return i + 1, {
-            **state,
-            "cache": cache,
-            "tokens": state["tokens"].at[rows, at_b].set(tokens_b, mode="drop"),
-            "logprobs": state["logprobs"].at[rows, at_b].set(logprobs_b, mode="drop"),
-            "steps": steps_b,
-            "active": active_b & ~_is_eos(tokens_b, config) & (steps_b < sampling.max_new_tokens),
-        }
-
-    return _replicated(jax.lax.while_loop(unfinished, step, (0, state))[1])
-
-
-@partial(jax.jit, static_argnames="length")
-def _resize_layer(k_bkhs, v_bksh, slots_b, length):
-    """One layer's cache for these slots (None: all), cut or padded to `length` positions."""
-    if slots_b is not None:
-        k_bkhs, v_bksh = k_bkhs[slots_b], v_bksh[slots_b]
-    extra = max(length - k_bkhs.shape[-1], 0)
-    return kv_cache.constrain_cache(
-        jnp.pad(k_bkhs[..., :length], ((0, 0),) * 3 + ((0, extra),)),
-        jnp.pad(v_bksh[:, :, :length], ((0, 0), (0, 0), (0, extra), (0, 0))),
-    )
-
-
-def _release(state, mask_b) -> dict:
-    return {**state, "active": state["active"] & ~mask_b}
-
-
-def _is_eos(tokens: jax.Array, config: DecoderConfig) -> jax.Array:
-    return jnp.isin(tokens, jnp.array(config.eos_token_ids, jnp.int32))
+    def _may_have_stopped(self, making: Making) -> bool:
+        """Whether a stop string may end in the new tokens: the text of these, with enough before
+        them to hold a stop string's beginning, is looked at alone."""
+        stop_strings, start = making.sampling.stop_strings, making.told
+        longest, back = max(map(len, stop_strings)), 8
+        while start > 0 and len(self.decode_text(making.token_ids[start : making.told])) <= longest:
+            start = max(making.told - back, 0)
+            back *= 2
+        text = self.decode_text(making.token_ids[start:])
+        return any(stop in text for stop in stop_strings)

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from model.attention import attention, visible
+from model.attention import attention, decode_attention, visible
 from model.config import DecoderConfig
 from model.decoder import (
     Params,
@@ -22,6 +22,7 @@ from model.decoder import (
     rms_norm,
     rope_angles,
 )
+from model.precision import matmul_precision
 from sharding.mesh import constrain, placed
 
 
@@ -51,22 +52,21 @@ def unstacked(params: Params) -> Params:
 def prefill(
     params: Params,
     config: DecoderConfig,
-    tokens_bt: jax.Array,
-    positions_bt: jax.Array | None = None,
-    allowed_bts: jax.Array | None = None,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    prompts: jax.Array | None = None,
     dtype=jnp.float32,
 ):
     """(final hidden states [b, t, d], after the last norm, of whole sequences; [(k_bkht, v_bkth) of
     each layer]).
 
-    params: unstacked. positions_bt: each token's position in its own sequence (None: 0, 1, …).
-    allowed_bts: bool, which keys a query may see, at or before its position (None: all of its row);
-    other sequences in the row are not allowed. Padding behind a sequence needs no mask: nothing
-    before it sees it. Outside jit, one compiled layer is called for all layers, which is quicker
-    when lengths vary.
+    params: unstacked. tokens, positions, prompts: int [b, t]: each token's position in its own
+    sequence (None: 0, 1, …), and which sequence of its row that is (None: there is one). Padding
+    behind a sequence needs no mask: nothing before it sees it. Outside jit, one compiled layer is
+    called for all layers, which is quicker when lengths vary.
     """
-    rope, seen_bts = _rope_and_mask(config, tokens_bt, positions_bt, allowed_bts)
-    x_btd, cache = embed(params, tokens_bt, dtype), []
+    rope, seen_bts = _rope_and_mask(config, tokens, positions, prompts)
+    x_btd, cache = embed(params, tokens, dtype), []
     for w in params["layers"]:
         x_btd, kv = _prefill_layer(w, config, x_btd, rope, seen_bts)
         cache.append(kv)
@@ -74,9 +74,9 @@ def prefill(
 
 
 @partial(jax.jit, static_argnames="config")
-def _rope_and_mask(config: DecoderConfig, tokens_bt, positions_bt, allowed_bts):
-    """(cos and sin of the rotations, which keys a query sees) of whole sequences. positions_bt:
-    None for 0, 1, …; allowed_bts as in `attention.visible`."""
+def _rope_and_mask(config: DecoderConfig, tokens_bt, positions_bt, prompts_bt):
+    """(cos and sin of the rotations, which keys a query sees) of a row, as `prefill` takes it."""
+    allowed_bts = None if prompts_bt is None else prompts_bt[:, :, None] == prompts_bt[:, None, :]
     if positions_bt is None:
         positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
     rope = rope_angles(positions_bt, config.head_dim, config.rope_theta)
@@ -144,27 +144,34 @@ def decode(
     position beyond the cache overwrites the cache's last one: that row's answer cannot go on.
     """
     length = cache[0][0].shape[-1]
-    rope = rope_angles(positions_b[:, None], config.head_dim, config.rope_theta)
     keys_bs = jnp.broadcast_to(jnp.arange(length), (tokens_b.shape[0], length))
     seen_bts = visible(positions_b[:, None], keys_bs, None, config.sliding_window)
 
+    def attend(kept, q_btnh, k_btkh, v_btkh):
+        k_bkhs, v_bksh = kept
+        k, v = constrain_cache(
+            _write(k_bkhs, k_btkh[:, 0], positions_b, axis=2),
+            _write(v_bksh, v_btkh[:, 0], positions_b, axis=1),
+        )
+        return attention(q_btnh, k, v, seen_bts), (k, v)
+
+    return _one_token(params, config, attend, cache, tokens_b, positions_b, dtype)
+
+
+def _one_token(params: Params, config: DecoderConfig, attend, kept, tokens_b, positions_b, dtype):
+    """(hidden_bd after the last norm, what is kept of each layer), with `attend` as `decoder.block`
+    takes it, given what is kept of a layer first."""
+    rope = rope_angles(positions_b[:, None], config.head_dim, config.rope_theta)
+
     @jax.jit  # traced and lowered once for all layers
-    def layer(w, x_btd, k_bkhs, v_bksh):
-        def attend(q_btnh, k_btkh, v_btkh):
-            k, v = constrain_cache(
-                _write(k_bkhs, k_btkh[:, 0], positions_b, axis=2),
-                _write(v_bksh, v_btkh[:, 0], positions_b, axis=1),
-            )
-            return attention(q_btnh, k, v, seen_bts), (k, v)
+    def layer(w, x_btd, of_layer):
+        return block(w, config, x_btd, rope, partial(attend, of_layer))
 
-        return block(w, config, x_btd, rope, attend)
-
-    x_btd, new_cache = embed(params, tokens_b[:, None], dtype), []
-    for w, kv in zip(params["layers"], cache):
-        x_btd, kv = layer(w, x_btd, *kv)
-        new_cache.append(kv)
-    hidden_btd = rms_norm(x_btd, params["final_norm"], config.rms_norm_eps)
-    return hidden_btd[:, 0], new_cache
+    x_btd, new = embed(params, tokens_b[:, None], dtype), []
+    for w, of_layer in zip(params["layers"], kept):
+        x_btd, of_layer = layer(w, x_btd, of_layer)
+        new.append(of_layer)
+    return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps)[:, 0], new
 
 
 def _write(cache, new, positions_b, axis: int):
@@ -177,3 +184,85 @@ def _write(cache, new, positions_b, axis: int):
         return jax.lax.dynamic_update_slice_in_dim(row, new, position, axis)
 
     return jax.vmap(one_row)(cache, new, positions_b)
+
+
+# ------------------------------------------------------------------------- the side buffer
+#
+# Each row's position differs, so writing a step's keys into the cache is a scatter. TPU compilers
+# make it a loop over the rows, which takes several times as long as the rest of the step. There the
+# keys and values of one call's steps are kept beside the cache, at one index for all rows, and
+# merged once.
+
+BUFFER_AXES = ("batch", "kv_heads", "length", "head_dim")
+
+
+def empty_side_buffer(config: DecoderConfig, rows: int, steps: int, dtype=jnp.float32) -> list:
+    """Room for the keys and values of so many steps: (k_bkjh, v_bkjh) per layer, j the step."""
+    zeros_bkjh = jnp.zeros((rows, config.num_key_value_heads, steps, config.head_dim), dtype)
+    empty = constrain(zeros_bkjh, *BUFFER_AXES)
+    return [(empty, empty)] * config.num_hidden_layers
+
+
+def decode_beside(
+    params: Params,
+    config: DecoderConfig,
+    cache: list,
+    buffer: list,
+    tokens_b: jax.Array,
+    start_b: jax.Array,
+    step: jax.Array,
+    dtype=jnp.float32,
+):
+    """As `decode`, but the token is written into the side buffer: (hidden_bd, buffer).
+
+    start_b: int [b], where each row was at step 0 of the buffer; `step`: int, of this token. The
+    cache is filled below start_b, the buffer below `step`.
+    """
+    positions_b1 = start_b[:, None] + step
+    length, steps = cache[0][0].shape[-1], buffer[0][0].shape[2]
+    cached_bs = jnp.broadcast_to(jnp.arange(length), (len(tokens_b), length))
+    cached_seen_bts = visible(
+        positions_b1, cached_bs, (cached_bs < start_b[:, None])[:, None], config.sliding_window
+    )
+    recent_bj = start_b[:, None] + jnp.arange(steps)
+    recent_seen_btj = visible(positions_b1, recent_bj, None, config.sliding_window)
+
+    def attend(kept, q_btnh, k_btkh, v_btkh):
+        (k_bkhs, v_bksh), *recent = kept
+        k_bkjh, v_bkjh = (
+            constrain(
+                jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), step, 2),
+                *BUFFER_AXES,
+            )
+            for old, new in zip(recent, (k_btkh, v_btkh))
+        )
+        parts = (
+            (k_bkhs, v_bksh, cached_seen_bts),
+            (jnp.swapaxes(k_bkjh, 2, 3), v_bkjh, recent_seen_btj),
+        )
+        return decode_attention(q_btnh, parts), (k_bkjh, v_bkjh)
+
+    kept = [(kv, *recent) for kv, recent in zip(cache, buffer)]
+    return _one_token(params, config, attend, kept, tokens_b, positions_b1[:, 0], dtype)
+
+
+def merged(cache: list, buffer: list, start_b: jax.Array) -> list:
+    """The cache with the buffer's keys and values at start_b, start_b + 1, … of each row. Steps
+    that were not taken write what is overwritten before it is read."""
+    length, steps = cache[0][0].shape[-1], buffer[0][0].shape[2]
+    step_bs = jnp.arange(length) - start_b[:, None]
+    is_new_bs = (step_bs >= 0) & (step_bs < steps)
+
+    @jax.jit
+    def layer(k_bkhs, v_bksh, k_bkjh, v_bkjh):
+        # A product with 0 and 1 moves each row by its own distance, and is exact.
+        moves_bjs = (step_bs[:, None] == jnp.arange(steps)[:, None]).astype(k_bkhs.dtype)
+        how = {"precision": matmul_precision(k_bkhs.dtype), "preferred_element_type": k_bkhs.dtype}
+        new_k = jnp.einsum("bkjh,bjs->bkhs", k_bkjh, moves_bjs, **how)
+        new_v = jnp.einsum("bjs,bkjh->bksh", moves_bjs, v_bkjh, **how)
+        return constrain_cache(
+            jnp.where(is_new_bs[:, None, None], new_k, k_bkhs),
+            jnp.where(is_new_bs[:, None, :, None], new_v, v_bksh),
+        )
+
+    return [layer(*kv, *recent) for kv, recent in zip(cache, buffer)]

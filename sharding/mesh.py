@@ -57,8 +57,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
             f"mesh {data},{fsdp},{tensor} does not cover the {len(devices)} devices: "
             "the product of the sizes must be their number"
         )
-    # `jax.make_mesh` splits an axis of the chips' torus over two mesh axes on a v5e only, and refuses
-    # such meshes elsewhere (8 along tensor on a v6e:4x4).
+    # `jax.make_mesh` splits an axis of the chips' torus over two mesh axes on a v5e only, and
+    # refuses such meshes elsewhere (8 along tensor on a v6e:4x4).
     placed_devices = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # The compiler propagates; jax's default of Explicit rejects top_k on a sharded axis.
     return Mesh(placed_devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))

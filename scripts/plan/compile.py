@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh
 
-from model import decoder, generate, kv_cache, logprobs, losses, packing, train
+from model import decoder, kv_cache, logprobs, losses, packing, slot_state, train
 from model.config import DecoderConfig
 from model.rankers import deberta, deberta_tpu
 from scripts.bench import shapes
@@ -83,12 +83,13 @@ class Program:
     inside: dict  # title → shapes that it takes or gives
     beside: dict = dataclasses.field(default_factory=dict)  # title → shapes that lie there too
     devices: int = 1  # that share its products
-    trips: int = 1  # how often a loop runs whose end depends on the data
+    trips: int = 1  # how often a loop runs whose end depends on the data, if in no such loop
+    steps: int = 1  # of which one is told
 
     def traced(self):
         """(the traced function, {"flops", "bytes"} of one device)."""
         traced = self.call.trace(*self.args)
-        flops = operations(traced.jaxpr.jaxpr, self.trips) / self.devices
+        flops = operations(traced.jaxpr.jaxpr, self.trips) / self.devices / self.steps
         inside = sum(map(table.bytes_per_device, self.inside.values()))
         return traced, {"flops": flops, "bytes": inside}
 
@@ -111,7 +112,8 @@ class Program:
             new = memory.output_size_in_bytes - memory.alias_size_in_bytes
             whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
             parts["temporary"] = max(0, whole - work["bytes"])
-            told |= compiled_work(compiled.as_text(), size, self.trips)
+            done = compiled_work(compiled.as_text(), size, self.trips)
+            told |= {name: x / self.steps for name, x in done.items()}
         return told
 
 
@@ -131,15 +133,15 @@ def _sampler(config, mesh, a) -> tuple[dict, list]:
 
 
 def decode(config, mesh, a) -> Program:
-    """A step of all slots."""
+    """A step of all slots, in a call of as many as there can be."""
     (params, cache), dtype = _sampler(config, mesh, a), jnp.dtype(a.dtype)
-    a.stop_strings, drawing = (), _of(generate.Sampling, a)
-    empty, advance, _ = generate.programs(config, drawing, dtype)
-    state = jax.eval_shape(partial(empty, a.slots, a.length))
+    state = jax.eval_shape(lambda: slot_state.empty(config, a.slots, a.length, dtype))
     state = jax.tree.map(lambda x: _whole(mesh, x.shape, x.dtype), state) | {"cache": cache}
-    args = (params, state, _whole(mesh, ()))
-    inside = {"parameters": params, "cache": cache}
-    return Program(advance, args, inside, devices=mesh.size)
+    how = {"config": config, "dtype": dtype, "side_buffer": a.side_buffer}
+    advance = jax.jit(partial(slot_state.advance, **how), donate_argnums=1)
+    args = (params, state, _whole(mesh, ()), _whole(mesh, ()))
+    inside, steps = {"parameters": params, "cache": cache}, slot_state.STEPS_PER_CALL
+    return Program(advance, args, inside, devices=mesh.size, trips=steps, steps=steps)
 
 
 def prefill(config, mesh, a) -> Program:
@@ -150,7 +152,7 @@ def prefill(config, mesh, a) -> Program:
     unused = {name: x for name, x in params.items() if name == "unembed"}
     used = {name: x for name, x in params.items() if name != "unembed"}
     return Program(
-        jax.jit(generate.programs(config, generate.Sampling(), jnp.dtype(a.dtype))[2]),
+        jax.jit(lambda params, row: kv_cache.prefill(params, config, **row, dtype=a.dtype)),
         (params, {name: _whole(mesh, (1, a.tokens)) for name in names}),
         {"parameters": used},
         {"parameters": unused, "cache": cache},
@@ -246,11 +248,12 @@ def _devices(topology: str) -> list:
 
 def operations(jaxpr, trips: int = 1) -> float:
     """FLOPs of the matrix products in a jaxpr, over all devices. A loop's body counts as often as
-    it runs; `trips`: how often, where that depends on the data."""
+    it runs; `trips`: how often, where that depends on the data (once if within such a loop)."""
     total = 0.0
     for eqn in jaxpr.eqns:
         name, params, times = eqn.primitive.name, eqn.params, 1
-        inner = [operations(each, trips) for each in jaxprs_in_params(params)]
+        of_inner = 1 if name == "while" else trips
+        inner = [operations(each, of_inner) for each in jaxprs_in_params(params)]
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
@@ -273,6 +276,7 @@ def operations(jaxpr, trips: int = 1) -> float:
 HEADER = re.compile(r"(ENTRY )?%?([^\s(]+) .*->.*\{$")
 CYCLES = re.compile(r'estimated_cycles":"(\d{1,15})"')  # 19 digits: not known
 CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 CONSTANT = re.compile(r"\s*%([\w.\-]+) = [su]32.* constant\((\d+)\)")
 COLLECTIVE = re.compile(
@@ -283,7 +287,8 @@ ARRAY = re.compile(r"\b(?:pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
 
 def compiled_work(text: str, devices: int, trips: int = 1) -> dict[str, float]:
     """{"cycles", "exchange"} of one device: the cycles that a TPU's compiler estimates (it has none
-    for Pallas kernels and exchanges), and the bytes that arrive from other devices."""
+    for Pallas kernels and exchanges), and the bytes that arrive from other devices. `trips` as in
+    `operations`; of a condition's branches the longest counts."""
     blocks: dict[str, list[str]] = {}
     entry = ""
     for line in text.splitlines():
@@ -292,40 +297,45 @@ def compiled_work(text: str, devices: int, trips: int = 1) -> dict[str, float]:
             entry = header[2] if header[1] else entry
         elif blocks:
             lines.append(line)
-    done: dict[str, tuple[float, float]] = {}
+    done: dict[tuple[str, int], tuple[float, float]] = {}
 
-    def of_block(name: str) -> tuple[float, float]:
+    def of_block(name: str, trips: int) -> tuple[float, float]:
         """(cycles, bytes) of a computation, with those that it calls."""
-        if name not in done:
+        if (name, trips) not in done:
             scattered = name.startswith("all-reduce-scatter")
             cycles = moved = 0.0
             for line in blocks.get(name, []):
                 estimate = CYCLES.search(line)
                 cycles += float(estimate[1]) if estimate else 0.0
                 moved += _moved(line, devices, scattered)
-                times = _trips(line, blocks, trips) if " while(" in line else 1
-                for called in CALLED.findall(line):
-                    inner = of_block(called)
+                times = _trips(line, blocks) if " while(" in line else 1
+                of_inner = trips if times else 1
+                inner = [of_block(called, of_inner) for called in CALLED.findall(line)]
+                if branches := BRANCHES.search(line):
+                    names = [branch.strip(" %") for branch in branches[1].split(",")]
+                    inner.append(max(of_block(branch, trips) for branch in names))
+                for each in inner:
                     # A fusion's own estimate covers what is in it.
-                    cycles += 0 if " fusion(" in line else times * inner[0]
-                    moved += times * inner[1]
-            done[name] = cycles, moved
-        return done[name]
+                    cycles += 0 if " fusion(" in line else (times or trips) * each[0]
+                    moved += (times or trips) * each[1]
+            done[name, trips] = cycles, moved
+        return done[name, trips]
 
-    return dict(zip(("cycles", "exchange"), of_block(entry)))
+    return dict(zip(("cycles", "exchange"), of_block(entry, trips)))
 
 
-def _trips(line: str, blocks: dict[str, list[str]], unknown: int) -> int:
-    """How often a while loop runs: as the compiler says, or by a condition `i < constant`."""
+def _trips(line: str, blocks: dict[str, list[str]]) -> int:
+    """How often a while loop runs: as the compiler says, or by a condition `i < constant`. 0: that
+    depends on the data."""
     if known := TRIPS.search(line):
         return int(known[1])
     condition = blocks[re.search(r"condition=%?([\w.\-]+)", line)[1]]
     root = next(each for each in condition if "ROOT" in each)
     constants = dict(found.groups() for found in map(CONSTANT.match, condition) if found)
     if " compare(" not in root or "direction=LT" not in root:
-        return unknown
+        return 0
     names = re.findall(r"%([\w.\-]+)", root.split(" compare(")[1].split(")")[0])
-    return next((int(constants[name]) for name in names if name in constants), unknown)
+    return next((int(constants[name]) for name in names if name in constants), 0)
 
 
 def _moved(line: str, devices: int, scattered: bool) -> float:

@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model import decoder, generate
+from model import decoder, drawing
 from model.forward import forward
 from model.generate import Sampler, Sampling
 from model.logprobs import response_logprobs
@@ -39,6 +39,13 @@ def answers(sampling, slots=8, prompts=PROMPTS, seed=0, params=None, **changes):
     return dict(sampler.run(prompts))
 
 
+def per_row(sampling, rows: int) -> dict:
+    return {
+        name: jnp.full(rows, getattr(sampling, name), dtype)
+        for name, dtype in drawing.SETTINGS.items()
+    }
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -62,7 +69,7 @@ def test_filters_leave_the_tokens_and_probabilities_that_transformers_leaves(sam
     if sampling.min_p:
         expected = MinPLogitsWarper(sampling.min_p)(None, expected)
     expected = torch.softmax(expected, -1).numpy()
-    weights = np.asarray(generate.filtered_weights(jnp.array(logits), sampling))
+    weights = np.asarray(drawing.filtered_weights(jnp.array(logits), per_row(sampling, 64)))
     probabilities = weights / weights.sum(-1, keepdims=True)
     assert ((probabilities > 0) == (expected > 0)).all()
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
@@ -71,10 +78,11 @@ def test_filters_leave_the_tokens_and_probabilities_that_transformers_leaves(sam
 def test_drawn_frequencies_are_the_probabilities():
     logits = jnp.array([[2.0, 0.5, 0.0, -1.0, 1.0, -3.0, 0.2]])
     n = 20_000
-    keys = jnp.stack([jnp.array(generate.answer_key(0, "p", i)) for i in range(100)])
+    keys = jnp.stack([jnp.array(drawing.answer_key(0, "p", i)) for i in range(100)])
     keys = jnp.repeat(keys, n // 100, axis=0)
-    uniform = generate.uniforms(keys, jnp.tile(jnp.arange(n // 100), 100))
-    tokens, _ = generate.draw(jnp.repeat(logits, n, 0), uniform, Sampling(temperature=1, top_p=1))
+    uniform = drawing.uniforms(keys, jnp.tile(jnp.arange(n // 100), 100))
+    settings = per_row(Sampling(temperature=1, top_p=1), n)
+    tokens, _ = drawing.draw(jnp.repeat(logits, n, 0), uniform, settings)
     counts = np.bincount(np.asarray(tokens), minlength=7)
     expected = n * np.asarray(jax.nn.softmax(logits[0]))
     chi_square = ((counts - expected) ** 2 / expected).sum()
@@ -84,9 +92,9 @@ def test_drawn_frequencies_are_the_probabilities():
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
 def test_the_ends_of_the_uniform_range_never_draw_a_filtered_token(uniform):
     logits = jnp.array(RNG.normal(0, 3, size=(32, 700)), jnp.float32)
-    sampling = Sampling(temperature=1, top_p=0.7, top_k=20)
-    tokens, _ = generate.draw(logits, jnp.full(32, uniform), sampling)
-    weights = generate.filtered_weights(logits, sampling)
+    settings = per_row(Sampling(temperature=1, top_p=0.7, top_k=20), 32)
+    tokens, _ = drawing.draw(logits, jnp.full(32, uniform), settings)
+    weights = drawing.filtered_weights(logits, settings)
     assert (np.take_along_axis(np.asarray(weights), np.asarray(tokens)[:, None], 1) > 0).all()
 
 
