@@ -4,7 +4,7 @@ Axis letters: b batch, t query position, s key position, n query head, k key/val
 g query heads of one key head (n = k·g), h head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,22 +57,22 @@ def attention(
     return jnp.transpose(out_bkgth, (0, 3, 1, 2, 4)).reshape(b, t, n, h)
 
 
-def decode_attention(q_btnh: jax.Array, parts: Sequence[tuple]) -> jax.Array:
-    """As `attention`, of one query per row, over keys that lie in several arrays: `parts` has
-    (k_bkhs, v_bksh, seen_bts) of each."""
+def decode_attention(q_btnh: jax.Array, cached: Callable, recent: tuple) -> jax.Array:
+    """As `attention`, of one query per row, over keys that lie in two places. `cached(q_bkrh)`
+    gives (Σ weights·v, largest score, Σ weights) of the cached ones, as attention_tpu.attention;
+    `recent` is (k_bkhs, v_bksh, seen_bts) of the others, of which each query sees one at least."""
     b, t, n, h = q_btnh.shape
-    k = parts[0][0].shape[1]
-    q_bkgth = jnp.transpose(q_btnh.reshape(b, t, k, n // k, h), (0, 2, 3, 1, 4))
-    scores = [
-        _scores(q_bkgth, k_bkhs, seen_bts, _product_of_few_rows) for k_bkhs, _, seen_bts in parts
-    ]
-    largest_bkgt = jnp.max(jnp.stack([jnp.max(each, axis=-1) for each in scores]), axis=0)
-    weights = [jnp.exp(each - largest_bkgt[..., None]) for each in scores]
-    total_bkgt = sum(jnp.sum(each, axis=-1) for each in weights)
-    rows = [each.reshape(b, k, n // k * t, -1).astype(q_btnh.dtype) for each in weights]
-    out_bkrh = sum(_product_of_few_rows(each, part[1]) for each, part in zip(rows, parts))
-    out_bkgth = out_bkrh.reshape(b, k, n // k, t, h) / total_bkgt[..., None]
-    return jnp.transpose(out_bkgth.astype(q_btnh.dtype), (0, 3, 1, 2, 4)).reshape(b, t, n, h)
+    k_bkhs, v_bksh, seen_bts = recent
+    q_bkgth = jnp.transpose(q_btnh.reshape(b, t, k_bkhs.shape[1], -1, h), (0, 2, 3, 1, 4))
+    out_bkrh, largest_bkr, total_bkr = cached(q_bkgth[..., 0, :])
+    scores_bkrs = _scores(q_bkgth, k_bkhs, seen_bts, _product)[..., 0, :]
+    both_bkr = jnp.maximum(largest_bkr, jnp.max(scores_bkrs, axis=-1))
+    weights_bkrs = jnp.exp(scores_bkrs - both_bkr[..., None])
+    kept_bkr = jnp.exp(largest_bkr - both_bkr)
+    total_bkr = kept_bkr * total_bkr + jnp.sum(weights_bkrs, axis=-1)
+    new_bkrh = _product(weights_bkrs.astype(q_btnh.dtype), v_bksh)
+    out_bkrh = (kept_bkr[..., None] * out_bkrh + new_bkrh) / total_bkr[..., None]
+    return out_bkrh.astype(q_btnh.dtype).reshape(b, t, n, h)
 
 
 def _scores(q_bkgth, k_bkhs, seen_bts, product) -> jax.Array:

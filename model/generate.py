@@ -158,7 +158,9 @@ class Sampler:
         how = {"config": config, "dtype": dtype}
         admit = slot_state.admit_by_parts if self.on_cpu else slot_state.admit
         self._admit = partial(admit, **how)
-        self._advance = partial(slot_state.advance, **how, side_buffer=platform == "tpu")
+        self._advance = partial(
+            slot_state.advance, **how, side_buffer="tpu" if platform == "tpu" else None
+        )
 
     # ------------------------------------------------------------------ answers, one by one
 

@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from model import attention_tpu
 from model.attention import attention, decode_attention, visible
 from model.config import DecoderConfig
 from model.decoder import (
@@ -23,7 +24,7 @@ from model.decoder import (
     rope_angles,
 )
 from model.precision import matmul_precision
-from sharding.mesh import constrain, placed
+from sharding.mesh import by_axes, constrain, placed
 
 
 def unstack_layers(params: Params) -> Params:
@@ -212,23 +213,21 @@ def decode_beside(
     start_b: jax.Array,
     step: jax.Array,
     dtype=jnp.float32,
+    interpret: bool = False,
 ):
     """As `decode`, but the token is written into the side buffer: (hidden_bd, buffer).
 
     start_b: int [b], where each row was at step 0 of the buffer; `step`: int, of this token. The
-    cache is filled below start_b, the buffer below `step`.
+    cache is filled below start_b, the buffer below `step`. For TPUs; interpret: for any device.
     """
-    positions_b1 = start_b[:, None] + step
-    length, steps = cache[0][0].shape[-1], buffer[0][0].shape[2]
-    cached_bs = jnp.broadcast_to(jnp.arange(length), (len(tokens_b), length))
-    cached_seen_bts = visible(
-        positions_b1, cached_bs, (cached_bs < start_b[:, None])[:, None], config.sliding_window
-    )
-    recent_bj = start_b[:, None] + jnp.arange(steps)
-    recent_seen_btj = visible(positions_b1, recent_bj, None, config.sliding_window)
+    positions_b = start_b + step
+    recent_bj = start_b[:, None] + jnp.arange(buffer[0][0].shape[2])
+    recent_seen_btj = visible(positions_b[:, None], recent_bj, None, config.sliding_window)
+    window = config.sliding_window or config.max_position_embeddings
+    first_b = jnp.maximum(positions_b - window + 1, 0)
 
     def attend(kept, q_btnh, k_btkh, v_btkh):
-        (k_bkhs, v_bksh), *recent = kept
+        kv, *recent = kept
         k_bkjh, v_bkjh = (
             constrain(
                 jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), step, 2),
@@ -236,14 +235,24 @@ def decode_beside(
             )
             for old, new in zip(recent, (k_btkh, v_btkh))
         )
-        parts = (
-            (k_bkhs, v_bksh, cached_seen_bts),
-            (jnp.swapaxes(k_bkjh, 2, 3), v_bkjh, recent_seen_btj),
+        recent = jnp.swapaxes(k_bkjh, 2, 3), v_bkjh, recent_seen_btj
+        return decode_attention(
+            q_btnh, partial(_cached, kv, first_b, start_b, interpret), recent
+        ), (
+            k_bkjh,
+            v_bkjh,
         )
-        return decode_attention(q_btnh, parts), (k_bkjh, v_bkjh)
 
     kept = [(kv, *recent) for kv, recent in zip(cache, buffer)]
-    return _one_token(params, config, attend, kept, tokens_b, positions_b1[:, 0], dtype)
+    return _one_token(params, config, attend, kept, tokens_b, positions_b, dtype)
+
+
+def _cached(kv, first_b, end_b, interpret, q_bkrh):
+    """attention_tpu.attention, each device with its rows and heads."""
+    rows, (keys, values) = ("batch", "kv_heads", "length", "head_dim"), CACHE_AXES
+    axes = rows, keys, values, ("batch",), ("batch",)
+    kernel = partial(attention_tpu.attention, interpret=interpret)
+    return by_axes(kernel, axes, (rows, rows[:3], rows[:3]))(q_bkrh, *kv, first_b, end_b)
 
 
 def merged(cache: list, buffer: list, start_b: jax.Array) -> list:

@@ -129,7 +129,8 @@ def advance(params, state, stop_at_active, steps, *, config, dtype, side_buffer)
     active slots, until at most `stop_at_active` of them are left, or `steps` times (at most
     STEPS_PER_CALL).
 
-    side_buffer: the call's keys and values are kept beside the cache and merged into it at the end
+    side_buffer ("tpu", or "interpret" on any device): the call's keys and values are kept beside
+    the cache and merged into it at the end
     (kv_cache.empty_side_buffer).
     """
     cache, rest = state["cache"], {name: x for name, x in state.items() if name != "cache"}
@@ -150,7 +151,15 @@ def advance(params, state, stop_at_active, steps, *, config, dtype, side_buffer)
         i, rest, kv, drawn = carry
         if side_buffer:
             hidden_bd, kv = kv_cache.decode_beside(
-                params, config, cache, kv, rest["last"], start_b, i, dtype
+                params,
+                config,
+                cache,
+                kv,
+                rest["last"],
+                start_b,
+                i,
+                dtype,
+                interpret=side_buffer == "interpret",
             )
         else:
             positions_b = rest["prompt_lengths"] + rest["steps"] - 1

@@ -126,6 +126,25 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
+def by_axes(function: Callable, axes: tuple, out_axes: tuple) -> Callable:
+    """`function`, each device computing its part of the results: `axes` names those of each array
+    that it takes, `out_axes` those of each of its results. For what the compiler cannot cut, such
+    as a kernel. No mesh set: the function itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+
+    def specs(axes, arrays):
+        return tuple(spec(names, x.shape, mesh) for names, x in zip(axes, arrays, strict=True))
+
+    def mapped(*arrays):
+        where = specs(axes, arrays), specs(out_axes, jax.eval_shape(function, *arrays))
+        cut = jax.shard_map(function, in_specs=where[0], out_specs=where[1], check_vma=False)
+        return cut(*arrays)
+
+    return mapped
+
+
 def by_rows(function: Callable) -> Callable:
     """`function(weights, *arrays)`, each device computing its rows of the arrays (axis 0) with all
     weights: for what the compiler cannot cut, such as a kernel. No mesh set: the function itself.

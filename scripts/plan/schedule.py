@@ -99,7 +99,7 @@ class Plan:
         times = max(1.0, math.log(self.slots))
         usual = coarse_bucket(round(min(most, tokens * times) + min(limit, answer * times)))
         drawn |= {"slots": self.slots, "length": longest}
-        drawn["side_buffer"] = self.on.compiler == "tpu"
+        drawn["side_buffer"] = "tpu" if self.on.compiler == "tpu" else None
         prompts = drawn | {"tokens": coarse_bucket(round(most))}
         # Of answers whose lengths fall off so, those that make a pair too long are cut.
         prompt = min(trained["max_prompt_length"], tokens)
