@@ -268,7 +268,9 @@ def merged(cache: list, buffer: list, start_b: jax.Array) -> list:
         moves_bjs = (step_bs[:, None] == jnp.arange(steps)[:, None]).astype(k_bkhs.dtype)
         how = {"precision": matmul_precision(k_bkhs.dtype), "preferred_element_type": k_bkhs.dtype}
         new_k = jnp.einsum("bkjh,bjs->bkhs", k_bkjh, moves_bjs, **how)
-        new_v = jnp.einsum("bjs,bkjh->bksh", moves_bjs, v_bkjh, **how)
+        # Each head's own product: with one for all, the values would be transposed and back.
+        moves_bkjs = jnp.broadcast_to(moves_bjs[:, None], (*v_bkjh.shape[:3], length))
+        new_v = jnp.einsum("bkjs,bkjh->bksh", moves_bkjs, v_bkjh, **how)
         return constrain_cache(
             jnp.where(is_new_bs[:, None, None], new_k, k_bkhs),
             jnp.where(is_new_bs[:, None, :, None], new_v, v_bksh),
