@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from model import attention_tpu
 from model.attention import attention, decode_attention, visible
@@ -236,12 +237,8 @@ def decode_beside(
             for old, new in zip(recent, (k_btkh, v_btkh))
         )
         recent = jnp.swapaxes(k_bkjh, 2, 3), v_bkjh, recent_seen_btj
-        return decode_attention(
-            q_btnh, partial(_cached, kv, first_b, start_b, interpret), recent
-        ), (
-            k_bkjh,
-            v_bkjh,
-        )
+        cached = partial(_cached, kv, first_b, start_b, interpret)
+        return decode_attention(q_btnh, cached, recent), (k_bkjh, v_bkjh)
 
     kept = [(kv, *recent) for kv, recent in zip(cache, buffer)]
     return _one_token(params, config, attend, kept, tokens_b, positions_b, dtype)
@@ -258,22 +255,24 @@ def _cached(kv, first_b, end_b, interpret, q_bkrh):
 def merged(cache: list, buffer: list, start_b: jax.Array) -> list:
     """The cache with the buffer's keys and values at start_b, start_b + 1, … of each row. Steps
     that were not taken write what is overwritten before it is read."""
-    length, steps = cache[0][0].shape[-1], buffer[0][0].shape[2]
+    axes = *CACHE_AXES, BUFFER_AXES, BUFFER_AXES, ("batch",)
+    layer = jax.jit(by_axes(_merged_layer, axes, CACHE_AXES))  # traced and lowered once
+    return [layer(*kv, *recent, start_b) for kv, recent in zip(cache, buffer)]
+
+
+def _merged_layer(k_bkhs, v_bksh, k_bkjh, v_bkjh, start_b):
+    length, steps = k_bkhs.shape[-1], k_bkjh.shape[2]
     step_bs = jnp.arange(length) - start_b[:, None]
     is_new_bs = (step_bs >= 0) & (step_bs < steps)
-
-    @jax.jit
-    def layer(k_bkhs, v_bksh, k_bkjh, v_bkjh):
-        # A product with 0 and 1 moves each row by its own distance, and is exact.
-        moves_bjs = (step_bs[:, None] == jnp.arange(steps)[:, None]).astype(k_bkhs.dtype)
-        how = {"precision": matmul_precision(k_bkhs.dtype), "preferred_element_type": k_bkhs.dtype}
-        new_k = jnp.einsum("bkjh,bjs->bkhs", k_bkjh, moves_bjs, **how)
-        # Each head's own product: with one for all, the values would be transposed and back.
-        moves_bkjs = jnp.broadcast_to(moves_bjs[:, None], (*v_bkjh.shape[:3], length))
-        new_v = jnp.einsum("bkjs,bkjh->bksh", moves_bkjs, v_bkjh, **how)
-        return constrain_cache(
-            jnp.where(is_new_bs[:, None, None], new_k, k_bkhs),
-            jnp.where(is_new_bs[:, None, :, None], new_v, v_bksh),
-        )
-
-    return [layer(*kv, *recent) for kv, recent in zip(cache, buffer)]
+    # A product with 0 and 1 moves each row by its own distance, and is exact. With one product per
+    # head, and a fixed layout, the compiler does not transpose the whole cache for it and back.
+    moves_bjs = (step_bs[:, None] == jnp.arange(steps)[:, None]).astype(k_bkhs.dtype)
+    moves_bkjs = jnp.broadcast_to(moves_bjs[:, None], (*k_bkjh.shape[:3], length))
+    how = {"precision": matmul_precision(k_bkhs.dtype), "preferred_element_type": k_bkhs.dtype}
+    new_k = jnp.einsum("bkjh,bkjs->bkhs", k_bkjh, moves_bkjs, **how)
+    new_v = jnp.einsum("bkjs,bkjh->bksh", moves_bkjs, v_bkjh, **how)
+    new_k = with_layout_constraint(new_k, Layout(major_to_minor=(0, 1, 2, 3)))
+    return (
+        jnp.where(is_new_bs[:, None, None], new_k, k_bkhs),
+        jnp.where(is_new_bs[:, None, :, None], new_v, v_bksh),
+    )
