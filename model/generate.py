@@ -1,27 +1,29 @@
 """The sampling engine: a fixed set of slots, each of which holds one answer in the making.
 
-Prompts that can start at the same time are packed into one row and prefilled once; their keys and
-values are copied to the slots of their answers. All slots then advance together, one token per
-step, in a compiled loop. A slot whose answer has ended is given the next answer. The cache and the
-rest of the slots' state stay on the device, donated from call to call; the host gets the tokens of
-each call. The cache is only as long as the longest answer in the making needs, and when no more
+Several prompts are packed into one row and prefilled once; their keys and values are copied to the
+slots of their answers. All slots then advance together, one token per step, in a compiled loop. A
+slot whose answer has ended is given the next answer. The cache and the rest of the slots' state
+(model/slot_state.py) stay on the device, donated from call to call; the host gets each call's
+tokens. The cache is only as long as the longest answer in the making needs, and when no more
 prompts come, the last answers are gathered into fewer slots. Both sizes take a few fixed values,
 each compiled once. How answers are drawn differs from slot to slot and compiles nothing.
 
 Randomness is a function of (seed, prompt_id, answer index, token position) alone, so an answer does
-not depend on the slots, the order of the prompts, or a restart. Arithmetic may depend on them: a
-matrix product of another shape rounds differently. If a draw falls within that rounding of the
-border between two tokens, the answer continues differently from there.
+not depend on the slots, the order of the prompts, or a restart. Arithmetic may depend on the first
+two: a matrix product of another shape rounds differently. If a draw falls within that rounding of
+the border between two tokens, the answer continues differently from there. A restart of `run`
+changes no bit on CPU: the rows of prompts are cut from all prompts, answered or not, and the bits
+of a product's row depend neither on the other rows nor, from `fewest_slots` rows on, on how many
+there are.
 
-Axis letters: b slot, g answer that starts, t index in the row of prompts, s cache position, i step
-of a call, v vocabulary.
+Axis letters: b slot, g answer that starts, p prompt of a row, t index in a row of prompts.
 """
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import jax
 import jax.numpy as jnp
@@ -89,14 +91,36 @@ class Event:
     answer: Answer | None
 
 
+class Row:
+    """Prompts that are prefilled together, and what comes of it: their keys and values, and the
+    logits of their first tokens."""
+
+    def __init__(self, prompts: list[tuple[str, list[int]]]):
+        self.prompts, self.kv, self.logits_pv = prompts, None, None
+        self.starts = np.zeros(PREFILL_PROMPTS, np.int32)
+        self.lengths = np.ones(PREFILL_PROMPTS, np.int32)  # 1: no prompt
+        t = coarse_bucket(sum(len(token_ids) for _, token_ids in prompts))
+        self.arrays = {x: np.zeros((1, t), np.int32) for x in ("tokens", "positions", "prompts")}
+        start = 0
+        for number, (_, token_ids) in enumerate(prompts):
+            length = len(token_ids)
+            here = slice(start, start + length)
+            self.arrays["tokens"][0, here] = token_ids
+            self.arrays["positions"][0, here] = np.arange(length)
+            self.arrays["prompts"][0, here] = number + 1
+            self.starts[number], self.lengths[number], start = start, length, start + length
+
+
 @dataclasses.dataclass
 class Group:
-    """Answers to one prompt that start together and share its prefill."""
+    """Answers to one prompt that start together."""
 
     prompt_id: str
     token_ids: list[int]
     indices: Sequence[int]
     sampling: Sampling
+    row: Row | None = None  # None until it is cut
+    prompt: int = 0  # which of the row
 
 
 @dataclasses.dataclass
@@ -153,14 +177,17 @@ class Sampler:
         ] = []  # (answers, their first tokens, log-probs), still on the device
         self.rows, self.length, self.state = 0, 0, None
         self.more = True  # whether prompts may still come
+        # For the last answers. With fewer, or at small widths, a product on CPU has other bits
+        # (measured with jax 0.10 on a CPU with AMX).
+        self.fewest_slots = 48 if config.hidden_size >= 512 else 64
         platform = jax.default_backend()
         self.on_cpu = platform == "cpu"
+        self.prefill_tokens = PREFILL_TOKENS * (1 if self.on_cpu else 4)
         how = {"config": config, "dtype": dtype}
-        admit = slot_state.admit_by_parts if self.on_cpu else slot_state.admit
-        self._admit = partial(admit, **how)
-        self._advance = partial(
-            slot_state.advance, **how, side_buffer="tpu" if platform == "tpu" else None
-        )
+        prefill, start = slot_state.BY_PARTS if self.on_cpu else slot_state.WHOLE
+        self._prefill, self._start = partial(prefill, **how), partial(start, config=config)
+        side_buffer = "tpu" if platform == "tpu" else None
+        self._advance = partial(slot_state.advance, **how, side_buffer=side_buffer)
 
     # ------------------------------------------------------------------ answers, one by one
 
@@ -174,15 +201,10 @@ class Sampler:
         """Draw these answers to a prompt, as soon as slots are free. An answer is decided by the
         sampling's seed, prompt_id and its index. ValueError: the prompt is too long."""
         sampling = sampling or self.sampling
-        if len(token_ids) > self.longest_prompt:
-            raise ValueError(
-                f"a prompt of {len(token_ids)} tokens: longest_prompt is {self.longest_prompt}"
-            )
+        self._check(token_ids)
         if sampling.max_new_tokens > self.sampling.max_new_tokens:
             raise ValueError(f"max_new_tokens is at most {self.sampling.max_new_tokens}")
-        for start in range(0, len(indices), self.slots):
-            some = indices[start : start + self.slots]
-            self.waiting.append(Group(prompt_id, token_ids, some, sampling))
+        self.waiting += self._groups(prompt_id, token_ids, indices, sampling)
 
     def cancel(self, prompt_id: str, indices: Sequence[int] | None = None) -> None:
         """Forget these answers to a prompt (None: all of them). They bring no further events."""
@@ -209,26 +231,28 @@ class Sampler:
     # ------------------------------------------------------------------ all answers of a file
 
     def run(
-        self, prompts: Iterable[tuple[str, list[int]]], each_call: Callable[[], None] = lambda: None
+        self,
+        prompts: Iterable[tuple[str, list[int]]],
+        each_call: Callable[[], None] = lambda: None,
+        answered: Collection[str] = (),
     ) -> Iterator[tuple[str, list[Answer]]]:
-        """(prompt_id, its n answers in order of their index) for each (prompt_id, token ids).
+        """(prompt_id, its n answers in order of their index) for each (prompt_id, token ids) whose
+        prompt_id is not in `answered`. (Those still decide which prompts share a row.)
 
         A prompt's answers come when the last of them has ended, so prompts come in no fixed order.
         `each_call` runs between two calls of the device; it may raise to stop the run.
         """
-        prompts, n = iter(prompts), self.sampling.n
+        rows, n = self._rows(prompts, answered), self.sampling.n
         done: dict[str, dict[int, Answer]] = {}  # prompt_id → index → answer
         self.waiting.clear()
         self.doing.clear()
         self.firsts, self.rows, self.more = [], 0, True
         while True:
             while True:
-                while self.more and len(self.waiting) < PREFILL_PROMPTS:
-                    prompt_id, token_ids = next(prompts, (None, None))
-                    self.more = prompt_id is not None
-                    if self.more:
-                        done[prompt_id] = {}
-                        self.submit(prompt_id, token_ids, range(n))
+                if not self.waiting and self.more:
+                    groups = next(rows, None)
+                    self.waiting += groups or ()
+                    self.more = groups is not None
                 if not self.admit():
                     break
             if not self.doing:
@@ -236,26 +260,62 @@ class Sampler:
             each_call()
             for event in self.advance():
                 if event.answer is not None:
-                    done[event.prompt_id][event.index] = event.answer
-                    if len(done[event.prompt_id]) == n:
-                        answers = done.pop(event.prompt_id)
+                    answers = done.setdefault(event.prompt_id, {})
+                    answers[event.index] = event.answer
+                    if len(answers) == n:
+                        del done[event.prompt_id]
                         yield event.prompt_id, [answers[i] for i in range(n)]
+
+    def _rows(self, prompts, answered) -> Iterator[list[Group]]:
+        """The groups of each row of prompts, those that are answered left out."""
+        row: list[tuple[str, list[int]]] = []
+        for prompt_id, token_ids in chain(prompts, [(None, None)]):
+            tokens = sum(len(ids) for _, ids in row) + len(token_ids or ())
+            full = tokens > self.prefill_tokens or len(row) == PREFILL_PROMPTS
+            if row and (full or prompt_id is None):
+                made = Row(row)
+                groups = [
+                    dataclasses.replace(group, row=made, prompt=number)
+                    for number, prompt in enumerate(row)
+                    if prompt[0] not in answered
+                    for group in self._groups(*prompt, range(self.sampling.n), self.sampling)
+                ]
+                if groups:
+                    yield groups
+                row = []
+            if prompt_id is not None:
+                self._check(token_ids)
+                row.append((prompt_id, token_ids))
+
+    def _groups(self, prompt_id, token_ids, indices, sampling) -> Iterator[Group]:
+        for start in range(0, len(indices), self.slots):
+            yield Group(prompt_id, token_ids, indices[start : start + self.slots], sampling)
+
+    def _check(self, token_ids: list[int]) -> None:
+        if len(token_ids) > self.longest_prompt:
+            raise ValueError(
+                f"a prompt of {len(token_ids)} tokens: longest_prompt is {self.longest_prompt}"
+            )
 
     # ---------------------------------------------------------------------- calls of the device
 
     def admit(self) -> bool:
-        """Prefill the first of the waiting prompts, packed into one row, copy them into one free
-        slot per answer, and draw the answers' first tokens. False: none waits, or none fits."""
+        """Copy the first of the waiting prompts, prefilled, into one free slot per answer, and draw
+        the answers' first tokens. False: none waits, or none fits."""
         if not self.doing and self.waiting and self.rows < self.slots:
             self._empty()
-        groups = [self.waiting.popleft() for _ in range(self._how_many_fit())]
-        if not groups:
+        count = self._how_many_fit()
+        if not count:
             return False
-        needed = self._cache_length(max(len(group.token_ids) for group in groups))
+        groups = [self.waiting.popleft() for _ in range(count)]
+        row, starting, makings = groups[0].row, *self._starting(groups)
+        needed = self._cache_length(int(max(starting["lengths"])))
         if self.length < needed:
             self._resize(needed)
-        row, starting, makings = self._row_of(groups)
-        self.state, *first = self._admit(self.params, self.state, row, starting)
+        if row.kv is None:
+            ends_p = row.starts + row.lengths - 1
+            row.kv, row.logits_pv = self._prefill(self.params, row.arrays, ends_p)
+        self.state, *first = self._start(self.state, row.kv, row.logits_pv, starting)
         self.firsts.append((makings, *first))
         return True
 
@@ -268,22 +328,32 @@ class Sampler:
         if self.waiting:
             look = self.rows - self._wanted()
         else:
-            look = self.rows // 2 if self._may_halve() else 0
+            look = self._fewer() if self._fewer() < self.rows else 0
         self.state, drawn = self._advance(self.params, self.state, look, steps)
         return self._read(drawn)
 
     def _how_many_fit(self) -> int:
-        """How many of the waiting groups can start now: 8, 4, 2, 1 or none."""
+        """How many of the waiting groups of one row can start now: 8, 4, 2, 1 or none."""
+        if self.waiting and self.waiting[0].row is None:
+            self._cut_row()
+        row = self.waiting[0].row if self.waiting else None
+        first = [g for g in islice(self.waiting, PREFILL_PROMPTS) if g.row is row]
         count, free = PREFILL_PROMPTS, self.rows - len(self.doing)
-        most = PREFILL_TOKENS * (1 if self.on_cpu else 4)
-        while count:
-            first = list(islice(self.waiting, count))
-            fits = len(first) == count and sum(len(group.indices) for group in first) <= free
-            tokens = sum(len(group.token_ids) for group in first)
-            if fits and (tokens <= most or count == 1):
-                return count
+        while count > len(first) or sum(len(g.indices) for g in first[:count]) > free:
             count //= 2
-        return 0
+        return count
+
+    def _cut_row(self) -> None:
+        """Make a row of the first of those that were submitted."""
+        groups, tokens = [], 0
+        for group in islice(self.waiting, PREFILL_PROMPTS):
+            tokens += len(group.token_ids)
+            if groups and (group.row is not None or tokens > self.prefill_tokens):
+                break
+            groups.append(group)
+        row = Row([(group.prompt_id, group.token_ids) for group in groups])
+        for number, group in enumerate(groups):
+            group.row, group.prompt = row, number
 
     def _wanted(self) -> int:
         """How many idle slots end a call while answers wait: enough for the first group. Off CPU,
@@ -295,37 +365,29 @@ class Sampler:
             wanted += len(group.indices)
         return wanted
 
-    def _row_of(self, groups: list[Group]) -> tuple[dict, dict, list[Making]]:
-        """(The row of prompts, where and how each answer starts, the answers) of these groups."""
-        t = coarse_bucket(sum(len(group.token_ids) for group in groups))
-        row = {name: np.zeros((1, t), np.int32) for name in ("tokens", "positions", "prompts")}
+    def _starting(self, groups: list[Group]) -> tuple[dict, list[Making]]:
+        """(Where and how each answer starts, the answers) of groups of one row."""
         largest = max(len(group.indices) for group in groups)
         if largest > self.group:  # few sizes to compile
             largest = min(2 ** (largest - 1).bit_length(), self.slots)
         starting = slot_state.nothing_starts(max(largest, self.group) * len(groups), self.rows)
         free = [slot for slot in range(self.rows) if slot not in self.doing]
-        start, g, makings = 0, 0, []
-        for number, group in enumerate(groups):
-            length, how = len(group.token_ids), group.sampling
-            here = slice(start, start + length)
-            row["tokens"][0, here] = group.token_ids
-            row["positions"][0, here] = np.arange(length)
-            row["prompts"][0, here] = number + 1
+        makings: list[Making] = []
+        for group in groups:
+            how, row = group.sampling, group.row
             for index in group.indices:
-                slot = free.pop()
-                making = Making(group.prompt_id, index, length, how)
-                makings.append(making)
-                self.doing[slot] = making
-                values = {"slots": slot, "starts": start, "lengths": length}
-                values |= {"limits": how.max_new_tokens, "ignore_eos": how.ignore_eos}
+                slot, g = free.pop(), len(makings)
+                self.doing[slot] = Making(group.prompt_id, index, len(group.token_ids), how)
+                makings.append(self.doing[slot])
+                values = {"slots": slot, "prompts": group.prompt, "limits": how.max_new_tokens}
+                values |= {"starts": row.starts[group.prompt], "lengths": len(group.token_ids)}
+                values |= {"ignore_eos": how.ignore_eos}
                 values["keys"] = drawing.answer_key(how.seed, group.prompt_id, index)
                 for name, value in values.items():
                     starting[name][g] = value
                 for name, column in starting["settings"].items():
                     column[g] = getattr(how, name)
-                g += 1
-            start += length
-        return row, starting, makings
+        return starting, makings
 
     # ------------------------------------------------------------ the sizes of the state
 
@@ -338,20 +400,23 @@ class Sampler:
         # Below 128, compiling another length costs more than it saves.
         return min(max(128, coarse_bucket(needed)), self.longest)
 
-    def _may_halve(self) -> bool:
-        return not self.more and not self.waiting and self.rows > max(1, self.slots // 4)
+    def _fewer(self) -> int:
+        """The next smaller number of slots (two at most), or that of now: when no more come."""
+        may = not self.more and not self.waiting
+        may = may and self.rows > max(self.fewest_slots, self.slots // 4)
+        return max(self.fewest_slots, self.rows // 2) if may else self.rows
 
     def _fit(self) -> None:
         """Make the cache long enough for the next call, or shorter if that halves it. When no more
-        prompts come and half of the slots are idle, halve the slots (twice at most)."""
+        prompts come and fewer slots suffice, keep these."""
         ends = (
             m.prompt_length
             + min(max(len(m.token_ids), 1) + STEPS_PER_CALL, m.sampling.max_new_tokens)
             for m in self.doing.values()
         )
         length, rows = self._cache_length(max(ends)), self.rows
-        if self._may_halve() and len(self.doing) <= rows // 2:
-            rows //= 2
+        if len(self.doing) <= self._fewer():
+            rows = self._fewer()
         if rows < self.rows:
             live = sorted(self.doing)
             idle = [slot for slot in range(self.rows) if slot not in self.doing]

@@ -1,10 +1,10 @@
 """The slots of model/generate.py on the device: their state, and the programs that change it.
 
-`admit` starts answers, `advance` draws their tokens; both donate the state. Parameters are
-unstacked (kv_cache.unstack_layers).
+BY_PARTS and WHOLE are two forms of (prefill, start), which begin answers; `advance` draws their
+tokens. The state is donated. Parameters are unstacked (kv_cache.unstack_layers).
 
-Axis letters: b slot, g answer that starts, t index in the row of prompts, s cache position, i step
-of a call, v vocabulary.
+Axis letters: b slot, g answer that starts, p prompt of a row, t index in a row of prompts, s cache
+position, i step of a call, v vocabulary.
 """
 
 from functools import partial
@@ -39,7 +39,8 @@ def nothing_starts(count: int, rows: int) -> dict:
     written."""
     return {
         "slots": np.full(count, rows, np.int32),
-        "starts": np.zeros(count, np.int32),  # of the prompt in its row
+        "prompts": np.zeros(count, np.int32),  # which of the row
+        "starts": np.zeros(count, np.int32),  # where it starts
         "lengths": np.ones(count, np.int32),
         "limits": np.ones(count, np.int32),  # the most tokens
         "ignore_eos": np.zeros(count, bool),
@@ -67,22 +68,36 @@ def _replicated(tree):
     return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
 
 
-def admit_by_parts(params, state, row, starting, *, config, dtype):
-    """(the state, the first tokens, their log-probs) after a row's prompts were prefilled and the
-    starting answers' first tokens drawn. By compiled parts, each layer by the same ones: on CPU
-    compiling takes longer than calling."""
-    hidden_1td, prompts_cache = kv_cache.prefill(params, config, **row, dtype=dtype)
-    slots_g, starts_g = starting["slots"], starting["starts"]
+def _prefill(params, row, ends_p, *, config, dtype):
+    """(keys and values per layer, the logits [p, v] of the first tokens) of a row of prompts, whose
+    last tokens are at `ends_p`."""
+    hidden_1td, kv = kv_cache.prefill(params, config, **row, dtype=dtype)
+    return kv, _logits(params, hidden_1td, ends_p, config=config)
+
+
+@partial(jax.jit, static_argnames="config")
+def _logits(params, hidden_1td, ends_p, *, config):
+    return decoder.logits(params, config, hidden_1td[0, ends_p])
+
+
+def _start(state, row_kv, logits_pv, starting, *, config):
+    """(the state, the first tokens, their log-probs) after the starting answers' prompts were
+    copied from a prefilled row, and their first tokens drawn."""
     cache = list(state["cache"])
-    for i, kv in enumerate(prompts_cache):
-        cache[i] = _copy_prompts(*cache[i], *kv, slots_g, starts_g)
-    hidden_gd = _last_hidden(hidden_1td, starts_g + starting["lengths"] - 1)
+    for i, kv in enumerate(row_kv):
+        cache[i] = _copy_prompts(*cache[i], *kv, starting["slots"], starting["starts"])
     rest = {name: x for name, x in state.items() if name != "cache"}
-    rest, *first = _first_tokens(params, rest, hidden_gd, starting, config=config)
+    rest, *first = _first_tokens(rest, logits_pv, starting, config=config)
     return rest | {"cache": cache}, *first
 
 
-admit = jax.jit(admit_by_parts, static_argnames=("config", "dtype"), donate_argnames="state")
+# (prefill, start): on CPU compiled in parts, each layer by the same ones, since compiling takes
+# longer than calling; elsewhere whole.
+BY_PARTS = _prefill, _start
+WHOLE = (
+    jax.jit(_prefill, static_argnames=("config", "dtype")),
+    jax.jit(_start, static_argnames="config", donate_argnames="state"),
+)
 
 
 @partial(jax.jit, donate_argnums=(0, 1))
@@ -101,19 +116,11 @@ def _copy_prompts(k_bkhs, v_bksh, prompts_k, prompts_v, slots_g, starts_g):
     )
 
 
-@jax.jit
-def _last_hidden(hidden_1td, ends_g):
-    """The hidden states of the prompts' last tokens. Apart from `_first_tokens`, which takes
-    seconds to compile and so is compiled once for rows of all lengths."""
-    return hidden_1td[0, ends_g]
-
-
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
-def _first_tokens(params, state, hidden_gd, starting, *, config):
+def _first_tokens(state, logits_pv, starting, *, config):
     """(the state without the cache, tokens, log-probs) after the first tokens of the starting
-    answers are drawn. hidden_gd: of their prompts' last tokens."""
-    slots_g = starting["slots"]
-    logits_gv = decoder.logits(params, config, hidden_gd)
+    answers are drawn."""
+    slots_g, logits_gv = starting["slots"], logits_pv[starting["prompts"]]
     uniform_g = drawing.uniforms(starting["keys"], jnp.zeros_like(slots_g))
     tokens_g, logprobs_g = drawing.draw(logits_gv, uniform_g, starting["settings"])
     new = {name: starting[name] for name in ("keys", "limits", "ignore_eos", "settings")}

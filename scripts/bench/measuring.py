@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from model import generate
+from model import slot_state
 from model.precision import matmul_precision
 from scripts.bench import shapes
 from scripts.bench.machine import timed
@@ -95,32 +95,44 @@ class DecodeCall:
     """
 
     def __init__(self, config, params, sampling, slots: int, length: int, dtype):
-        self.params, self.sampling, self.slots, self.length = params, sampling, slots, length
-        empty, advance, _ = generate.programs(config, sampling, dtype)
-        self.state, random = empty(slots, length), shapes.Random()
+        self.params, self.slots, self.length = params, slots, length
+        self.state, random = slot_state.empty(config, slots, length, dtype), shapes.Random()
         for layer, kv in enumerate(self.state["cache"]):
             self.state["cache"][layer] = tuple(random.normal(x.shape, x.dtype) for x in kv)
+        self.limit = sampling.max_new_tokens
+        for name, column in self.state["settings"].items():
+            column[:] = getattr(sampling, name)
         self.state = self._from_the_start()
         self.compiling, self.program = timed(
-            lambda: advance.lower(params, self.state, jnp.int32(0)).compile()
+            lambda: slot_state.advance.lower(
+                self.params,
+                self.state,
+                jnp.int32(0),
+                jnp.int32(slot_state.STEPS_PER_CALL),
+                config=config,
+                dtype=jnp.dtype(dtype),
+                side_buffer="tpu" if jax.default_backend() == "tpu" else None,
+            ).compile()
         )
 
     def _from_the_start(self) -> dict:
         """All slots as many tokens before the cache is full as a call draws."""
-        steps = min(generate.STEPS_PER_CALL, self.sampling.max_new_tokens)
+        steps = min(slot_state.STEPS_PER_CALL, self.limit)
         return self.state | {
             "active": jnp.ones(self.slots, bool),
             "keys": jnp.arange(2 * self.slots, dtype=jnp.uint32).reshape(self.slots, 2),
             "prompt_lengths": jnp.full(self.slots, self.length - steps, jnp.int32),
             "steps": jnp.ones(self.slots, jnp.int32),
-            "tokens": jnp.full(self.state["tokens"].shape, 3, jnp.int32),
-            "logprobs": jnp.zeros(self.state["logprobs"].shape, jnp.float32),
+            "limits": jnp.full(self.slots, self.limit, jnp.int32),
+            "ignore_eos": jnp.ones(self.slots, bool),
+            "last": jnp.full(self.slots, 3, jnp.int32),
         }
 
     def __call__(self) -> float:
         state = jax.block_until_ready(self._from_the_start())
-        seconds, self.state = timed(
-            lambda: jax.block_until_ready(self.program(self.params, state, jnp.int32(0)))
+        limits = jnp.int32(0), jnp.int32(slot_state.STEPS_PER_CALL)
+        seconds, (self.state, _) = timed(
+            lambda: jax.block_until_ready(self.program(self.params, state, *limits))
         )
         self.steps = int(jnp.max(self.state["steps"])) - 1
         return seconds / self.steps

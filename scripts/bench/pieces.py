@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import generate, kv_cache, packing
+from model import generate, kv_cache, packing, slot_state
 from model.rankers import deberta, deberta_tpu
 from scripts.bench import kernel_profile, shapes
 from scripts.bench.machine import timed
@@ -90,7 +90,7 @@ def decode(given: Given) -> Iterator[Row]:
 
 
 def _decode_steps(given: Given, params, slots, read_bytes, copy, profile: bool) -> Iterator[Row]:
-    sizes, config, steps = given.sizes, given.sizes.model, generate.STEPS_PER_CALL
+    sizes, config, steps = given.sizes, given.sizes.model, slot_state.STEPS_PER_CALL
     call = DecodeCall(config, params, SAMPLING, slots, sizes.length, jnp.bfloat16)
     took = [call()]  # the first one warms up
     while len(took) < 6 and given.left() > 2 * steps * took[-1]:
@@ -127,7 +127,7 @@ def prefill(given: Given) -> Iterator[Row]:
     """Rows of prompts, as the sampling engine packs them: several short prompts, one long one."""
     config, bf16 = given.sizes.model, given.rate("bfloat16")
     params = shapes.Random().weights(shapes.unstacked(config), jnp.bfloat16)
-    run = generate.programs(config, SAMPLING, jnp.bfloat16)[2]
+    run = partial(slot_state.WHOLE[0], config=config, dtype=jnp.dtype(jnp.bfloat16))
     for tokens in given.sizes.prefill:
         count = 4 if tokens <= generate.PREFILL_TOKENS else 1
         length = tokens // count
@@ -137,7 +137,7 @@ def prefill(given: Given) -> Iterator[Row]:
             "prompts": np.repeat(np.arange(1, count + 1), length)[None],
         }
         row = {name: x.astype(np.int32) for name, x in row.items()}
-        seconds = given.seconds(partial(run, params, row))
+        seconds = given.seconds(partial(run, params, row, np.arange(1, count + 1) * length - 1))
         operations = shapes.forward_operations(config, tokens, [length] * count)
         yield {
             "name": f"{tokens} tokens, {count} prompts",
@@ -244,7 +244,7 @@ def transformers_generate(given: Given) -> Iterator[Row]:
     if not torch.cuda.is_available() and not given.tiny:
         raise Skip("torch sees no GPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    c, answers, steps = given.sizes.model, given.sizes.generate, generate.STEPS_PER_CALL
+    c, answers, steps = given.sizes.model, given.sizes.generate, slot_state.STEPS_PER_CALL
     names = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
         num_key_value_heads head_dim rms_norm_eps max_position_embeddings"""
     config = MistralConfig(

@@ -28,7 +28,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, decoder, generate, kv_cache
+    from model import checkpoint, decoder, drawing, generate, kv_cache, packing
     from model import tokenizer as tokenizers
     from scripts.bench import measuring
 
@@ -142,12 +142,14 @@ class Ours(Worker):
         self.sampler = generate.Sampler(
             self.config, params, tokenizer.decode, self.sampling, self.slots, self.longest
         )
-        self.sampler._advance = self._watch("decode steps", self.sampler._advance)
-        self.sampler._start = self._watch("prefill", self.sampler._start)
+        self.sampler.advance = self._watch("decode steps", self.sampler.advance)
+        self.sampler.admit = self._watch("prefill", self.sampler.admit)
 
     def _watch(self, name: str, function):
         def watched(*args):
-            seconds, result = timed(lambda: jax.block_until_ready(function(*args)))
+            seconds, result = timed(
+                lambda: (function(*args), jax.block_until_ready(self.sampler.state))[0]
+            )
             before, calls = self.parts.get(name, (0.0, 0))
             self.parts[name] = before + seconds, calls + 1
             return result
@@ -166,10 +168,10 @@ class Ours(Worker):
     def account(self) -> dict:
         """A decode step and its pieces, name → (seconds, operations of products, bytes read)."""
         c, slots, params = self.config, self.slots, self.sampler.params
-        length = generate.coarse_bucket(self.longest + self.sampling.max_new_tokens)
+        length = packing.coarse_bucket(self.longest + self.sampling.max_new_tokens)
         call = measuring.DecodeCall(c, params, self.sampling, slots, length, jnp.float32)
         step = min(call() for _ in range(3))
-        tokens_b, uniform_b = call.state["tokens"][:, 0], jnp.full(slots, 0.5)
+        tokens_b, uniform_b = call.state["last"], jnp.full(slots, 0.5)
         decode = jax.jit(partial(kv_cache.decode, config=c), donate_argnames="cache")
 
         def decode_time(cache, at: int):
@@ -186,7 +188,7 @@ class Ours(Worker):
         whole, hidden_bd = decode_time(call.state.pop("cache"), length - 1)
         products, _ = decode_time(kv_cache.empty_cache(c, slots, 32), 31)
         logits = jax.jit(lambda params, hidden_bd: decoder.logits(params, c, hidden_bd))
-        draw = jax.jit(lambda logits_bv, u_b: generate.draw(logits_bv, u_b, self.sampling))
+        draw = jax.jit(lambda logits_bv, u_b: drawing.draw(logits_bv, u_b, call.state["settings"]))
         head = {k: v for k, v in params.items() if k != "layers"}
         logits_bv = logits(head, hidden_bd)
         weights = sum(x.size for x in jax.tree.leaves(params["layers"]))

@@ -1,5 +1,7 @@
 """The sampling engine: what it draws, and that nothing but (seed, prompt, index) decides it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model import decoder, drawing
+from model import attention_tpu, decoder, drawing, slot_state
 from model.forward import forward
 from model.generate import Sampler, Sampling
 from model.logprobs import response_logprobs
@@ -27,16 +29,19 @@ PROMPTS = [
 ]
 
 
+LENGTHS = (5, 70, 3, 20, 64, 65, 9, 150, 12, 1, 30, 40, 90, 7, 7, 7, 200, 33, 4, 5, 6, 60, 61, 2)
+
+
 def as_text(ids):
     return " ".join(map(str, ids))
 
 
-def answers(sampling, slots=8, prompts=PROMPTS, seed=0, params=None, **changes):
+def answers(sampling, slots=8, prompts=PROMPTS, seed=0, params=None, answered=(), **changes):
     config = tiny.config(**changes)
     params = tiny.params(config, seed) if params is None else params
     longest = max(len(ids) for _, ids in prompts)
     sampler = Sampler(config, params, as_text, sampling, slots, longest)
-    return dict(sampler.run(prompts))
+    return dict(sampler.run(prompts, answered=answered))
 
 
 def per_row(sampling, rows: int) -> dict:
@@ -125,11 +130,11 @@ def test_cache_and_slots_are_fitted_to_the_answers_in_the_making(monkeypatch):
     # The long prompt comes first: once its answers have ended, the cache can be halved.
     lengths = (200, 5, 9, 30, 12, 20)
     prompts = [(f"p{i}", RNG.integers(14, 300, n).tolist()) for i, n in enumerate(lengths)]
-    sampling = Sampling(n=4, temperature=1.0, top_p=1.0, max_new_tokens=70)
+    sampling = Sampling(n=80, temperature=1.0, top_p=1.0, max_new_tokens=70)
     often = {"eos_token_ids": tuple(range(2, 14))}  # so that answers end at different steps
-    found = answers(sampling, slots=8, prompts=prompts, **often)
-    assert {rows for rows, *_ in sizes} == {8, 4, 2}
-    assert (8, 256, 272) in sizes  # grown, but not beyond the longest possible answer
+    found = answers(sampling, slots=160, prompts=prompts, **often)
+    assert {rows for rows, *_ in sizes} == {160, 80, 64}
+    assert (160, 256, 272) in sizes  # grown, but not beyond the longest possible answer
     assert any(after <= before // 2 for _, before, after in sizes)  # and halved
     # and each answer is what it is alone
     for prompt in prompts:
@@ -146,6 +151,20 @@ def test_answers_do_not_depend_on_slots_order_or_company():
             for a, b in zip(base[prompt_id], other):
                 assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("n,slots", [(1, 8), (3, 8), (5, 64), (40, 160), (3, 2)])
+@pytest.mark.parametrize("answered", [(0,), (1, 2, 3, 5, 8), range(0, 24, 2), range(11)])
+def test_a_restart_changes_no_bit_of_an_answer(n, slots, answered):
+    rng = np.random.default_rng(1)
+    prompts = [(f"p{i}", rng.integers(3, 320, size=n).tolist()) for i, n in enumerate(LENGTHS)]
+    sampling = Sampling(n=n, temperature=1.0, top_p=0.95, max_new_tokens=40)
+    often = {"eos_token_ids": tuple(range(2, 14))}
+    whole = answers(sampling, slots, prompts, **often)
+    done = {f"p{i}" for i in answered}
+    rest = answers(sampling, slots, prompts, answered=done, **often)
+    assert rest.keys() == whole.keys() - done
+    assert all(rest[prompt_id] == whole[prompt_id] for prompt_id in rest)
 
 
 @pytest.mark.parametrize(
@@ -278,3 +297,117 @@ def test_a_prompt_that_does_not_fit_the_cache_is_refused():
     sampler = Sampler(config, tiny.params(config), as_text, Sampling(), 4, longest_prompt=10)
     with pytest.raises(ValueError, match="longest_prompt is 10"):
         list(sampler.run([("p", [5] * 65)]))
+
+
+# ------------------------------------------------------------------------ answers, one by one
+
+
+def test_each_answer_is_drawn_in_its_own_way():
+    """Answers of other settings share the slots; each is what it is among its like."""
+    config, limit = tiny.config(), Sampling(max_new_tokens=24)
+    ways = [
+        Sampling(n=2, temperature=0, max_new_tokens=24),
+        Sampling(n=2, temperature=1.0, top_p=0.8, max_new_tokens=9, seed=3),
+        Sampling(n=2, temperature=1.5, top_p=1.0, top_k=200, max_new_tokens=24),
+        Sampling(n=2, temperature=1.0, top_p=0.9, min_p=0.01, max_new_tokens=24),
+        Sampling(n=2, temperature=1.2, top_p=1.0, max_new_tokens=24, ignore_eos=True),
+    ]
+    sampler = Sampler(config, tiny.params(config), as_text, limit, slots=6, longest_prompt=70)
+    for i, (prompt_id, token_ids) in enumerate(PROMPTS[:5]):
+        sampler.submit(prompt_id, token_ids, [0, 1], ways[i])
+    told: dict = {}
+    ended = {}
+    for event in sampler.events(steps=4):
+        ids, logprobs = told.setdefault((event.prompt_id, event.index), ([], []))
+        ids += event.token_ids
+        logprobs += event.logprobs
+        assert len(event.token_ids) == len(event.logprobs) <= 5  # the first one comes with the next
+        if event.answer is not None:
+            ended[event.prompt_id, event.index] = event.answer
+    for i, (prompt_id, token_ids) in enumerate(PROMPTS[:5]):
+        alike = answers(ways[i], prompts=[(prompt_id, token_ids)], slots=6) if i < 4 else None
+        for index in (0, 1):
+            answer = ended[prompt_id, index]
+            ids, logprobs = told[prompt_id, index]
+            end = [] if answer.end_token_id is None else [answer.end_token_id]
+            assert ids == answer.token_ids + end
+            assert sum(logprobs) == pytest.approx(answer.logprob, abs=1e-4)
+            if alike:
+                assert answer.token_ids == alike[prompt_id][index].token_ids
+            else:
+                assert len(answer.token_ids) == 24 and answer.finish_reason == "length"
+
+
+def test_a_cancelled_answer_brings_nothing_more_and_frees_its_slot():
+    config = tiny.config(eos_token_ids=())
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=40)
+    sampler = Sampler(config, tiny.params(config), as_text, sampling, slots=2, longest_prompt=70)
+    for prompt_id, token_ids in PROMPTS[:4]:
+        sampler.submit(prompt_id, token_ids)
+    seen = []
+    for event in sampler.events(steps=4):
+        seen.append(event)
+        if len(seen) == 1:
+            sampler.cancel(event.prompt_id)  # in a slot
+            sampler.cancel("p3")  # waiting
+    assert {e.prompt_id for e in seen[2:]} == {"p1", "p2"}
+    assert [e.prompt_id for e in seen if e.answer is not None] == ["p1", "p2"]
+    assert not sampler.doing and not sampler.waiting
+    with pytest.raises(ValueError, match="max_new_tokens is at most 40"):
+        sampler.submit("p", [5], sampling=Sampling(max_new_tokens=41))
+
+
+def test_a_stop_string_is_looked_for_in_the_new_tokens_alone():
+    """The text is decoded from the start only where a stop string may be in it."""
+    decoded = []
+
+    def decode(ids):
+        decoded.append(len(ids))
+        return as_text(ids)
+
+    config = tiny.config(eos_token_ids=())
+    sampling = Sampling(n=1, temperature=1.0, top_p=1.0, max_new_tokens=160, stop_strings=("no",))
+    sampler = Sampler(config, tiny.params(config), decode, sampling, slots=1, longest_prompt=70)
+    ((_, (answer,)),) = sampler.run(PROMPTS[:1])
+    assert len(answer.token_ids) == 160
+    assert sorted(decoded)[:-1] == [n for n in sorted(decoded) if n <= 48] and max(decoded) == 160
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_answers_by_a_tpus_programs_are_those_of_a_cpus(window):
+    """The keys of a call beside the cache, and the kernel that reads the cache, interpreted."""
+    sampling = Sampling(n=2, temperature=1.0, top_p=1.0, max_new_tokens=58)
+    config = tiny.config(sliding_window=window, max_position_embeddings=256)
+    made = []
+    for side_buffer in (None, "interpret"):
+        sampler = Sampler(config, tiny.params(config), as_text, sampling, 8, longest_prompt=70)
+        how = {"config": config, "dtype": jnp.float32, "side_buffer": side_buffer}
+        sampler._advance = partial(slot_state.advance, **how)
+        made.append(dict(sampler.run(PROMPTS[:4])))
+    for prompt_id, answers_of in made[0].items():
+        for a, b in zip(answers_of, made[1][prompt_id]):
+            assert a.token_ids == b.token_ids and a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("length", [256, 384])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_kernel_for_tpus_attends_to_what_a_row_has(length, dtype, monkeypatch):
+    monkeypatch.setattr("model.attention_tpu.BLOCK_BYTES", 1)  # several blocks
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, shape, jnp.float32).astype(dtype)
+        for key, shape in zip(keys, ((5, 2, 4, 16), (5, 2, 16, length), (5, 2, length, 16)))
+    )
+    first = jnp.array([0, 0, 130, 100, 7])
+    end = jnp.array([0, 1, 131, length, 256])
+    out, largest, total = attention_tpu.attention(q, k, v, first, end, interpret=True)
+    scores = jnp.einsum("bkrh,bkhs->bkrs", *(x.astype(jnp.float32) for x in (q, k))) / 4
+    place = jnp.arange(length)
+    seen = ((place >= first[:, None]) & (place < end[:, None]))[:, None, None]
+    scores = jnp.where(seen, scores, -jnp.inf)
+    assert total[0].max() == 0 and out[0].max() == 0 and largest[0].max() < -1e29
+    weights = jax.nn.softmax(scores[1:], axis=-1)
+    expected = jnp.einsum("bkrs,bksh->bkrh", weights, v[1:].astype(jnp.float32))
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(out[1:] / total[1:, ..., None], expected, atol=tolerance)
+    np.testing.assert_allclose(largest[1:], scores[1:].max(-1), atol=1e-4)
