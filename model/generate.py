@@ -1,25 +1,27 @@
 """The sampling engine: a fixed set of slots, each of which holds one answer in the making.
 
-Prompts that can start at the same time are packed into one row and prefilled once; their keys and
-values are copied to the slots of their answers. All slots then advance together, one token per
-step, in a compiled loop. A slot whose answer has ended is given the next answer. The cache and the
-rest of the slots' state stay on the device, donated from call to call. The cache is only as long as
-the longest answer in the making needs, and when no more prompts wait, the last answers are gathered
-into fewer slots. Both sizes take a few fixed values, each compiled once.
+Several prompts are packed into one row and prefilled once; their keys and values are copied to the
+slots of their answers. All slots then advance together, one token per step, in a compiled loop. A
+slot whose answer has ended is given the next answer. The cache and the rest of the slots' state
+stay on the device, donated from call to call. The cache is only as long as the longest answer in
+the making needs, and when no more prompts wait, the last answers are gathered into fewer slots.
+Both sizes take a few fixed values, each compiled once.
 
 Randomness is a function of (seed, prompt_id, answer index, token position) alone, so an answer does
-not depend on the slots, the order of the prompts, or a restart. Arithmetic may depend on them: a
-matrix product of another shape rounds differently. If a draw falls within that rounding of the
-border between two tokens, the answer continues differently from there.
+not depend on the slots, the order of the prompts, or a restart. Arithmetic may depend on the first
+two: a matrix product of another shape rounds differently. If a draw falls within that rounding of
+the border between two tokens, the answer continues differently from there. A restart changes no
+bit: the rows of prompts are cut from all prompts, answered or not, and the bits of a product's row
+depend neither on the other rows nor, down to `fewest_slots` rows, on how many there are.
 
-Axis letters: b slot, g answer that starts, t index in the row of prompts, s cache position,
-v vocabulary.
+Axis letters: b slot, g answer that starts, p prompt of a row, t index in a row of prompts, s cache
+position, v vocabulary.
 """
 
 import dataclasses
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from itertools import islice
 
@@ -30,12 +32,11 @@ import numpy as np
 from model import decoder, kv_cache
 from model.config import DecoderConfig
 from model.packing import coarse_bucket
+from model.prompt_rows import PREFILL_PROMPTS, Row, rows_of
 from sharding.errors import UserError
 from sharding.mesh import constrain
 
 STEPS_PER_CALL = 32  # the most decode steps before the host looks at the answers
-PREFILL_TOKENS = 512  # the most tokens in a row of several prompts
-PREFILL_PROMPTS = 8  # the most prompts in a row; a power of two: few numbers to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +204,15 @@ def uniforms(keys_b2: jax.Array, positions_b: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass
+class Group:
+    """Answers to one prompt that start together."""
+
+    row: Row
+    prompt: int  # which of the row
+    indices: range
+
+
+@dataclasses.dataclass
 class Making:
     """An answer in the making."""
 
@@ -210,6 +220,17 @@ class Making:
     index: int
     prompt_length: int
     steps: int = 1  # tokens drawn
+
+
+def fewest_slots(config: DecoderConfig, slots: int) -> int:
+    """How many slots the last answers must keep so that no bit of theirs changes: measured on a CPU
+    with jax 0.10, where small products take other paths."""
+    sizes = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.head_dim * config.num_attention_heads,
+    )
+    return min(slots, 48) if min(sizes) >= 512 else slots
 
 
 class Sampler:
@@ -239,22 +260,28 @@ class Sampler:
         self.longest_prompt = longest_prompt
         # In positions: a multiple of 16, since odd sizes are a tenth slower on CPU.
         self.longest = -(-(longest_prompt + sampling.max_new_tokens) // 16) * 16
+        self.fewest = fewest_slots(config, slots)
         self.tokens_drawn = 0  # in finished answers, without EOS
-        self._admit = jax.jit(partial(_admit, config=config, sampling=sampling), donate_argnums=1)
+        self._logits = jax.jit(partial(decoder.logits, config=config))
+        self._admit = jax.jit(partial(_admit, config=config, sampling=sampling), donate_argnums=0)
         self._advance = jax.jit(
             partial(_advance, config=config, sampling=sampling, dtype=dtype), donate_argnums=1
         )
         self._release = jax.jit(_release, donate_argnums=0)
 
     def run(
-        self, prompts: Iterable[tuple[str, list[int]]], each_call: Callable[[], None] = lambda: None
+        self,
+        prompts: Iterable[tuple[str, list[int]]],
+        each_call: Callable[[], None] = lambda: None,
+        answered: Collection[str] = (),
     ) -> Iterator[tuple[str, list[Answer]]]:
-        """(prompt_id, its n answers in order of their index) for each (prompt_id, token ids).
+        """(prompt_id, its n answers in order of their index) for each (prompt_id, token ids) whose
+        prompt_id is not in `answered`. (Those still decide which prompts share a row.)
 
         `each_call` runs between two calls of the device; it may raise to stop the run.
         """
-        groups = self._groups(prompts)
-        waiting = deque(islice(groups, PREFILL_PROMPTS))
+        groups = self._groups(prompts, answered)
+        waiting = deque(next(groups, ()))
         self.rows = self.slots
         self.length = self._cache_length(self.longest_prompt + STEPS_PER_CALL)
         self.state = _empty(self.config, self.rows, self.length, self.sampling, self.dtype)
@@ -262,87 +289,73 @@ class Sampler:
         done: dict[str, dict[int, Answer]] = {}  # prompt_id → index → answer
         while True:
             while count := self._how_many_fit(waiting):
-                starting = [waiting.popleft() for _ in range(count)]
-                self._start(starting)
-                for prompt_id, *_ in starting:
-                    done.setdefault(prompt_id, {})
-                waiting.extend(islice(groups, count))
+                self._start([waiting.popleft() for _ in range(count)])
+                waiting = waiting or deque(next(groups, ()))
             if not self.doing:
                 return
             each_call()
             self._fit(more=bool(waiting))
             # The call ends as soon as the waiting group fits, or half of the slots are idle.
             if waiting:
-                look = self.rows - len(waiting[0][2])
+                look = self.rows - len(waiting[0].indices)
             else:
-                look = self.rows // 2 if self._may_halve() else 0
+                look = self._fewer() if self._fewer() < self.rows else 0
             self.state = self._advance(self.params, self.state, look)
             for prompt_id, index, answer in self._ended():
-                done[prompt_id][index] = answer
+                done.setdefault(prompt_id, {})[index] = answer
                 self.tokens_drawn += len(answer.token_ids)
                 if len(done[prompt_id]) == self.sampling.n:
                     answers = done.pop(prompt_id)
                     yield prompt_id, [answers[i] for i in range(self.sampling.n)]
 
-    def _groups(self, prompts):
-        """Cut each prompt's answers into groups that fit the slots."""
-        for prompt_id, token_ids in prompts:
-            for start in range(0, self.sampling.n, self.group):
-                indices = range(start, min(start + self.group, self.sampling.n))
-                yield prompt_id, token_ids, indices
+    def _groups(self, prompts, answered) -> Iterator[list[Group]]:
+        """The groups of each row of prompts, those that are answered left out."""
+        for row in rows_of(prompts, self.longest_prompt):
+            groups = [
+                Group(row, number, range(start, min(start + self.group, self.sampling.n)))
+                for number, (prompt_id, _) in enumerate(row.prompts)
+                if prompt_id not in answered
+                for start in range(0, self.sampling.n, self.group)
+            ]
+            if groups:
+                yield groups
 
-    def _how_many_fit(self, waiting: deque) -> int:
+    def _how_many_fit(self, waiting: deque[Group]) -> int:
         """How many of the waiting groups can start now: 8, 4, 2, 1 or none."""
         count, free = PREFILL_PROMPTS, self.rows - len(self.doing)
-        while count:
-            first = list(islice(waiting, count))
-            fits = len(first) == count and sum(len(indices) for *_, indices in first) <= free
-            tokens = sum(len(token_ids) for _, token_ids, _ in first)
-            if fits and (tokens <= PREFILL_TOKENS or count == 1):
-                return count
+        while count > len(waiting) or sum(len(g.indices) for g in islice(waiting, count)) > free:
             count //= 2
-        return 0
+        return count
 
-    def _start(self, groups: list[tuple[str, list[int], range]]) -> None:
-        """Prefill the groups' prompts, packed into one row, copy them into one free slot per
-        answer, and draw the answers' first tokens."""
-        t = coarse_bucket(sum(len(token_ids) for _, token_ids, _ in groups))
-        row = {name: np.zeros((1, t), np.int32) for name in ("tokens", "positions", "prompts")}
-        count = self.group * len(groups)
+    def _start(self, groups: list[Group]) -> None:
+        """Prefill the groups' row of prompts, unless it was; copy each group's prompt into one free
+        slot per answer, and draw the answers' first tokens."""
+        row, count = groups[0].row, self.group * len(groups)
         starting = {
             "slots": np.full(count, self.rows, np.int32),  # beyond the last slot: not written
-            "starts": np.zeros(count, np.int32),
-            "lengths": np.ones(count, np.int32),
+            "prompts": np.zeros(count, np.int32),
             "keys": np.zeros((count, 2), np.uint32),
         }
         free = [slot for slot in range(self.rows) if slot not in self.doing]
-        start = 0
-        for number, (prompt_id, token_ids, indices) in enumerate(groups):
-            length = len(token_ids)
-            if length > self.longest_prompt:
-                raise ValueError(
-                    f"a prompt of {length} tokens: longest_prompt is {self.longest_prompt}"
-                )
-            here = slice(start, start + length)
-            row["tokens"][0, here] = token_ids
-            row["positions"][0, here] = np.arange(length)
-            row["prompts"][0, here] = number + 1
-            for g, index in enumerate(indices, number * self.group):
+        for number, group in enumerate(groups):
+            prompt_id, token_ids = row.prompts[group.prompt]
+            for g, index in enumerate(group.indices, number * self.group):
                 slot = free.pop()
-                self.doing[slot] = Making(prompt_id, index, length)
-                starting["slots"][g], starting["starts"][g] = slot, start
-                starting["lengths"][g] = length
+                self.doing[slot] = Making(prompt_id, index, len(token_ids))
+                starting["slots"][g], starting["prompts"][g] = slot, group.prompt
                 starting["keys"][g] = answer_key(self.sampling.seed, prompt_id, index)
-            start += length
-        needed = self._cache_length(max(len(token_ids) for _, token_ids, _ in groups))
+        starting["lengths"] = row.lengths[starting["prompts"]]
+        needed = self._cache_length(int(max(starting["lengths"])))
         if self.length < needed:
             self._resize(needed)
-        hidden_1td, prompts_cache = _prefill(self.params, self.config, row, self.dtype)
-        cache = self.state.pop("cache")
-        for i, kv in enumerate(prompts_cache):
-            cache[i] = _copy_prompts(*cache[i], *kv, starting["slots"], starting["starts"])
-        hidden_gd = _last_hidden(hidden_1td, starting["starts"] + starting["lengths"] - 1)
-        self.state = self._admit(self.params, self.state, hidden_gd, starting)
+        if row.cache is None:
+            hidden_1td, row.cache = _prefill(self.params, self.config, row.arrays, self.dtype)
+            hidden_pd = _last_hidden(hidden_1td, row.starts + row.lengths - 1)
+            row.logits_pv = self._logits(self.params, hidden=hidden_pd)
+        cache, starts_g = self.state.pop("cache"), row.starts[starting["prompts"]]
+        for i, kv in enumerate(row.cache):
+            cache[i] = _copy_prompts(*cache[i], *kv, starting["slots"], starts_g)
+        self.state = self._admit(self.state, row.logits_pv, starting)
         self.state["cache"] = cache
 
     # ------------------------------------------------------------ the sizes of the state
@@ -351,17 +364,19 @@ class Sampler:
         # Below 128, compiling another length costs more than it saves.
         return min(max(128, coarse_bucket(needed)), self.longest)
 
-    def _may_halve(self) -> bool:
-        return self.rows > max(1, self.slots // 4)
+    def _fewer(self) -> int:
+        """The next smaller number of slots (two at most), or that of now."""
+        may = self.rows > max(self.fewest, self.slots // 4)
+        return max(self.fewest, self.rows // 2) if may else self.rows
 
     def _fit(self, more: bool) -> None:
         """Make the cache long enough for the next call, or shorter if that halves it. When no more
-        prompts wait and half of the slots are idle, halve the slots (twice at most)."""
+        prompts wait and fewer slots suffice, keep these."""
         limit = self.sampling.max_new_tokens
         ends = (m.prompt_length + min(m.steps + STEPS_PER_CALL, limit) for m in self.doing.values())
         length, rows = self._cache_length(max(ends)), self.rows
-        if not more and self._may_halve() and len(self.doing) <= rows // 2:
-            rows //= 2
+        if not more and len(self.doing) <= self._fewer():
+            rows = self._fewer()
         if rows < self.rows:
             live = sorted(self.doing)
             idle = [slot for slot in range(self.rows) if slot not in self.doing]
@@ -490,17 +505,16 @@ def _copy_prompts(k_bkhs, v_bksh, prompts_k, prompts_v, slots_g, starts_g):
 
 
 @jax.jit
-def _last_hidden(hidden_1td, ends_g):
-    """The hidden states of the prompts' last tokens. Apart from `_admit`, which takes seconds to
-    compile and so is compiled once for rows of all lengths."""
-    return hidden_1td[0, ends_g]
+def _last_hidden(hidden_1td, ends_p):
+    """The hidden states of the prompts' last tokens."""
+    return hidden_1td[0, ends_p]
 
 
-def _admit(params, state, hidden_gd, starting, *, config, sampling) -> dict:
+def _admit(state, logits_pv, starting, *, config, sampling) -> dict:
     """The state (without the cache) after the first tokens of the starting answers are drawn.
-    hidden_gd: of their prompts' last tokens."""
+    logits_pv: at their prompts' last tokens."""
     slots_g, lengths_g = starting["slots"], starting["lengths"]
-    logits_gv = decoder.logits(params, config, hidden_gd)
+    logits_gv = logits_pv[starting["prompts"]]
     first_g = jnp.zeros_like(slots_g)
     tokens_g, logprobs_g = draw(logits_gv, uniforms(starting["keys"], first_g), sampling)
     active_g = ~_is_eos(tokens_g, config) & (sampling.max_new_tokens > 1)

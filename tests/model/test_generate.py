@@ -31,12 +31,12 @@ def as_text(ids):
     return " ".join(map(str, ids))
 
 
-def answers(sampling, slots=8, prompts=PROMPTS, seed=0, params=None, **changes):
+def answers(sampling, slots=8, prompts=PROMPTS, seed=0, params=None, answered=(), **changes):
     config = tiny.config(**changes)
     params = tiny.params(config, seed) if params is None else params
     longest = max(len(ids) for _, ids in prompts)
     sampler = Sampler(config, params, as_text, sampling, slots, longest)
-    return dict(sampler.run(prompts))
+    return dict(sampler.run(prompts, answered=answered))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,7 @@ def test_cache_and_slots_are_fitted_to_the_answers_in_the_making(monkeypatch):
     prompts = [(f"p{i}", RNG.integers(14, 300, n).tolist()) for i, n in enumerate(lengths)]
     sampling = Sampling(n=4, temperature=1.0, top_p=1.0, max_new_tokens=70)
     often = {"eos_token_ids": tuple(range(2, 14))}  # so that answers end at different steps
+    monkeypatch.setattr(generate, "fewest_slots", lambda *_: 1)
     found = answers(sampling, slots=8, prompts=prompts, **often)
     assert {rows for rows, *_ in sizes} == {8, 4, 2}
     assert (8, 256, 272) in sizes  # grown, but not beyond the longest possible answer
@@ -138,6 +139,24 @@ def test_answers_do_not_depend_on_slots_order_or_company():
             for a, b in zip(base[prompt_id], other):
                 assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "n,slots,width", [(1, 8, 32), (5, 12, 32), pytest.param(40, 160, 512, marks=pytest.mark.heavy)]
+)
+def test_a_restart_changes_no_bit_of_an_answer(n, slots, width):
+    lengths = (5, 70, 3, 20, 64, 65, 9, 150, 12, 1, 30, 40, 90, 7)
+    rng = np.random.default_rng(1)
+    prompts = [(f"p{i}", rng.integers(3, 320, size=n).tolist()) for i, n in enumerate(lengths)]
+    sampling = Sampling(n=n, temperature=1.0, top_p=0.95, max_new_tokens=24)
+    config = {"eos_token_ids": tuple(range(2, 14)), "hidden_size": width}
+    config |= {"intermediate_size": width, "head_dim": width // 4}
+    whole = answers(sampling, slots, prompts, **config)
+    for answered in ((0, 9), range(1, 14, 2)):
+        done = {f"p{i}" for i in answered}
+        rest = answers(sampling, slots, prompts, answered=done, **config)
+        assert rest.keys() == whole.keys() - done
+        assert all(rest[prompt_id] == whole[prompt_id] for prompt_id in rest)
 
 
 @pytest.mark.parametrize(
