@@ -1,8 +1,8 @@
 """Write checkpoints (model/checkpoint.py says what they are) and the states of a training.
 
-A folder appears whole, by a rename, or not at all. While it is written, it is called
-FOLDER.unfinished and holds the file MARK; a folder without this file is never replaced. Object
-stores (gs://…) do not rename: there the folder is written in its place, and MARK goes last.
+A folder appears whole, by a rename, or not at all: while it is written, its name ends in MARK.
+Object stores (gs://…) do not rename: there the folder is written in its place, and holds a file
+called UNFINISHED, which goes last. A folder without this file is never replaced.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from etils import epath
 from model.checkpoint import MANIFEST
 from model.config import DecoderConfig, to_hf
 from model.decoder import Params
-from model.disk_errors import as_os_error
+from model.disk import MARK, naming, put_in_place
 from model.orbax_settings import orbax
 from sharding import processes
 from sharding.errors import UserError, first_line
@@ -27,7 +27,7 @@ from sharding.mesh import constrain
 # What a tokenizer may consist of; copied into every checkpoint as it is.
 TOKENIZER_FILES = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
     added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json""".split()
-MARK = ".unfinished"  # in a folder that we are writing, or that a killed process left behind
+UNFINISHED = ".unfinished"  # in a folder of an object store that is being written, or was left so
 
 
 def save(
@@ -47,7 +47,7 @@ def save(
     processes.wait()  # all have looked
     unfinished = begin_folder(folder) if processes.is_first() else _unfinished(folder)
     processes.wait()
-    with orbax(params) as ocp, as_os_error(folder):
+    with orbax(params) as ocp, naming(folder):
         ocp.save(unfinished / "params", params)
     identity = fingerprint(params)
     if processes.is_first():
@@ -76,47 +76,41 @@ def copy_tokenizer(source: str, folder: epath.Path) -> None:
 
 
 def is_taken(folder: str) -> bool:
-    """Whether something exists at `folder` that must not be replaced. Raises UserError if something
-    that we did not make stands where the folder would be written."""
-    path, unfinished = epath.Path(folder), _unfinished(folder)
-    if unfinished != path:
+    """Whether something exists at `folder` that must not be replaced. Raises UserError for a link
+    to nothing."""
+    path = epath.Path(folder)
+    if not _in_object_store(path):
         if os.path.islink(folder) and not path.exists():
             raise UserError(f"{folder} is a link to nothing: remove it, or choose another name")
-        if unfinished.exists() and not _is_leftover(unfinished):
-            raise UserError(
-                f"{unfinished} is in the way: move it, or choose another name than {folder}"
-            )
         return path.exists()
-    # A killed process may have written all but not yet removed its mark.
-    return path.exists() and ((path / MANIFEST).exists() or not _is_leftover(path))
+    # A killed process may have written all but not yet removed its mark, or only made the folder.
+    is_leftover = path.is_dir() and ((path / UNFINISHED).exists() or not any(path.iterdir()))
+    return path.exists() and ((path / MANIFEST).exists() or not is_leftover)
 
 
 def begin_folder(folder: str) -> epath.Path:
-    """An empty folder with our mark, to write what `finish_folder` then puts in its place.
-    `is_taken` must be false; a leftover of ours is removed."""
+    """An empty folder, to write what `finish_folder` then puts in its place. `is_taken` must be
+    false; a leftover of ours is removed."""
     path = _unfinished(folder)
     if path.exists():
         path.rmtree()
     path.mkdir(parents=True)
-    (path / MARK).write_text("This folder is being written, or the process was ended meanwhile.\n")
+    if _in_object_store(path):
+        text = "This folder is being written, or the process was ended meanwhile.\n"
+        (path / UNFINISHED).write_text(text)
     return path
 
 
 def finish_folder(unfinished: epath.Path, folder: str) -> None:
-    path = epath.Path(folder)
-    if unfinished != path:
-        unfinished.rename(path)
-    (path / MARK).unlink()
-
-
-def _is_leftover(path: epath.Path) -> bool:
-    """Whether a killed process of ours left this folder, which may still be empty."""
-    return path.is_dir() and ((path / MARK).exists() or not any(path.iterdir()))
+    if _in_object_store(unfinished):
+        (unfinished / UNFINISHED).unlink()
+    else:
+        put_in_place(str(unfinished), folder)
 
 
 def _unfinished(folder: str) -> epath.Path:
     path = epath.Path(folder)
-    return path if _in_object_store(path) else path.parent / f"{path.name}.unfinished"
+    return path if _in_object_store(path) else path.parent / f"{path.name}{MARK}"
 
 
 def _in_object_store(path: epath.Path) -> bool:
@@ -134,21 +128,23 @@ def save_state(folder: str, state) -> Callable[[], None]:
     whole state in the same memory, it is written before this returns. Both may raise OSError.
     """
     on_cpu = any(d.platform == "cpu" for x in jax.tree.leaves(state) for d in x.devices())
-    with orbax(state) as ocp, as_os_error(folder):
-        writing = ocp.save_async(epath.Path(folder), state)
+    with orbax(state) as ocp, naming(folder):
+        writing = ocp.save_async(_unfinished(folder), state)
         if on_cpu:
             writing.result()
 
     def finish():
-        with as_os_error(folder):
+        with naming(folder):
             writing.result()
+            if processes.is_first() and not _in_object_store(epath.Path(folder)):
+                finish_folder(_unfinished(folder), folder)
+        processes.wait()
 
     return finish
 
 
 def is_whole_state(folder: epath.Path) -> bool:
-    """Whether `save_state` came to its end there. The files are those that Orbax writes last:
-    before it renames the folder, or, in an object store, in its place."""
+    """Whether `save_state` came to its end there. The files are those that Orbax writes last."""
     name = "commit_success.txt" if _in_object_store(folder) else "_CHECKPOINT_METADATA"
     return (folder / name).exists()
 

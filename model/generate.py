@@ -13,7 +13,7 @@ not depend on the slots, the order of the prompts, or a restart. Arithmetic may 
 two: a matrix product of another shape rounds differently. If a draw falls within that rounding of
 the border between two tokens, the answer continues differently from there. A restart of `run`
 changes no bit on CPU: the rows of prompts are cut from all prompts, answered or not, and the bits
-of a product's row depend neither on the other rows nor, from `fewest_slots` rows on, on how many
+of a product's row depend neither on the other rows nor, down to `fewest_slots` rows, on how many
 there are.
 
 Axis letters: b slot, g answer that starts, p prompt of a row, t index in a row of prompts.
@@ -23,7 +23,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,9 @@ import numpy as np
 from model import decoder, drawing, kv_cache, slot_state
 from model.config import DecoderConfig
 from model.packing import coarse_bucket
+from model.prompt_rows import PREFILL_PROMPTS, PREFILL_TOKENS, Row, rows_of
 from model.slot_state import STEPS_PER_CALL
 from sharding.errors import UserError
-
-PREFILL_TOKENS = 512  # the most tokens in a row of several prompts; off CPU four times as many
-PREFILL_PROMPTS = 8  # the most prompts in a row; a power of two: few numbers to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,26 +89,6 @@ class Event:
     answer: Answer | None
 
 
-class Row:
-    """Prompts that are prefilled together, and what comes of it: their keys and values, and the
-    logits of their first tokens."""
-
-    def __init__(self, prompts: list[tuple[str, list[int]]]):
-        self.prompts, self.kv, self.logits_pv = prompts, None, None
-        self.starts = np.zeros(PREFILL_PROMPTS, np.int32)
-        self.lengths = np.ones(PREFILL_PROMPTS, np.int32)  # 1: no prompt
-        t = coarse_bucket(sum(len(token_ids) for _, token_ids in prompts))
-        self.arrays = {x: np.zeros((1, t), np.int32) for x in ("tokens", "positions", "prompts")}
-        start = 0
-        for number, (_, token_ids) in enumerate(prompts):
-            length = len(token_ids)
-            here = slice(start, start + length)
-            self.arrays["tokens"][0, here] = token_ids
-            self.arrays["positions"][0, here] = np.arange(length)
-            self.arrays["prompts"][0, here] = number + 1
-            self.starts[number], self.lengths[number], start = start, length, start + length
-
-
 @dataclasses.dataclass
 class Group:
     """Answers to one prompt that start together."""
@@ -134,6 +112,17 @@ class Making:
     token_ids: list[int] = dataclasses.field(default_factory=list)  # drawn, EOS included
     logprobs: list[np.float32] = dataclasses.field(default_factory=list)
     told: int = 0  # tokens that an Event has brought
+
+
+def fewest_slots(config: DecoderConfig, slots: int) -> int:
+    """How many slots the last answers must keep so that no bit of theirs changes: measured on a CPU
+    with jax 0.10, where small products take other paths."""
+    sizes = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.head_dim * config.num_attention_heads,
+    )
+    return min(slots, 48) if min(sizes) >= 512 else slots
 
 
 class Sampler:
@@ -177,9 +166,7 @@ class Sampler:
         ] = []  # (answers, their first tokens, log-probs), still on the device
         self.rows, self.length, self.state = 0, 0, None
         self.more = True  # whether prompts may still come
-        # For the last answers. With fewer, or at small widths, a product on CPU has other bits
-        # (measured with jax 0.10 on a CPU with AMX).
-        self.fewest_slots = 48 if config.hidden_size >= 512 else 64
+        self.fewest = fewest_slots(config, slots)
         platform = jax.default_backend()
         self.on_cpu = platform == "cpu"
         self.prefill_tokens = PREFILL_TOKENS * (1 if self.on_cpu else 4)
@@ -201,7 +188,6 @@ class Sampler:
         """Draw these answers to a prompt, as soon as slots are free. An answer is decided by the
         sampling's seed, prompt_id and its index. ValueError: the prompt is too long."""
         sampling = sampling or self.sampling
-        self._check(token_ids)
         if sampling.max_new_tokens > self.sampling.max_new_tokens:
             raise ValueError(f"max_new_tokens is at most {self.sampling.max_new_tokens}")
         self.waiting += self._groups(prompt_id, token_ids, indices, sampling)
@@ -268,34 +254,24 @@ class Sampler:
 
     def _rows(self, prompts, answered) -> Iterator[list[Group]]:
         """The groups of each row of prompts, those that are answered left out."""
-        row: list[tuple[str, list[int]]] = []
-        for prompt_id, token_ids in chain(prompts, [(None, None)]):
-            tokens = sum(len(ids) for _, ids in row) + len(token_ids or ())
-            full = tokens > self.prefill_tokens or len(row) == PREFILL_PROMPTS
-            if row and (full or prompt_id is None):
-                made = Row(row)
-                groups = [
-                    dataclasses.replace(group, row=made, prompt=number)
-                    for number, prompt in enumerate(row)
-                    if prompt[0] not in answered
-                    for group in self._groups(*prompt, range(self.sampling.n), self.sampling)
-                ]
-                if groups:
-                    yield groups
-                row = []
-            if prompt_id is not None:
-                self._check(token_ids)
-                row.append((prompt_id, token_ids))
+        for row in rows_of(prompts, self.prefill_tokens):
+            groups = [
+                dataclasses.replace(group, row=row, prompt=number)
+                for number, prompt in enumerate(row.prompts)
+                if prompt[0] not in answered
+                for group in self._groups(*prompt, range(self.sampling.n), self.sampling)
+            ]
+            if groups:
+                yield groups
 
     def _groups(self, prompt_id, token_ids, indices, sampling) -> Iterator[Group]:
-        for start in range(0, len(indices), self.slots):
-            yield Group(prompt_id, token_ids, indices[start : start + self.slots], sampling)
-
-    def _check(self, token_ids: list[int]) -> None:
+        """So many answers in each as there are slots."""
         if len(token_ids) > self.longest_prompt:
             raise ValueError(
                 f"a prompt of {len(token_ids)} tokens: longest_prompt is {self.longest_prompt}"
             )
+        for start in range(0, len(indices), self.slots):
+            yield Group(prompt_id, token_ids, indices[start : start + self.slots], sampling)
 
     # ---------------------------------------------------------------------- calls of the device
 
@@ -403,8 +379,8 @@ class Sampler:
     def _fewer(self) -> int:
         """The next smaller number of slots (two at most), or that of now: when no more come."""
         may = not self.more and not self.waiting
-        may = may and self.rows > max(self.fewest_slots, self.slots // 4)
-        return max(self.fewest_slots, self.rows // 2) if may else self.rows
+        may = may and self.rows > max(self.fewest, self.slots // 4)
+        return max(self.fewest, self.rows // 2) if may else self.rows
 
     def _fit(self) -> None:
         """Make the cache long enough for the next call, or shorter if that halves it. When no more

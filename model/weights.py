@@ -26,7 +26,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from model.disk_errors import as_os_error
+from model.disk import naming
 from sharding.errors import UserError, first_line
 
 STORED_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -221,12 +221,12 @@ def write_tensors(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:
     """Write one safetensors file."""
     metadata = {"format": "pt"}  # what transformers expects
     if "://" not in str(path):
-        with as_os_error(str(path)):
+        with naming(str(path)):
             save_file(tensors, str(path), metadata)
         # safetensors lets only the owner read; the folder says who may.
         os.chmod(path, os.stat(path.parent).st_mode & 0o666)
         return
     with tempfile.TemporaryDirectory() as local:
-        with as_os_error(local):
+        with naming(local):
             save_file(tensors, f"{local}/{path.name}", metadata)
         epath.Path(f"{local}/{path.name}").copy(path)

@@ -8,13 +8,28 @@ cd "$(dirname "$0")/.."
 
 python() { :; }
 SEED=0 LIMIT=0 ITERATIONS=3 RANKER= SAMPLE= HELDOUT_SAMPLE= RANK= PAIRS= DPO= KL= EXPORT_DTYPE=
+set +u # a recipe may name what the loop set before
 # shellcheck source=/dev/null
-source "$file"
+source "$file" >&2
+set -uf # no flag is a pattern of files
 
 body() { declare -f "$1" | sed 's/^/#   /' || true; }
 echo "error: $1: recipes are TOML files now, and this one corresponds to" >&2
-value() {
-  if [[ $1 =~ ^-?[0-9]+(\.[0-9]+)?(e-?[0-9]+)?$ ]]; then echo "$1"; else echo "\"$1\""; fi
+quoted() {
+  local text=${1//\\/\\\\}
+  text=${text//\"/\\\"} text=${text//$'\t'/\\t}
+  echo "\"${text//$'\n'/\\n}\""
+}
+value() { # KEY WORD: as TOML writes it
+  local number=${2/#-./-0.}
+  number=${number/#./0.}
+  number=${number/%[.]/}
+  if [[ $1 != stop_strings && $2 == *[0-9]* &&
+    $number =~ ^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?$ ]]; then
+    echo "$number"
+  else
+    quoted "$2"
+  fi
 }
 table() { # NAME FLAG…
   (($# > 1)) || return 0
@@ -27,12 +42,13 @@ table() { # NAME FLAG…
     if [[ $key == *=* ]]; then set -- "${key#*=}" "$@"; fi
     key=${key%%=*} key=${key//-/_}
     while (($#)) && [[ $1 != --* ]]; do
-      values+=", $(value "$1")"
+      values+=", $(value "$key" "$1")"
       shift
     done
-    case $values in
-      '') echo "$key = true" ;;
-      ', '*', '*) echo "$key = [${values#, }]" ;;
+    case $values:$key in
+      :no_*) echo "${key#no_} = false" ;;
+      :*) echo "$key = true" ;;
+      *:stop_strings | *', '*', '*) echo "$key = [${values#, }]" ;;
       *) echo "$key = ${values#, }" ;;
     esac
   done
@@ -40,7 +56,7 @@ table() { # NAME FLAG…
 
 echo "model = \"\" # gguf:FILE, checkpoint:FOLDER, or a hub id or folder; was:"
 body start_model
-echo "ranker = \"$RANKER\""
+echo "ranker = $(quoted "$RANKER")"
 echo "iterations = $ITERATIONS"
 [[ -z $EXPORT_DTYPE ]] || echo "export_dtype = \"$EXPORT_DTYPE\""
 printf '\n[prompts]\nfile = "" # or dataset and split; "{iteration}" is 1, 2, …; was:\n'

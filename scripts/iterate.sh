@@ -42,7 +42,8 @@ prompts() { # ITERATION FILE; iteration 0: the held-out prompts
 start_model() { # CHECKPOINT
   case $MODEL in
     gguf:*) python -m scripts.convert from-gguf "${MODEL#gguf:}" "$1" ;;
-    checkpoint:*) mkdir -p "$1.copy" && cp -r "${MODEL#checkpoint:}/." "$1.copy" && mv "$1.copy" "$1" ;;
+    checkpoint:*) mkdir -p "$1.copy" && cp -r "${MODEL#checkpoint:}/." "$1.copy" &&
+      sync -f "$1.copy" && mv "$1.copy" "$1" ;;
     *) python -m scripts.convert from-hf "$MODEL" "$1" ;;
   esac
 }
@@ -108,4 +109,4 @@ for ((k = 1; k <= ITERATIONS; k++)); do
 done
 
 say "export"
-once "$run/finished" finish
+once "$run/.finished" finish

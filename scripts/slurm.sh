@@ -53,8 +53,8 @@ while [[ -n $signalled ]]; do # a signal ends `wait`, and not what it waits for
   signalled= code=0
   wait $task || code=$?
 done
-if [[ $code == 134 ]]; then # JAX aborts a process when another one died
-  echo "a process ended: submit the same job again to go on" >&2
+if ((code > 128)); then
+  echo "a process was killed: submit the same job again to go on" >&2
   code=75
 fi
 [[ -z $again || $code != 75 ]] || scontrol requeue "$SLURM_JOB_ID"

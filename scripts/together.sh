@@ -2,8 +2,9 @@
 #
 # Every process runs the whole loop, and the stages by all together. What process 0 does alone the
 # others wait for: `once MARK COMMAND…`. They end where process 0 writes that it failed
-# (RUN/.process_0.failed: its exit code, and when), or shows no sign of life for PROCESS_TIMEOUT
-# seconds (RUN/.process_0.alive: a count that it renews once a second).
+# (RUN/.process_0.failed), or shows no sign of life for PROCESS_TIMEOUT seconds (RUN/.process_0.alive,
+# which it renews once a second). All these files, and MARK, name the attempt that wrote them: what an
+# earlier command left says nothing of this one.
 
 has_tpu() { compgen -G '/dev/accel*' || compgen -G '/dev/vfio/[0-9]*'; } >/dev/null
 has_gpu() { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1
@@ -13,7 +14,12 @@ if [[ ${COORDINATOR:-} == auto ]]; then
   read -r COORDINATOR PROCESSES PROCESS_ID <<<"$place"
   export COORDINATOR PROCESSES PROCESS_ID
 fi
-[[ -z ${COORDINATOR:-} || ${PROCESS_ID:-0} == 0 ]] || exec >/dev/null # process 0 tells
+attempt="$(hostname).$$.$(date +%s%N)" begun=
+if [[ -n ${COORDINATOR:-} && ${PROCESS_ID:-0} != 0 ]]; then
+  exec >/dev/null # process 0 tells
+  mkdir -p "${RUNS:-runs}"
+  begun=$(mktemp "${RUNS:-runs}/.process_$PROCESS_ID.XXXXXX") # when, by the shared disk's clock
+fi
 
 once() { # MARK COMMAND…: by process 0 alone, which then makes the file MARK
   if [[ -z ${COORDINATOR:-} ]]; then
@@ -22,7 +28,7 @@ once() { # MARK COMMAND…: by process 0 alone, which then makes the file MARK
     show_life
     # One worker of a TPU pod cannot use its chips without the others.
     COORDINATOR='' JAX_PLATFORMS=${JAX_PLATFORMS:-$(has_tpu && echo cpu || true)} "${@:2}"
-    touch "$1"
+    echo "$attempt" >"$1.new" && mv "$1.new" "$1"
   else
     wait_for "$1"
   fi
@@ -33,7 +39,7 @@ show_life() { # in the background, as long as this shell lives
   [[ -z $alive ]] || return 0
   local parent
   while read -r _ _ _ parent _ <"/proc/$BASHPID/stat" && [[ $parent == "$$" ]]; do
-    echo "$BASHPID $SECONDS" >"$run/.process_0.alive.new" &&
+    echo "$attempt $SECONDS" >"$run/.process_0.alive.new" &&
       mv "$run/.process_0.alive.new" "$run/.process_0.alive" || true # a full disk ends no sign of life
     sleep 1
   done >/dev/null 2>&1 &
@@ -43,21 +49,20 @@ show_life() { # in the background, as long as this shell lives
 # Contents are compared and not times: the hosts' clocks differ. Until the first sign of life
 # process 0 may still be installing packages.
 content() { cat "$run/.process_0.$1" 2>/dev/null || true; }
-patience=600
+patience=600 living= # the attempt of process 0 that has shown life
 wait_for() { # MARK
-  local silent=0 before now
-  failed=${failed-$(content failed)} # by an earlier command
+  local silent=0 before now code by
   before=$(content alive)
-  until [[ -e $1 ]]; do
+  until [[ -n $living && $(cat "$1" 2>/dev/null) == "$living" ]]; do
     sleep 1
-    now=$(content failed)
-    if [[ -n $now && $now != "$failed" ]]; then
-      echo "process 0 ended with exit code ${now%% *}: it said why" >&2
-      exit "${now%% *}"
+    read -r code by <<<"$(content failed)"
+    if [[ -n $by && ($by == "$living" || $run/.process_0.failed -nt $begun) ]]; then
+      echo "process 0 ended with exit code $code: it said why" >&2
+      exit "$code"
     fi
     now=$(content alive)
     if [[ $now != "$before" ]]; then
-      before=$now silent=0 patience=${PROCESS_TIMEOUT:-100}
+      before=$now living=${now% *} silent=0 patience=${PROCESS_TIMEOUT:-100}
     elif ((++silent > ${patience%.*})); then
       echo "process 0 has shown no sign of life for $silent seconds" >&2
       exit 75
@@ -66,20 +71,17 @@ wait_for() { # MARK
 }
 
 # A signal to the whole group stops the stage, which saves its work and gives 75; one to this shell
-# alone stops after the stage. JAX aborts a process (134) when another one died.
+# alone stops after the stage.
 trap 'exit 75' INT TERM USR1
 ended() {
   local code=$?
-  if [[ $code == 134 && -n ${COORDINATOR:-} ]]; then
-    echo "another process ended: run the same command again, on all, to go on" >&2
-    code=75
-  elif [[ $code == 75 ]]; then
-    echo "stopped: the same command goes on" >&2
-  fi
+  case $code in 130 | 137 | 143) code=75 ;; esac # a stage was killed, or stopped while it started
+  [[ $code != 75 ]] || echo "stopped: the same command goes on" >&2
   if [[ -n $alive ]]; then
     kill "$alive" 2>/dev/null || true # a signal to the whole group ended it before
-    [[ $code == 0 ]] || echo "$code $(date +%s.%N)" >"$run/.process_0.failed"
+    [[ $code == 0 ]] || echo "$code $attempt" >"$run/.process_0.failed"
   fi
+  [[ -z $begun ]] || rm -f "$begun"
   exit "$code"
 }
 trap ended EXIT

@@ -8,7 +8,8 @@
 #   bash tpu_worker.sh stop                   end it, its work saved
 #
 # Beside align/: align.lock, held while the loop runs, when copy, setup and run leave all as it is;
-# align.log; align.pid, the loop's process group; align.code, its exit code.
+# align.asked, when it was last asked for; align.log; align.pid, the loop's process group; align.code,
+# its exit code.
 set -euo pipefail
 cd ~
 
@@ -28,13 +29,17 @@ setup() { # [IP:/SHARE]
   PYTHON=$(uv python find 3.11) bash align/scripts/setup.sh
 }
 run() { # SETTING=… RECIPE [MACHINE]
-  rm -f align.code align.pid
+  touch align.asked
   nohup flock --nonblock align.lock setsid --wait bash tpu_worker.sh loop "$@" </dev/null >>align.log 2>&1 &
-  until [[ -f align.pid ]]; do sleep 0.1; done
+  while [[ ! -f align.pid || align.asked -nt align.pid ]]; do
+    kill -0 $! 2>/dev/null || { echo "$(hostname): another run has just begun: left as it is"; return; }
+    sleep 0.1
+  done
 }
 loop() { # as `run`; leads its process group, and outlives a signal to note the exit code
   local code=0
   trap : TERM
+  rm -f align.code
   echo $$ >align.pid
   local settings=(PYTHON=.venv/bin/python)
   [[ ! -f .align_token ]] || HF_TOKEN=$(<.align_token)
@@ -44,10 +49,7 @@ loop() { # as `run`; leads its process group, and outlives a signal to note the 
     shift
   done
   (cd align && exec env "${settings[@]}" bash scripts/iterate.sh "$@") || code=$?
-  if [[ $code == 134 ]]; then # JAX aborts a process when another one died
-    echo "another process ended: run the same command again to go on"
-    code=75
-  fi
+  ((code <= 128)) || code=75 # the loop was killed: the same command goes on
   echo "$code" >align.code
 }
 idle() { touch align.lock && flock --nonblock align.lock true; }

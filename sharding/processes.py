@@ -8,13 +8,14 @@ from a replicated array, from a file whose content `agree` compared, or asked fo
 A process that ends before the others ends them too. Each keeps a sign of life in the store of JAX's
 coordination service; one that fails leaves its exit code and its reason there. The others say in
 one line who it was, and end with exit code 75, or 2 where it failed by the caller's mistake. What
-was saved is kept, so the same command goes on. When process 0 dies, JAX may abort the others first
-(exit code 134), since the service runs there.
+was saved is kept, so the same command goes on. When process 0 dies, JAX may abort the others, since
+the service runs there: that gives 75 as well.
 
 Importing this file loads no JAX.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -211,15 +212,20 @@ class _Others:
         self.signals, received = socket.socketpair()
         received.setblocking(False)
         signal.set_wakeup_fd(received.detach(), warn_on_full_buffer=False)
+        # JAX aborts a process when process 0, which holds the service, has died. Python's own
+        # handlers run too late for an abort.
+        self._aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._abort)
+        ctypes.CDLL(None).signal(signal.SIGABRT, self._aborted)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
+        signals = 0
         while not self.over.is_set():
             if select.select([self.signals], [], [], BEAT)[0]:
-                number = self.signals.recv(1)[0]
-                # A loop has a handler of its own, and saves its work first.
-                if signal.getsignal(number) is signal.default_int_handler:
+                number, signals = self.signals.recv(1)[0], signals + 1
+                # A loop has a handler of its own, and saves its work first, but for the second one.
+                if signals > 1 or signal.getsignal(number) is signal.default_int_handler:
                     text = f"stopped: {AGAIN}"
                     self.end(75, text, f"process {self.me} ({self.said[0]}): {text}")
             if self.client is not None:
@@ -263,7 +269,13 @@ class _Others:
         os.write(2, f"\n{text}\n".encode())  # last, below a progress bar
         os._exit(code)
 
+    def _abort(self, _) -> None:
+        self.ending.acquire()  # as in `end`
+        os.write(2, f"\nanother process died: {AGAIN}\n".encode())
+        os._exit(75)
+
     def close(self) -> None:
+        ctypes.CDLL(None).signal(signal.SIGABRT, None)
         self.over.set()
         self.thread.join()
         signal.set_wakeup_fd(-1)

@@ -138,14 +138,17 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------------------------ sample
     if left:
+        answered = set(mine) - set(left)
         style = {"unit": " prompts", "desc": "sample", "disable": not processes.is_first()}
         bar = tqdm(total=len(mine), initial=len(mine) - len(left), **style)
 
         def to_answer() -> Iterator[tuple[str, list[int]]]:
-            for prompt_id in left:
+            for prompt_id in mine:
                 ids = np.frombuffer(token_ids[prompt_id], np.int32).tolist()
                 if len(ids) <= most:
                     yield prompt_id, ids
+                    continue
+                if prompt_id in answered:
                     continue
                 fields = prompts[prompt_id].fields | {"prompt_token_ids": ids}
                 output.set_aside(fields, f"prompt longer than {most} tokens")
@@ -158,7 +161,7 @@ def main(args: Args) -> None:
             def check_together() -> None:  # so that all processes stop between the same two calls
                 processes.all_check(check_stop, STOPPED_TOGETHER)
 
-            for prompt_id, answers in sampler.run(to_answer(), check_together):
+            for prompt_id, answers in sampler.run(to_answer(), check_together, answered):
                 ids = np.frombuffer(token_ids[prompt_id], np.int32).tolist()
                 responses = [dataclasses.asdict(answer) for answer in answers]
                 new = {"prompt_token_ids": ids, "responses": responses}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import generate, kv_cache, packing, slot_state
+from model.prompt_rows import PREFILL_TOKENS
 from model.rankers import deberta, deberta_tpu
 from scripts.bench import kernel_profile, shapes
 from scripts.bench.machine import timed
@@ -129,7 +130,7 @@ def prefill(given: Given) -> Iterator[Row]:
     params = shapes.Random().weights(shapes.unstacked(config), jnp.bfloat16)
     run = partial(slot_state.WHOLE[0], config=config, dtype=jnp.dtype(jnp.bfloat16))
     for tokens in given.sizes.prefill:
-        count = 4 if tokens <= generate.PREFILL_TOKENS else 1
+        count = 4 if tokens <= PREFILL_TOKENS else 1
         length = tokens // count
         row = {
             "tokens": np.random.default_rng(0).integers(3, config.vocab_size, (1, tokens)),

@@ -114,12 +114,12 @@ def main(args: Kl) -> None:
             "model": checkpoint.identity(args.checkpoint),
         },
     )
-    by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    output, left = open_output(args.out, manifest, args.overwrite, list(by_id))
+    ids = [prompt.prompt_id for prompt in prompts]
+    output, left = open_output(args.out, manifest, args.overwrite, ids)
 
     # ------------------------------------------------------------------------------ log-probs
     if left:
-        compute(args, config, [by_id[prompt_id] for prompt_id in left], output)
+        compute(args, config, prompts, set(left), output)
 
     # ------------------------------------------------------------------------------ finish
     if not output.finished:
@@ -188,9 +188,12 @@ def _own_ids(ids: list, config, where: str) -> list[int]:
     return ids
 
 
-def compute(args: Kl, config, prompts: list[Answered], output: Output | Elsewhere) -> None:
-    """Write a row {prompt_id, logprobs} for each prompt: log π(response | prompt) of its answers
-    under --checkpoint. Raises UserError for NaN."""
+def compute(
+    args: Kl, config, prompts: list[Answered], left: set[str], output: Output | Elsewhere
+) -> None:
+    """Write a row {prompt_id, logprobs} for each prompt that is `left`: log π(response | prompt) of
+    its answers under --checkpoint. All prompts share the batches, so that a restart changes no bit.
+    Raises UserError for NaN."""
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(jax.device_count(), config))
     most = max(args.batch_size, max(len(p.logprobs) for p in prompts))
     dtype = jnp.dtype(args.dtype)
@@ -201,7 +204,11 @@ def compute(args: Kl, config, prompts: list[Answered], output: Output | Elsewher
         def response_logprobs(params, batch):
             return logprobs.response_logprobs(params, config, batch, most, dtype)
 
-        batches = _batches(prompts, most)
+        batches = [
+            indices
+            for indices in _batches(prompts, most)
+            if any(prompts[i].prompt_id in left for i in indices)
+        ]
         for indices in tqdm(batches, desc="kl", unit=" batches", disable=not processes.is_first()):
             batch = pack([prompts[i].sequence for i in indices], meshes.batch_shards(mesh))
             values = response_logprobs(params, meshes.put_batch(mesh, batch))
@@ -213,7 +220,8 @@ def compute(args: Kl, config, prompts: list[Answered], output: Output | Elsewher
                     f"too large for {args.dtype}"
                 )
             for i, mine in zip(indices, np.split(values[: ends[-1]], ends[:-1])):
-                output.write({"prompt_id": prompts[i].prompt_id, "logprobs": mine.tolist()})
+                if prompts[i].prompt_id in left:
+                    output.write({"prompt_id": prompts[i].prompt_id, "logprobs": mine.tolist()})
             processes.all_check(check_stop, STOPPED_TOGETHER)
 
 

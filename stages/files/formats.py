@@ -19,15 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath, epy
 
+from model.disk import MARK, naming
 from sharding.errors import UserError
 from stages.files.lock import lock
 from stages.files.output import Manifest, Output, an_input
 from stages.files.paths import (
-    MARK,
     file_sha256,
     local_path,
     make_folder,
-    naming,
     publish,
     text_sha256,
 )

@@ -4,7 +4,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from stages.files.paths import MARK, local_path, make_folder, try_lock
+from model.disk import MARK
+from stages.files.paths import local_path, make_folder, try_lock
 
 
 @contextlib.contextmanager

@@ -20,13 +20,13 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
+from model.disk import naming
 from sharding.errors import UserError, check_scheme
 from stages.files.paths import (
     check_distinct,
     file_sha256,
     local_path,
     make_folder,
-    naming,
     normalised,
     publish,
     try_lock,
@@ -321,9 +321,6 @@ class Output:
                     aside_file.write(json_line(entry))
                 else:
                     file.write(json_line(entry["row"]))
-            for opened in (file, aside_file):
-                opened.flush()
-                os.fsync(opened.fileno())
         self._publish(whole, set_aside if aside else None, results)
 
     def finish_as(self, content: dict | list, counts: dict[str, int], results: dict | None = None):
@@ -339,6 +336,8 @@ class Output:
         nothing that says it is finished and is not."""
         self.manifest.seconds = round(time.monotonic() - self._opened, 1)
         self.manifest.results = dict(results or {}) | {"sha256": file_sha256(whole)}
+        if set_aside is not None:
+            self.manifest.results["set_aside_sha256"] = file_sha256(set_aside)
         # What --overwrite replaces goes first: under the new manifest it would pass for the new
         # file. The manifest goes before the file, which without one would pass for a user's own.
         for old in (self.path, f"{self.path}.set_aside.jsonl"):

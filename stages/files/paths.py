@@ -5,19 +5,17 @@ A path is normalised once, where it enters; two paths are the same file if the f
 Whatever is written for a while only has MARK in its name, so that no file of a user's is replaced.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import io
 import os
 import stat
-from collections.abc import Iterator
 
 from etils import epath
 
+from model.disk import MARK, naming, put_in_place
 from sharding.errors import UserError, check_scheme
 
-MARK = ".iterative-alignment-tmp"  # ends the name of every temporary file
 GZIP = b"\x1f\x8b"
 
 
@@ -163,23 +161,12 @@ def local_path(path: str) -> str:
 
 
 def publish(local: str, path: str) -> None:
-    """Move a finished local file to `path`, whole or not at all."""
+    """Move a finished local file to `path`, whole or not at all; there it survives a power cut."""
     if is_remote(path):
         epath.Path(local).copy(path, overwrite=True)
         os.unlink(local)
     else:
-        os.replace(local, path)
-
-
-@contextlib.contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Add the path to an OSError that does not name one, as those of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), path) from error
+        put_in_place(local, path)
 
 
 def write_atomically(path: str, content: str | bytes) -> None:
@@ -193,6 +180,4 @@ def write_atomically(path: str, content: str | bytes) -> None:
     temporary = f"{path}{MARK}"
     with naming(path), open(temporary, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    publish(temporary, path)

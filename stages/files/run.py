@@ -5,8 +5,11 @@ Everything else is a bug of ours and ends with a traceback. Runs without JAX.
 
 import contextlib
 import errno
+import os
 import signal
+import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 
@@ -18,8 +21,11 @@ from sharding.errors import UserError
 # caller's mistake only where a stage looks for it, and says so there.
 REFUSED_BY_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EIO),
 }
+
+
+SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 class Stopped(Exception):
@@ -38,13 +44,15 @@ def run_main(main: Callable, args_type: type, argv: list[str] | None = None, sev
     """
     args = tyro.cli(args_type, args=argv, description=sys.modules[main.__module__].__doc__)
     # A signal ends the command at once, except in the loops, which save their work first.
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = {n: signal.signal(n, signal.default_int_handler) for n in SIGNALS}
     code, text = 0, ""
     try:
         try:
-            main(args)
+            with _second_signal():
+                main(args)
         except Stopped as stop:  # in all processes together
             code, text = 75, f"{stop}: {AGAIN}"
+            os.sync()  # rows are not waited for one by one
         if several is not None:
             several.leave()
     except BaseException as error:
@@ -54,7 +62,10 @@ def run_main(main: Callable, args_type: type, argv: list[str] | None = None, sev
         if code == 1:
             raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, old in previous.items():
+            # The process that this command line began is at its end, and another signal changes
+            # nothing of how it ends.
+            signal.signal(number, old if argv is not None else lambda *_: os._exit(code))
     if text:
         print(text, file=sys.stderr)
     return code
@@ -73,24 +84,45 @@ def _told(error: BaseException) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
+def _second_signal() -> Iterator[None]:
+    """Have a second SIGTERM or SIGINT end the process at once; what was saved is kept. A thread
+    waits for it, since a handler in Python waits for the end of whatever is computed or compiled.
+    Several processes have a thread of their own (sharding/processes.py)."""
+    receiving, sending = socket.socketpair()
+    sending.setblocking(False)
+
+    def watch() -> None:
+        if receiving.recv(1) and receiving.recv(1):
+            os.write(2, f"\nstopped at once, what was saved is kept: {AGAIN}\n".encode())
+            os._exit(75)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.set_wakeup_fd(sending.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        now = signal.set_wakeup_fd(before)
+        if now != sending.fileno():  # that of several processes, who are still to end together
+            signal.set_wakeup_fd(now, warn_on_full_buffer=False)
+        sending.close()
+
+
+@contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], None]]:
     """Turn SIGTERM and SIGINT into a flag; yields `check()`, which raises Stopped once it is up.
 
-    Call it where the work is saved: between steps, never inside a write. A second SIGINT
-    interrupts at once.
+    Call it where the work is saved: between steps, never inside a write.
     """
     received: list[int] = []
 
     def handler(number, frame):
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
         received.append(number)
 
     def check():
         if received:
             raise Stopped(f"stopped by {signal.Signals(received[0]).name}, the work is saved")
 
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    previous = {s: signal.signal(s, handler) for s in SIGNALS}
     try:
         yield check
     finally:

@@ -89,10 +89,13 @@ def _in_order(path: str, manifest: Manifest) -> list[tuple[Fields, str | None]]:
     """(row, why it was set aside or None) of all rows of a slice, in the prompts' order."""
     rows = ((row, None) for _, row in json_rows(path))
     aside_path, places = f"{path}.set_aside.jsonl", set(manifest.results["set_aside"])
+    changed = f"{aside_path} has changed since it was written: sample the slice again"
+    if places and manifest.results.get("set_aside_sha256") != file_sha256(aside_path):
+        raise UserError(changed)
     aside = json_rows(aside_path) if places else iter(())
     entries = ((entry["row"], entry["reason"]) for _, entry in aside if "row" in entry)
     total = manifest.counts["out"] + len(places)
     merged = [next(entries if n in places else rows, None) for n in range(total)]
     if None in merged or next(rows, None) or next(entries, None):
-        raise UserError(f"{aside_path} has changed since it was written: sample the slice again")
+        raise UserError(changed)
     return merged

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath, epy
 
-from model import checkpoint, checkpoint_writing
+from model import checkpoint, checkpoint_writing, disk
 from sharding import processes
 from sharding.errors import UserError
 from stages.files.lock import lock
@@ -144,6 +144,7 @@ class Work:
     def save_state(self, step: int, state: dict) -> None:
         """Begin to save; the next call, or `finish_saving`, waits for its end."""
         self.finish_saving()
+        self._sync_log()
         if not processes.from_first(np.array(step in self.states())):
             self._finish = checkpoint_writing.save_state(str(self._state(step)), state)
 
@@ -197,11 +198,18 @@ class Work:
         Value = proto.summary_pb2.Summary.Value
         scalars = [Value(tag=name, simple_value=x) for name, x in values.items()]
         self._event(step, summary=proto.summary_pb2.Summary(value=scalars))
+        if step == self.total_steps:
+            self._sync_log()
 
     def _event(self, step: int, **content) -> None:
         event = proto.event_pb2.Event(wall_time=time.time(), step=step, **content)
         self._board.write_event(event)
         self._board.flush()
+
+    def _sync_log(self) -> None:
+        """What a state or OUT makes needless to compute again must not be lost from the log."""
+        if self._metrics is not None:
+            disk.sync(str(self.log_folder))
 
     def close_log(self) -> None:
         self._metrics.close()

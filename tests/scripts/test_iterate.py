@@ -212,7 +212,7 @@ def part(
         start_new_session=start_new_session,
         env={
             **{"PATH": os.environ["PATH"], "run": str(run), "COORDINATOR": "localhost:1"},
-            **{"PROCESSES": "2", "PROCESS_ID": str(process_id), **environment},
+            **{"PROCESSES": "2", "PROCESS_ID": str(process_id), "RUNS": str(run), **environment},
         },
     )
 
@@ -236,6 +236,42 @@ def test_the_others_wait_for_process_0_and_end_as_it_ends(tmp_path):
     waits = part(tmp_path, 1, "once $run/more false")  # an earlier failure is none of this one's
     works = part(tmp_path, 0, "once $run/more sleep 2")
     assert end(works) == end(waits) == (0, "")
+    assert not list(tmp_path.glob(".process_1*"))
+
+
+@pytest.mark.parametrize("code", [2, 75, 1])
+@pytest.mark.parametrize("earlier", [True, False])
+def test_where_process_0_fails_before_another_waits_that_one_ends_too(tmp_path, code, earlier):
+    if earlier:
+        end(part(tmp_path, 0, "once $run/done exit 1"))
+        time.sleep(0.1)
+    waits = part(tmp_path, 1, "touch $run/here", "sleep 2", "once $run/done false")
+    while not (tmp_path / "here").exists():
+        time.sleep(0.05)
+    assert end(part(tmp_path, 0, f"once $run/done exit {code}"))[0] == code
+    begun = time.monotonic()
+    assert end(waits)[0] == code and time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("mark", ["", "host.1.1\n", "of an earlier version"])
+def test_what_an_earlier_command_has_done_is_not_what_this_one_waits_for(tmp_path, mark):
+    end(part(tmp_path, 0, "once $run/done true"))
+    before = (tmp_path / "done").read_text()
+    (tmp_path / "done").write_text(mark or before)
+    waits = part(tmp_path, 1, "once $run/done false", "test -e $run/made")
+    time.sleep(0.5)
+    works = part(tmp_path, 0, "once $run/done eval 'sleep 1.5; touch $run/made'")
+    assert end(works) == end(waits) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "code,gives", [(130, 75), (137, 75), (143, 75), (139, 139), (1, 1), (2, 2)]
+)
+@pytest.mark.parametrize("coordinator", ["", "localhost:1"])
+def test_a_loop_whose_stage_was_killed_can_go_on(tmp_path, code, gives, coordinator):
+    loop = part(tmp_path, 0, f"once $run/done exit {code}", COORDINATOR=coordinator)
+    said = "stopped: the same command goes on\n" if gives == 75 else ""
+    assert end(loop) == (gives, said)
 
 
 def test_where_process_0_is_killed_the_others_give_up(tmp_path):
@@ -264,9 +300,3 @@ def test_a_signal_to_the_whole_group_of_process_0_ends_it_with_75(tmp_path):
         75,
         "process 0 ended with exit code 75: it said why\nstopped: the same command goes on\n",
     )
-
-
-def test_a_process_that_jax_aborts_since_another_died_can_go_on(tmp_path):
-    code, said = end(part(tmp_path, 1, "exit 134"))
-    assert code == 75 and said.startswith("another process ended: run the same command again")
-    assert end(part(tmp_path, 1, "exit 134", COORDINATOR=""))[0] == 134  # alone: a bug

@@ -232,13 +232,50 @@ def test_a_slurm_job_saves_at_its_time_limit_and_goes_back_into_the_queue(tree, 
     ]
 
 
+def worker(home: Path, *arguments: str, **environment):
+    return subprocess.run(
+        ["bash", "tpu_worker.sh", *arguments],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        env={"PATH": os.environ["PATH"], "HOME": str(home)} | environment,
+    )
+
+
+@pytest.mark.parametrize("pid", [None, "1", ""])
+def test_a_worker_that_finds_a_run_begun_meanwhile_leaves_it(tmp_path, pid):
+    shutil.copy(ROOT / "scripts" / "tpu_worker.sh", tmp_path)
+    if pid is not None:
+        (tmp_path / "align.pid").write_text(pid)
+        os.utime(tmp_path / "align.pid", (1, 1))
+    (tmp_path / "align.code").write_text("0\n")
+    # The lock is free when it is looked at, and taken when the run is to begin.
+    stub(tmp_path / "bin", "flock", '#!/bin/sh\n[ "$3" = true ]\n')
+    done = worker(tmp_path, "run", "demo", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert done.returncode == 0 and "another run has just begun" in done.stdout
+    assert (tmp_path / "align.code").read_text() == "0\n"
+
+
+@pytest.mark.parametrize("code,gives", [(0, "0"), (2, "2"), (75, "75"), (137, "75"), (143, "75")])
+def test_a_worker_notes_how_its_loop_ended(tmp_path, code, gives):
+    shutil.copy(ROOT / "scripts" / "tpu_worker.sh", tmp_path)
+    (tmp_path / "align" / "scripts").mkdir(parents=True)
+    (tmp_path / "align" / "scripts" / "iterate.sh").write_text(f"exit {code}")
+    (tmp_path / "align.pid").write_text("1\n")  # of an earlier run
+    assert worker(tmp_path, "run", "demo").returncode == 0
+    assert worker(tmp_path, "log").returncode == int(gives)
+    assert (tmp_path / "align.code").read_text() == f"{gives}\n"
+
+
 def test_a_slurm_script_outside_a_job_is_refused():
     refused = script("slurm.sh")
     assert refused.returncode == 2 and "sbatch scripts/slurm.sh" in refused.stderr
 
 
-def test_a_slurm_job_whose_process_was_aborted_can_go_on(tree, tmp_path):
-    (tree / "scripts" / "iterate.sh").write_text("echo $*; exit 134")
+@pytest.mark.parametrize("code", [134, 137, 143])
+def test_a_slurm_job_whose_process_was_killed_can_go_on(tree, tmp_path, code):
+    (tree / "scripts" / "iterate.sh").write_text(f"echo $*; exit {code}")
     stub(tmp_path / "bin", "srun", '#!/bin/bash\nshift 2\nexec "$@"\n')
     job = subprocess.run(
         ["bash", ROOT / "scripts" / "slurm.sh"],

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,39 @@ def test_a_shell_recipe_is_refused_and_translated(own, tmp_path):
     assert recipe.sample == {"n": 3, "shardings": True} and recipe.iterations == 2
     assert recipe.evaluate["sample"]["n"] == 1 and recipe.evaluate["kl"] == {"prompts": 4}
     assert recipe.ranker == "reward.py:reward"
+
+
+@pytest.mark.parametrize(
+    "assigned,table,value",
+    [
+        ("SAMPLE='--top-p .5'", "sample", {"top_p": 0.5}),
+        ("SAMPLE='--temperature 1.'", "sample", {"temperature": 1}),
+        ("SAMPLE='--seed=1 --n 3'", "sample", {"seed": 1, "n": 3}),
+        ("SAMPLE='--stop-strings User:'", "sample", {"stop_strings": ["User:"]}),
+        ("SAMPLE='--stop-strings 1 2'", "sample", {"stop_strings": ["1", "2"]}),
+        ("SAMPLE='--stop-strings *'", "sample", {"stop_strings": ["*"]}),
+        ("SAMPLE='--stop-strings say:\"'", "sample", {"stop_strings": ['say:"']}),
+        (r"SAMPLE='--stop-strings \n \t\'", "sample", {"stop_strings": ["\\n", "\\t\\"]}),
+        ("SAMPLE='--no-shardings'", "sample", {"shardings": False}),
+        ("DPO='--learning-rate 5E-7'", "dpo", {"learning_rate": 5e-7}),
+        ("DPO='--learning-rate 5e+1 --beta -.1'", "dpo", {"learning_rate": 50, "beta": -0.1}),
+        ("DPO='--loss=ipo'", "dpo", {"loss": "ipo"}),
+        ("DPO=$NOWHERE", "dpo", None),
+        ("echo a line", "dpo", None),
+        (r"""RANKER='my "r".py:f\x'""", "ranker", 'my "r".py:f\\x'),
+    ],
+)
+def test_each_word_of_a_shell_recipe_becomes_the_same_word_in_toml(
+    tmp_path, assigned, table, value
+):
+    functions = "".join(
+        f"{x}() {{ :; }}\n" for x in "start_model train_prompts heldout_prompts".split()
+    )
+    (tmp_path / "mine.sh").write_text(f"{functions}RANKER=r\n{assigned}\n")
+    command = ["bash", ROOT / "scripts" / "from_shell.sh", tmp_path / "mine.sh"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert tomllib.loads(done.stdout).get(table) == value
 
 
 # ---------------------------------------------------------------------- settings of a run

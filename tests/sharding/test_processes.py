@@ -28,6 +28,9 @@ def main(args: processes.Flags):
         raise UserError("a mistake")
     if what == "sleep":
         time.sleep(100)
+    if what == "busy":
+        with run.stop_signal():
+            time.sleep(100)
     if what == "stop":
         with run.stop_signal() as check:
             while True:
@@ -89,7 +92,26 @@ def test_one_that_is_killed_is_named_by_all_others(begin):
 def test_without_process_0_the_others_end(begin):
     victim, *others = together(begin("sleep", "wait", "sleep"))
     victim.kill()
-    assert {code for code, _ in ends(others, within=20)} <= {75, -signal.SIGABRT}
+    for code, line in ends(others, within=20):
+        assert code == 75 and line.endswith("died: run the same command again, on all, to go on")
+
+
+@pytest.mark.parametrize("me", [0, 1])
+def test_a_process_that_jax_aborts_gives_75(me):
+    code = (
+        f"import os; from sharding import processes as p; o = p._Others(); o.me = {me}; os.abort()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 75 and "another process died: run the same" in done.stderr
+
+
+def test_a_second_signal_ends_one_at_once_and_the_others_with_it(begin):
+    waits, busy = together(begin("wait", "busy"))
+    for _ in range(2):
+        busy.send_signal(signal.SIGTERM)
+        time.sleep(1)
+    (code, line), (other, last) = ends([waits, busy], within=10)
+    assert code == other == 75 and line.startswith("process 1 (") and "stopped: run" in last
 
 
 def test_one_that_is_silent_is_named_after_the_timeout(begin, monkeypatch):

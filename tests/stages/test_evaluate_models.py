@@ -193,7 +193,7 @@ def test_a_signal_stops_with_75_and_the_same_command_goes_on(folder, tmp_path, m
 
     def stopping(self, row, real=Output.write):
         real(self, row)
-        if ending is not None and self.path.endswith(ending):
+        if ending is not None and self.path.endswith(ending) and len(self) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Output, "write", stopping)
@@ -364,7 +364,8 @@ def test_kl_goes_on_after_a_stop(folder, tmp_path, monkeypatch):
 
     def stopping(self, row):
         write(self, row)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if len(self) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Output, "write", stopping)
     command = (
@@ -388,8 +389,7 @@ def test_kl_goes_on_after_a_stop(folder, tmp_path, monkeypatch):
     gc.collect()  # the stopped run's hold on its file; a process of its own ends with it
     found = kl(folder, tmp_path, "other", "--batch-size", 6)
     assert found["n"] == 21
-    for name in ("kl_per_token", "standard_error", "kl_per_answer"):
-        assert found[name] == pytest.approx(whole[name], rel=1e-3)
+    assert found == whole  # bit by bit
 
 
 def test_kl_refuses_samples_of_another_tokenizer_and_rows_without_logprobs(

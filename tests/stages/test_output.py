@@ -142,7 +142,9 @@ def test_the_manifest_says_what_made_the_file(capsys, prompts, out):
         "prompts": {"path": str(prompts), "sha256": file_sha256(str(prompts))}
     }
     assert manifest["identities"] == {"model": "abc"}
-    assert manifest["results"] == {"measured": 1.5, "sha256": file_sha256(str(out))}
+    files = {"sha256": out, "set_aside_sha256": f"{out}.set_aside.jsonl"}
+    hashes = {name: file_sha256(str(path)) for name, path in files.items()}
+    assert manifest["results"] == {"measured": 1.5} | hashes
 
 
 # ---------------------------------------------------------------------- going on
@@ -319,6 +321,22 @@ def test_a_stopped_stage_exits_75_and_goes_on(capsys, prompts, out, tmp_path, nu
     assert code == 0 and "going on after" in stdout
     run(capsys, prompts, tmp_path / "whole.jsonl")
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_stage_at_once_with_75(capsys, prompts, out, first, second):
+    process = start(prompts, out, pause=60)  # in a call that no handler in Python interrupts
+    while "row" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(first)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.send_signal(second)
+    _, stderr = process.communicate(timeout=3)
+    assert process.returncode == 75 and "stopped at once, what was saved is kept" in stderr
+    code, stdout, _ = run(capsys, prompts, out)
+    assert code == 0 and "going on after 1 rows" in stdout
 
 
 # ---------------------------------------------------------------------- the caller's mistakes
