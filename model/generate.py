@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import decoder, drawing, kv_cache, slot_state
+from model import attention_tpu, decoder, drawing, kv_cache, slot_state
 from model.config import DecoderConfig
 from model.packing import coarse_bucket
 from model.prompt_rows import PREFILL_PROMPTS, PREFILL_TOKENS, Row, rows_of
@@ -156,24 +156,24 @@ class Sampler:
         self.slots, self.dtype = slots, dtype
         self.group = min(sampling.n, slots)  # answers that share one prefill, as a rule
         self.longest_prompt = longest_prompt
-        # In positions: a multiple of 16, since odd sizes are a tenth slower on CPU.
-        self.longest = -(-(longest_prompt + sampling.max_new_tokens) // 16) * 16
+        platform = jax.default_backend()
+        self.on_cpu, side_buffer = platform == "cpu", "tpu" if platform == "tpu" else None
+        # In positions: a multiple of 16, since odd sizes are a tenth slower on CPU; of what the
+        # kernel for TPUs takes.
+        self.unit = attention_tpu.LANES if side_buffer else 16
+        self.longest = -(-(longest_prompt + sampling.max_new_tokens) // self.unit) * self.unit
         self.tokens_drawn = 0  # in finished answers, without EOS
         self.waiting: deque[Group] = deque()
         self.doing: dict[int, Making] = {}  # slot → its answer
-        self.firsts: list[
-            tuple
-        ] = []  # (answers, their first tokens, log-probs), still on the device
+        # (answers, their first tokens and log-probs), which are still on the device.
+        self.firsts: list[tuple] = []
         self.rows, self.length, self.state = 0, 0, None
         self.more = True  # whether prompts may still come
         self.fewest = fewest_slots(config, slots)
-        platform = jax.default_backend()
-        self.on_cpu = platform == "cpu"
         self.prefill_tokens = PREFILL_TOKENS * (1 if self.on_cpu else 4)
         how = {"config": config, "dtype": dtype}
         prefill, start = slot_state.BY_PARTS if self.on_cpu else slot_state.WHOLE
         self._prefill, self._start = partial(prefill, **how), partial(start, config=config)
-        side_buffer = "tpu" if platform == "tpu" else None
         self._advance = partial(slot_state.advance, **how, side_buffer=side_buffer)
 
     # ------------------------------------------------------------------ answers, one by one
@@ -374,7 +374,8 @@ class Sampler:
 
     def _cache_length(self, needed: int) -> int:
         # Below 128, compiling another length costs more than it saves.
-        return min(max(128, coarse_bucket(needed)), self.longest)
+        length = max(128, coarse_bucket(needed))
+        return min(-(-length // self.unit) * self.unit, self.longest)
 
     def _fewer(self) -> int:
         """The next smaller number of slots (two at most), or that of now: when no more come."""

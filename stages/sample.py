@@ -63,6 +63,9 @@ class Args(processes.Flags):
     """Keep tokens of at least this share of the likeliest token's probability."""
     max_new_tokens: int = 256
     """An answer ends after this many tokens."""
+    max_prompt_length: int | None = None
+    """Longer prompts, in tokens, are set aside: one of them sizes the cache of all slots. Default:
+    what the model's context leaves."""
     stop_strings: tuple[str, ...] = ()
     """An answer also ends before any of these."""
     seed: int = 0
@@ -102,6 +105,7 @@ def main(args: Args) -> None:
             f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the "
             f"model's context of {config.max_position_embeddings} tokens: lower it"
         )
+    most = min(most, args.max_prompt_length or most)
 
     # ------------------------------------------------------------------ prompts
     token_ids: dict[str, bytes] = {}  # int32, the least memory
@@ -124,6 +128,7 @@ def main(args: Args) -> None:
     manifest = Manifest(
         stage="sample",
         arguments={**dataclasses.asdict(sampling), "dtype": args.dtype}
+        | ({"max_prompt_length": most} if args.max_prompt_length else {})
         | ({"slice": f"{first}/{slices}"} if args.slice else {}),
         inputs={"prompts": an_input(args.prompts, prompts.sha256)},
         identities={
@@ -188,6 +193,8 @@ def checked(args: Args) -> "generate.Sampling":
     """What decides the draws. Raises UserError for a flag that makes no sense."""
     if args.slots is not None and args.slots < 1:
         raise UserError(f"--slots is {args.slots}: it must be at least 1")
+    if args.max_prompt_length is not None and args.max_prompt_length < 1:
+        raise UserError(f"--max-prompt-length is {args.max_prompt_length}: it must be at least 1")
     if args.slots is not None and args.cache_memory is not None:
         raise UserError("--slots and --cache-memory say the same thing twice: give one of them")
     if args.cache_memory is not None:
@@ -226,20 +233,27 @@ def count_slots(args: Args, mesh, slot_bytes: int, answers: int) -> int:
     slot_bytes: the keys and values of one; answers: how many there are in all."""
     shards = meshes.batch_shards(mesh)
     slots, on_cpu = args.slots, mesh.devices.flat[0].platform == "cpu"
+    free = chips.free_memory(mesh)
     if slots is None:
         if args.cache_memory is not None:
             memory = parse_bytes(args.cache_memory, "--cache-memory")
         else:
-            memory = chips.free_memory(mesh) * (0.25 if on_cpu else 0.8)
+            memory = free * (0.25 if on_cpu else 0.8)
         slots = int(memory / (slot_bytes * shards)) * shards
         if slots < 1:
             raise UserError(
                 f"the keys and values of {shards} answers take {slot_bytes * shards / 1e9:.2f} GB, "
-                f"and {memory / 1e9:.2f} GB are for them: raise --cache-memory, lower "
-                "--max-new-tokens or set longer prompts aside"
+                f"and {memory / 1e9:.2f} GB are for them: raise --cache-memory, or lower "
+                "--max-new-tokens or --max-prompt-length"
             )
         slots = min(slots, 64 if on_cpu else 256)
-    return -(-max(1, min(slots, answers)) // shards) * shards
+    slots = -(-max(1, min(slots, answers)) // shards) * shards
+    if args.slots is not None and slots * slot_bytes > free:
+        raise UserError(
+            f"the keys and values of {slots} answers take {slots * slot_bytes / 1e9:.2f} GB, and "
+            f"{free / 1e9:.2f} GB are free: lower --slots, --max-new-tokens or --max-prompt-length"
+        )
+    return slots
 
 
 def parse_bytes(text: str, flag: str) -> int:
