@@ -14,6 +14,7 @@
 #                with its number in each, on a file system that all see; COORDINATOR=auto on TPU pods
 set -euo pipefail
 [[ ${1:-} != -* ]] || { sed -n '2,14s/^# \?//p' "$0"; exit 2; }
+[[ ! -f ${1:-} ]] || set -- "$(realpath "$1")" "${@:2}" # a recipe's path is relative to where one is
 cd "$(dirname "$0")/.."
 [[ ${1:-} != *.sh || ! -f $1 ]] || exec bash scripts/from_shell.sh "$1" # as recipes were before
 
@@ -27,7 +28,7 @@ if [[ -f $run/finished && -d $run/iteration_$ITERATIONS/checkpoint ]]; then
 fi
 # Compile each program once per run, not once per stage, the many small ones too.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/.compiled}
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONUTF8=1
 # On CPU, XLA allocates its buffers anew at every call. Memory that goes back to the system meanwhile,
 # or lies in another thread's arena, costs a tenth of a training step, small pages another.
 keep_memory=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.arena_max=1
