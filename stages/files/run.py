@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 
 import tyro
@@ -76,7 +77,8 @@ def run_main(main: Callable, args_type: type, argv: list[str] | None = None, sev
 # could change a result, or make an error of what is right: JAX_ENABLE_X64, JAX_DISABLE_JIT, …
 USED = re.compile(
     r"JAX_(PLATFORM\w*|\w+_DEVICES|LOCAL_DEVICE_IDS|(PARTITION|SLICE)_INDEX|COORDINATOR\w*|PJRT\w*"
-    r"|\w*CACHE\w*|\w*LOG\w*|\w*DUMP\w*|\w*TRACEBACK\w*|CPU_COLLECTIVES\w*|DISTRIBUTED\w*|SKIP\w*)"
+    r"|CPU_COLLECTIVES\w*|DISTRIBUTED\w*|SKIP\w*"
+    r"|(?!RAISE)\w*CACHE\w*|\w*LOG\w*|\w*DUMP\w*|\w*TRACEBACK\w*)"
 )
 
 READ_FLAGS = """
@@ -109,6 +111,8 @@ def settle_environment() -> None:
         if name.startswith(("JAX_", "FLAX_")) and not USED.fullmatch(name):
             value = os.environ.pop(name)
             print(f"{name}={value} is not used: it could change the result", file=sys.stderr)
+    if any(option.startswith("error") for option in sys.warnoptions):
+        warnings.simplefilter("default")  # a library's warning ends no run
     if (flags := os.environ.get("XLA_FLAGS")) and "jax" not in sys.modules:
         tried = subprocess.run([sys.executable, "-c", READ_FLAGS], capture_output=True, text=True)
         if tried.returncode and (reason := re.match(r"[EF]\d{4} .*?\] (.*)", tried.stderr)):
