@@ -245,9 +245,10 @@ def conforms(value: Any, kind: Any) -> bool:
         items = value if isinstance(value, list) else ()
         of = options[:1] * len(items) if options[-1] is ... else options
         return isinstance(value, list) and len(items) == len(of) and all(map(conforms, items, of))
-    # Infinities are no settings; NaN is not equal to itself, so `bind` would refuse it for ever; a
-    # shell drops a zero byte.
-    if value in (math.inf, -math.inf) or value != value or (kind is str and "\0" in str(value)):
+    if type(value) is float and not math.isfinite(value):  # and NaN is not equal to itself
+        return False
+    # A shell drops a zero byte, and a stage would take -x for a flag.
+    if type(value) is str and re.search(r"\0|^-+\w|^--?$", value):
         return False
     return type(value) in ((int, float) if kind is float else (kind,))
 
@@ -258,7 +259,12 @@ def described(kind: Any) -> str:
         return " or ".join(described(option) for option in options if option is not type(None))
     if origin is Literal:
         return f"one of {', '.join(options)}"
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text, no flag",
+        bool: "true or false",
+    }
     if origin is tuple:
         number = "" if options[-1] is ... else f"{len(options)} times "
         return f"a list of {number}{words[options[0]]}"

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set, Sized
 from itertools import islice
 from pathlib import Path
 
-from model.rankers.ranking import Done, Ranking, Request
+from model.rankers.ranking import LARGEST, Done, Ranking, Request
 from sharding.errors import UserError
 
 
@@ -105,8 +105,10 @@ class FunctionRanker:
             raise UserError(problem) from None
         if len(scores) != n:
             raise UserError(f"{self.name} returned {len(scores)} scores for {n} responses")
-        if not all(map(math.isfinite, scores)):
-            raise UserError(f"{self.name} returned a score that is not finite: {scores}")
+        if not all(abs(score) <= LARGEST for score in scores):
+            raise UserError(
+                f"{self.name} returned a score that is not finite, or beyond {LARGEST:g}: {scores}"
+            )
         try:
             named = terms and [{str(k): _number(x) for k, x in term.items()} for term in terms]
             if named and not all(math.isfinite(x) for term in named for x in term.values()):

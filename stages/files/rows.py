@@ -21,6 +21,7 @@ from typing import Generic, Self, TypeVar
 
 from etils import epath
 
+from model.rankers.ranking import LARGEST
 from sharding.errors import UserError
 from stages.files.paths import is_remote, open_input, text_sha256
 
@@ -117,9 +118,10 @@ class Ranked(Sample):
         if len(scores) != n:
             raise UserError(f"{where}: {len(scores)} scores for {n} responses: give one for each")
         for i, score in enumerate(scores):
-            if type(score) not in (int, float) or not abs(score) <= sys.float_info.max:
+            if type(score) not in (int, float) or not abs(score) <= LARGEST:
                 raise UserError(
-                    f"{where}, scores[{i}]: {score!r} is no finite number: correct the line"
+                    f"{where}, scores[{i}]: {score!r} is no finite number up to {LARGEST:g}: "
+                    "correct the line"
                 )
         self.scores = [float(score) for score in scores]
 
@@ -283,7 +285,9 @@ def _refuse_constant(name: str):
 
 def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is infinite, which holds what JSON cannot write again")
+        raise ValueError(
+            f"{text}: {number} is no finite number, and a row with it holds what JSON cannot write"
+        )
     return number
 
 

@@ -193,8 +193,12 @@ def test_adamw_on_one_gpu_is_refused_with_the_reason():
         ("beta = 0.2", "beta = -inf", "dpo.beta is -Infinity: it must be a number"),
         ("beta = 0.2", "max_grad_norm = inf", "dpo.max_grad_norm is Infinity: it must be a number"),
         ("n = 4", "temperature = inf", "sample.temperature is Infinity: it must be a number"),
-        ("m.gguf", "m\\u0000", 'model is "gguf:m\\u0000": it must be a text'),
+        ("m.gguf", "m\\u0000", 'model is "gguf:m\\u0000": it must be a text, no flag'),
         ("iterations = 2", "iterations = 1000000000000", "it must be at least 1, at most 1000"),
+        ('["User:"]', '["--n", "7"]', "it must be a list of a text, no flag"),
+        ('["User:"]', '["User:", "--"]', "it must be a list of a text, no flag"),
+        ('["User:"]', '["-x"]', "it must be a list of a text, no flag"),
+        ("gguf:m.gguf", "--help", 'model is "--help": it must be a text, no flag'),
         (
             'ranker = "reward.py:reward"',
             'ranker = "R"\nrank = {comparisons = "best", aggregation = "max_wins"}',

@@ -341,7 +341,7 @@ def test_a_stopped_stage_exits_75_and_goes_on(capsys, prompts, out, tmp_path, nu
         ('{"y": ' * 3000 + "1" + "}" * 3000, "line 2: not JSON (nested too deep)"),
         ('{"prompt": "x", "prompt": "y"}', "line 2: not JSON (field 'prompt' stands twice"),
         ('{"prompt": "x", "y": {"a": 1, "a": 1}}', "field 'a' stands twice"),
-        ('{"prompt": "x", "score": -1e400}', "line 2: not JSON (-1e400 is infinite"),
+        ('{"prompt": "x", "score": -1e400}', "line 2: not JSON (-1e400: -inf is no finite number"),
         ({"text": "x"}, "line 2: field 'prompt' is missing: add it as str"),
         ({"prompt": 3}, "line 2: field 'prompt' is int, not str"),
         ({"prompt": None}, "line 2: field 'prompt' is NoneType, not str"),

@@ -224,6 +224,7 @@ def test_scores_may_be_any_numbers_in_order(tmp_path, returned, scores):
         ),
         ("def reward(p, r): return [1.0, float('nan')]\n", "a score that is not finite"),
         ("def reward(p, r): return [1.0, -float('inf')]\n", "a score that is not finite"),
+        ("def reward(p, r): return [1.0, 1e200]\n", "beyond 1e.100: "),
         ("def reward(p, r): return [0, 1]\nreward.terms = 3\n", "raised TypeError"),
         ("def reward(p, r): return [0, 1]\nreward.terms = lambda *a: 1\n", "its terms are"),
         ("def reward(p, r): return [0, 1]\nreward.terms = lambda *a: {'a': '1'}\n", "its terms"),
