@@ -167,8 +167,9 @@ def _trained(place) -> Trained:
         trained.finished += [answer.get("finish_reason") in ("stop", None) for answer in answers]
     for row in _rows(place / "pairs.jsonl"):
         for side in ("chosen", "rejected"):
-            score = row["all_rm_scores"][row[f"{side}_index"]]
-            trained.pairs[f"{side}_score"].append(score)
+            if f"{side}_index" in row:  # not in pairs of others
+                score = row["all_rm_scores"][row[f"{side}_index"]]
+                trained.pairs[f"{side}_score"].append(score)
             trained.pairs[f"{side}_characters"].append(len(row[side][-1]["content"]))
         names = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
         trained.tokens["checkpoint"] += sum(len(row.get(name, [])) for name in names)

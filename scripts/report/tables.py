@@ -117,7 +117,7 @@ def page(run: Run) -> dict[str, list[Cells]]:
                 "answers": f"{len(t.scores):,}",
                 "distinct, of a prompt's": _text(mean(t.distinct), ".0%"),
                 "finished": _text(mean(t.finished), ".0%"),
-                "pairs": f"{len(t.pairs['chosen_score']):,}",
+                "pairs": f"{len(t.pairs['chosen_characters']):,}",
             }
             for t in run.trained
         ],

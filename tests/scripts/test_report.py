@@ -261,6 +261,18 @@ def test_a_metrics_line_that_a_kill_spoilt_is_left_out(run, tmp_path, spoilt, wh
     page_of(killed)
 
 
+def test_pairs_of_others_need_no_indices(run, tmp_path):
+    others = tmp_path / "others"
+    shutil.copytree(run, others)
+    file = others / "iteration_1/pairs.jsonl"
+    rows = tiny.read_jsonl(file)
+    kept = ("prompt_id", "prompt", "chosen", "rejected")
+    tiny.write_jsonl(file, [{name: row[name] for name in kept} for row in rows])
+    (trained, *_) = gather.read(str(others)).trained
+    assert len(trained.pairs["chosen_characters"]) == len(rows)
+    page_of(others)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[" * 100_000, "\0"])
 @pytest.mark.parametrize("name", ["settings.json", "iteration_2/against_start.json"])
 def test_a_damaged_file_of_a_run_is_named(run, tmp_path, capsys, name, content):
