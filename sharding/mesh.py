@@ -44,6 +44,8 @@ if simulated := re.search(r"device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh over `devices` (default: all). One size may be -1: the rest. Raises UserError where
     the sizes do not multiply to the number of devices."""
+    if jax.config.jax_enable_x64:  # set by a reward file, or by whoever imports this
+        raise UserError("JAX's jax_enable_x64 is on, which changes results: leave it off")
     devices = list_devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):

@@ -17,6 +17,7 @@ import importlib.machinery
 import importlib.util
 import inspect
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set, Sized
@@ -123,7 +124,7 @@ class FunctionRanker:
         """Run code of the user's, which may import the modules beside its file. What it raises
         becomes a UserError; sys.exit would otherwise end the stage without a word."""
         try:
-            with self._beside:
+            with self._beside, contextlib.chdir(os.getcwd()):  # back to the stage's own folder
                 yield
         except KeyboardInterrupt:
             raise

@@ -138,7 +138,7 @@ def _told(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 75, f"stopped: {AGAIN}"
     if isinstance(error, UserError):
-        return 2, f"error: {' '.join(str(error).splitlines())}"
+        return 2, f"error: {error}"
     if isinstance(error, OSError) and error.errno in REFUSED_BY_DISK:
         path = f"{error.filename}: " if error.filename else ""
         return 2, f"error: {path}{error.strerror}: make room or give another path"

@@ -1,5 +1,6 @@
 """Reward functions: what a user's file may hold, and what of it is the user's mistake."""
 
+import os
 import sys
 
 import pytest
@@ -252,6 +253,13 @@ def test_an_interrupt_is_not_the_file_s_mistake(tmp_path, where):
     path = write(tmp_path, f"{where}raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         rank(path)
+
+
+def test_a_file_that_changes_the_folder_changes_it_for_itself_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "import os\nos.chdir('/')\ndef reward(p, rs):\n os.chdir('/')\n return [1] * len(rs)\n"
+    assert rank(write(tmp_path, text)) == [1.0, 1.0]
+    assert os.getcwd() == str(tmp_path)
 
 
 def test_terms_of_numpy_are_written_as_numbers(tmp_path):
