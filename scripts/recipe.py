@@ -108,7 +108,7 @@ class Recipe:
             first, last = (iteration - 1) * rows, iteration * rows
         if limit:
             last = min(math.inf if last is None else last, first + limit)
-        names = table.get("file") or table["dataset"], table.get("split")
+        names = table["file" if "file" in table else "dataset"], table.get("split")
         return (
             *(name and name.replace("{iteration}", str(iteration)) for name in names),
             first,

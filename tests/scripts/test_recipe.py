@@ -187,6 +187,8 @@ def test_adamw_on_one_gpu_is_refused_with_the_reason():
         ("[sample]\nn = 4", "[[sample]]\nn = 4", "sample is [{"),
         ("[dpo]", "[evaluate]\nkl = 3\n[dpo]", "evaluate.kl is 3: it must be a table"),
         ('prompts = "prompts.jsonl"', "prompts = 3", "prompts is 3: it must be a table"),
+        ('prompts = "prompts.jsonl"', 'prompts = ""', "prompts.file:  does not exist"),
+        ('prompts = "prompts.jsonl"', "prompts = {file = 'a', dataset = 'b'}", "needs one of"),
         ("iterations = 2", "iterations = 2\nvariant = 'a'", 'variant is "a": it must be a table'),
         ("beta = 0.2", f"beta = {'[' * 3000}", "is not TOML"),
         ("beta = 0.2", "beta = nan", "dpo.beta is NaN: it must be a number"),

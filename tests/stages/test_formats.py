@@ -457,3 +457,13 @@ def test_the_command_line_reads_pairs_and_slices_of_prompts(tmp_path):
     assert run_main(convert.main, convert.Command, ["from-parquet", folder, pairs]) == 0
     assert [row["prompt_id"] for row in read(pairs)] == [f"i{i}" for i in range(6)]
     assert run_main(convert.main, convert.Command, ["from-parquet", folder, prompts]) == 2
+
+
+def test_a_row_of_prompts_that_stands_twice_is_counted(tmp_path):
+    texts = ("a", "b", "a", "c")
+    mine, out = tmp_path / "mine.jsonl", tmp_path / "p.jsonl"
+    mine.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    convert.main(convert.Prompts(str(mine), str(out)))
+    assert [row["prompt"] for row in read(out)] == ["a", "b", "c"]
+    counts = read_manifest(str(out)).counts
+    assert counts == {"in": 4, "out": 3, "merged: the same prompt again": 1}
