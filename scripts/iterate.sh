@@ -20,6 +20,7 @@ cd "$(dirname "$0")/.."
 
 [[ -n ${PYTHON:-} ]] || flock scripts/setup.sh bash scripts/setup.sh # one of several processes at a time
 python() { command "${PYTHON:-.venv/bin/python}" "$@"; }
+export PYTHONUTF8=1 # whatever the locale
 source scripts/together.sh # `once`, and how this ends
 settings=$(python -m scripts.recipe "$@") # refuses what cannot run, or is not what began this run
 eval "$settings"
@@ -28,7 +29,7 @@ if [[ -f $run/finished && -d $run/iteration_$ITERATIONS/checkpoint ]]; then
 fi
 # Compile each program once per run, not once per stage, the many small ones too.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/.compiled}
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONUTF8=1
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 # On CPU, XLA allocates its buffers anew at every call. Memory that goes back to the system meanwhile,
 # or lies in another thread's arena, costs a tenth of a training step, small pages another.
 keep_memory=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.arena_max=1
