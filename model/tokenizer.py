@@ -107,7 +107,11 @@ class ChatTokenizer:
             if has_model:
                 from transformers import AutoTokenizer  # here: 5 seconds, where torch is installed
 
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(
+                    folder,
+                    local_files_only=True,
+                    trust_remote_code=False,  # else it asks whether to run the folder's code
+                )
             else:
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises whatever its parsers raise
