@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -270,9 +271,10 @@ def _torch_tensors(file: epath.Path) -> Iterator[tuple]:
             "weights as model.safetensors"
         ) from None
 
-    with file.open("rb") as opened:
-        is_zip = opened.read(4) == b"PK\3\4"  # the older format cannot be mapped into memory
+    is_zip = zipfile.is_zipfile(str(file))  # the older format cannot be mapped into memory
     try:
+        if is_zip:
+            _check_zip(str(file))
         state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch raises whatever its parsers raise
         refused = "Unsupported global" in str(error) or "Unsupported class" in str(error)
@@ -296,6 +298,17 @@ def _torch_tensors(file: epath.Path) -> Iterator[tuple]:
             raise UserError(f"{file}: tensor {name} is damaged: the file does not hold its values")
         kind = kinds.get(tensor.dtype, str(tensor.dtype))
         yield str(name), kind, tuple(tensor.shape), partial(read, tensor)
+
+
+def _check_zip(file: str) -> None:
+    """Raise an error if a record of a zip file is damaged, which mapping it would not notice. Only
+    records that are stored as they are count as whole: no other grows as it is read."""
+    with zipfile.ZipFile(file) as opened:
+        compressed = [
+            info for info in opened.infolist() if info.compress_type != zipfile.ZIP_STORED
+        ]
+        if compressed or opened.testzip() is not None:
+            raise zipfile.BadZipFile(file)
 
 
 def write_tensors(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:
