@@ -135,9 +135,9 @@ def read_config(folder: str) -> DecoderConfig:
     if not path.exists():
         raise UserError(f"{folder}: config.json is missing: give the folder of a downloaded model")
     generation = path.parent / "generation_config.json"
-    hf = read_json(path)
+    hf, generation = read_json(path), read_json(generation) if generation.exists() else None
     try:
-        return from_hf(hf, read_json(generation) if generation.exists() else None)
+        return from_hf(hf, generation)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -187,7 +187,7 @@ def weight_files(folder: str) -> list[epath.Path]:
     PyTorch's where there are none."""
     path = epath.Path(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).exists():
+        if (path / name).is_file():
             return [path / name]
         if (path / f"{name}.index.json").exists():
             return _indexed_files(path / f"{name}.index.json")
@@ -207,7 +207,7 @@ def _indexed_files(index: epath.Path) -> list[epath.Path]:
             raise UserError(f"{index}: weight_map names {name!r}, which is no .{ending} file of it")
     files = [index.parent / name for name in sorted(set(names.values()))]
     for file in files:
-        if not file.exists():
+        if not file.is_file():
             raise UserError(f"{file} is missing, and the index names it: download the folder again")
     return files
 

@@ -74,14 +74,14 @@ def check_config(text: bytes, folder: Path):
 
 @pytest.mark.parametrize("base", [MISTRAL_V1, SMOLLM2], ids=["mistral", "llama"])
 @given(data=st.data())
-@cases(100)
+@cases(60)
 def test_config_json(folder, base, data):
     content = data.draw(changed(base, KEYS))
     check_config(json.dumps(content).encode("utf-8", "surrogatepass"), folder)
 
 
 @given(text=damaged(json.dumps(MISTRAL_V1).encode()))
-@cases(100)
+@cases(60)
 def test_the_text_of_config_json(folder, text):
     check_config(text, folder)
 
@@ -130,7 +130,7 @@ def check_gguf(content: bytes, folder: Path):
 
 
 @given(data=st.data())
-@cases(100)
+@cases(60)
 def test_gguf_files(folder, gguf_bytes, data):
     header = gguf_bytes[: gguf_bytes.index(b"output.weight") + 100]
     content = data.draw(damaged(header))
@@ -138,7 +138,7 @@ def test_gguf_files(folder, gguf_bytes, data):
 
 
 @given(data=st.data())
-@cases(50)
+@cases(30)
 def test_gguf_keys(folder, data):
     """Files whose keys have values of other kinds: whole, but of another model."""
     whole = {"llama.block_count": 2, "llama.embedding_length": 32, "llama.feed_forward_length": 64}
@@ -170,7 +170,7 @@ def test_gguf_keys(folder, data):
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 @given(data=st.data())
-@cases(50)
+@cases(30)
 def test_the_tokenizer_of_a_gguf_file(kind, data):
     keys = byte_level("smollm") if kind == "bytes" else sentencepiece_bpe()[0]
     few = {name: value[:300] if isinstance(value, list) else value for name, value in keys.items()}
@@ -213,7 +213,7 @@ HEADER = {
 
 
 @given(header=changed(HEADER, ("d", "__metadata__", "a")), cut=st.integers(0, 3))
-@cases(100)
+@cases(60)
 def test_safetensors_headers(folder, header, cut):
     text = json.dumps(header).encode("utf-8", "surrogatepass")
     path = folder / "header.safetensors"
@@ -225,7 +225,7 @@ SAVED = safetensors.torch.save({"a": torch.arange(6.0), "b": torch.ones(2, 2).bf
 
 
 @given(content=damaged(SAVED))
-@cases(100)
+@cases(60)
 def test_safetensors_files(folder, content):
     (folder / "m.safetensors").write_bytes(content)
     check_weights(folder / "m.safetensors", safetensors.torch.load_file)
@@ -244,7 +244,7 @@ def test_a_record_of_a_zip_file_that_torch_would_map_to_other_bytes_is_refused(f
 
 @pytest.mark.parametrize("zipped", [True, False])
 @given(data=st.data())
-@cases(50)
+@cases(30)
 def test_pytorch_files(folder, zipped, data):
     path = folder / "pytorch_model.bin"
     state = {"a": torch.arange(6.0), "b": torch.ones(2, 2).bfloat16()[:, 1]}
@@ -256,7 +256,7 @@ def test_pytorch_files(folder, zipped, data):
 @given(
     content=changed({"metadata": {}, "weight_map": {"a": "a.safetensors", "b": "b.safetensors"}})
 )
-@cases(50)
+@cases(30)
 def test_the_index_of_weights(folder, content):
     other = folder / "index"
     other.mkdir(exist_ok=True)
@@ -298,7 +298,7 @@ def check_tokenizer(folder: Path, files: dict[str, bytes]):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @given(data=st.data())
-@cases(50)
+@cases(30)
 def test_tokenizer_files(folder, tokenizer_files, name, data):
     content = data.draw(changed(json.loads(tokenizer_files[name])))
     text = json.dumps(content).encode("utf-8", "surrogatepass")
@@ -307,14 +307,14 @@ def test_tokenizer_files(folder, tokenizer_files, name, data):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 @given(data=st.data())
-@cases(50)
+@cases(30)
 def test_the_text_of_tokenizer_files(folder, tokenizer_files, name, data):
     text = data.draw(damaged(tokenizer_files[name]))
     check_tokenizer(folder, tokenizer_files | {name: text})
 
 
 @given(data=st.data())
-@cases(50)
+@cases(30)
 def test_sentencepiece_files(folder, tokenizer_files, data):
     model = sentencepiece_bpe()[1].serialized_model_proto()
     files = {name: text for name, text in tokenizer_files.items() if name != "tokenizer.json"}

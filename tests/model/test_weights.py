@@ -230,6 +230,7 @@ def test_an_index_names_no_file_outside_its_folder(tmp_path, name):
 def test_safetensors_go_before_pytorch_files(tmp_path):
     with pytest.raises(UserError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         weight_files(str(tmp_path))
+    (tmp_path / "model.safetensors").mkdir()
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     assert weight_files(str(tmp_path)) == [epath.Path(tmp_path / "pytorch_model.bin")]
     (tmp_path / "a.safetensors").write_bytes(b"")
