@@ -37,7 +37,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, generate, kv_cache
+    from model import checkpoint, generate, kv_cache, slot_state
     from model import tokenizer as tokenizers
     from sharding import chips, table
     from sharding import mesh as meshes
@@ -127,7 +127,10 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ output
     manifest = Manifest(
         stage="sample",
-        arguments={**dataclasses.asdict(sampling), "dtype": args.dtype}
+        arguments={
+            **{name: x for name, x in dataclasses.asdict(sampling).items() if hasattr(args, name)},
+            "dtype": args.dtype,
+        }
         | ({"max_prompt_length": most} if args.max_prompt_length else {})
         | ({"slice": f"{first}/{slices}"} if args.slice else {}),
         inputs={"prompts": an_input(args.prompts, prompts.sha256)},
@@ -200,7 +203,7 @@ def checked(args: Args) -> "generate.Sampling":
     if args.cache_memory is not None:
         parse_bytes(args.cache_memory, "--cache-memory")
     names = [field.name for field in dataclasses.fields(generate.Sampling)]
-    return generate.Sampling(**{name: getattr(args, name) for name in names})
+    return generate.Sampling(**{name: x for name, x in vars(args).items() if name in names})
 
 
 def parse_slice(text: str | None) -> tuple[int, int]:
@@ -224,7 +227,7 @@ def load_sampler(args: Args, config, tokenizer, sampling, mesh, longest: int, pr
     slots = min(processes.from_all(count_slots(args, mesh, slot_bytes, args.n * prompts)))
     bar.write(f"{slots} slots, a KV cache of at most {slots * slot_bytes / 1e9:.2f} GB")
     tell = table.table if args.shardings else table.summary
-    bar.write(tell(mesh, generate.arrays_held(config, mesh, slots, length, dtype)))
+    bar.write(tell(mesh, slot_state.arrays_held(config, mesh, slots, length, dtype)))
     return generate.Sampler(config, params, tokenizer.decode, sampling, slots, longest, dtype)
 
 

@@ -117,7 +117,7 @@ def test_a_dry_run_shows_the_commands_for_a_slice(tmp_path, kind, version, machi
     on_all = f"{gcloud} ssh align --worker=all '--command=bash tpu_worker.sh"
     name = "snorkel-mistral-7b"
     settings = f"RUNS=/mnt/runs NAME={name}-2024" + " COORDINATOR=auto" * several
-    settings += " VARIANT=2024 LIMIT=64 RANKER=/mnt/runs/PairRM"
+    settings += " VARIANT=2024 LIMIT=64 RANKER=/mnt/runs/PairRM SAVE_EVERY=25"
     for line in (
         f"{gcloud} create align --accelerator-type={kind} --version={version} --spot --zone=z",
         f"{on_all} setup 10.0.0.2:/runs' --zone=z",
