@@ -36,7 +36,7 @@ has_tpu || has_gpu || export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.huget
 say() { printf '\n== %s  %s\n' "$(date +%H:%M:%S)" "$*"; }
 prompts() { # ITERATION FILE; iteration 0: the held-out prompts
   local -n from=PROMPTS_$1
-  [[ -f $2 ]] || python -m scripts.convert prompts "${from[0]}" "$2" "${from[@]:1}"
+  [[ -f $2 && ! -e $2.partial ]] || python -m scripts.convert prompts "${from[0]}" "$2" "${from[@]:1}"
 }
 start_model() { # CHECKPOINT
   case $MODEL in

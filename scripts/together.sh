@@ -58,7 +58,7 @@ wait_for() { # MARK
     read -r code by <<<"$(content failed)"
     if [[ -n $by && ($by == "$living" || $run/.process_0.failed -nt $begun) ]]; then
       echo "process 0 ended with exit code $code: it said why" >&2
-      exit "$code"
+      exit $((code == 2 ? 2 : 75))
     fi
     now=$(content alive)
     if [[ $now != "$before" ]]; then
