@@ -107,10 +107,16 @@ class ChatTokenizer:
             if has_model:
                 from transformers import AutoTokenizer  # here: 5 seconds, where torch is installed
 
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(
+                    folder,
+                    local_files_only=True,
+                    trust_remote_code=False,  # else it asks whether to run the folder's code
+                )
             else:
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers raises whatever its parsers raise
+        except BaseException as error:  # transformers raises whatever its parsers raise
+            if not isinstance(error, Exception) and not _is_of_tokenizers(error):
+                raise
             raise UserError(
                 f"{folder}: the tokenizer cannot be read ({_one_line(error)}): copy its files again"
             ) from error
@@ -118,6 +124,12 @@ class ChatTokenizer:
             return cls(tokenizer, eos_ids, tokenizer_model if has_model else None)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
+        except BaseException as error:
+            if not _is_of_tokenizers(error):
+                raise
+            raise UserError(
+                f"{folder}: the tokenizer fails ({_one_line(error)}): copy its files again"
+            ) from error
 
     def __len__(self) -> int:
         """One more than the highest id; the model's vocabulary must be at least as large."""
@@ -246,10 +258,10 @@ class ChatTokenizer:
         return self._fast.encode(text, add_special_tokens=False).ids
 
     def _first_piece(self, text: str) -> str:
-        first = self._raw(text)[0]
+        first = (self._raw(text) or [0])[0]
         if self._sentencepiece is not None:
             return self._sentencepiece.id_to_piece(first)
-        return self._fast.id_to_token(first)
+        return self._fast.id_to_token(first) or ""
 
     def _bos_to_add(self) -> int | None:
         """The BOS id if the tokenizer puts it before every text, else None."""
@@ -313,6 +325,13 @@ def _contents_as_rendered(skeleton: list[str | int], contents: list[str], text: 
         "the chat template changes what the messages say (beyond stripping white space), so that "
         "its own text cannot be told from theirs: use a template that shows contents as they are"
     )
+
+
+def _is_of_tokenizers(error: BaseException) -> bool:
+    """Whether a tokenizer's own code raised it: a bare Exception; a panic of Rust's, which is no
+    Exception; and transformers looks for an unk_token without an id for ever."""
+    kind = type(error)
+    return kind in (Exception, RecursionError) or kind.__name__ == "PanicException"
 
 
 def _sha256(text: str) -> str:
