@@ -24,6 +24,7 @@ export PYTHONUTF8=1 # whatever the locale
 source scripts/together.sh # `once`, and how this ends
 settings=$(python -m scripts.recipe "$@") # refuses what cannot run, or is not what began this run
 eval "$settings"
+show_life
 if [[ -f $run/finished && -d $run/iteration_$ITERATIONS/checkpoint ]]; then
   echo "$run is finished already:" && cat "$run/finished" && exit
 fi

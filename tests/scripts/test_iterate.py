@@ -213,7 +213,7 @@ def part(
     run: Path, process_id: int, *commands: str, start_new_session=False, **environment
 ) -> subprocess.Popen:
     """A process of two whose loop is `commands`, with scripts/together.sh."""
-    script = ["set -euo pipefail", "source scripts/together.sh", *commands]
+    script = ["set -euo pipefail", "source scripts/together.sh", "show_life", *commands]
     return subprocess.Popen(
         ["bash", "-c", "\n".join(script)],
         cwd=ROOT,
@@ -294,6 +294,20 @@ def test_where_process_0_is_killed_the_others_give_up(tmp_path):
     killed.kill()
     code, said = end(waits)
     assert code == 75 and "process 0 has shown no sign of life for 3 seconds" in said
+
+
+def test_where_process_0_is_killed_before_another_waits_that_one_gives_up(tmp_path):
+    waits = part(
+        tmp_path, 1, "touch $run/here", "sleep 4", "once $run/done false", PROCESS_TIMEOUT="2"
+    )
+    while not (tmp_path / "here").exists():
+        time.sleep(0.05)
+    killed = part(tmp_path, 0, "once $run/done sleep 60", start_new_session=True)
+    time.sleep(2)
+    os.killpg(killed.pid, signal.SIGKILL)
+    begun = time.monotonic()
+    code, said = end(waits)
+    assert code == 75 and "no sign of life" in said and time.monotonic() - begun < 15
 
 
 def test_a_signal_to_the_whole_group_of_process_0_ends_it_with_75(tmp_path):
