@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -130,14 +131,19 @@ def save_state(folder: str, state) -> Callable[[], None]:
     on_cpu = any(d.platform == "cpu" for x in jax.tree.leaves(state) for d in x.devices())
     with orbax(state) as ocp, naming(folder):
         writing = ocp.save_async(_unfinished(folder), state)
-        if on_cpu:
-            writing.result()
 
-    def finish():
+    def put():
         with naming(folder):
-            writing.result()
+            writing.result()  # in process 0, that all have written
             if processes.is_first() and not _in_object_store(epath.Path(folder)):
                 finish_folder(_unfinished(folder), folder)
+
+    thread = ThreadPoolExecutor(1)
+    putting = thread.submit(put)
+    thread.shutdown(wait=on_cpu)
+
+    def finish():
+        putting.result()
         processes.wait()
 
     return finish

@@ -24,6 +24,7 @@ export PYTHONUTF8=1 # whatever the locale
 source scripts/together.sh # `once`, and how this ends
 settings=$(python -m scripts.recipe "$@") # refuses what cannot run, or is not what began this run
 eval "$settings"
+show_life
 if [[ -f $run/finished && -d $run/iteration_$ITERATIONS/checkpoint ]]; then
   echo "$run is finished already:" && cat "$run/finished" && exit
 fi
@@ -39,7 +40,7 @@ has_tpu || has_gpu || export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.huget
 say() { printf '\n== %s  %s\n' "$(date +%H:%M:%S)" "$*"; }
 prompts() { # ITERATION FILE; iteration 0: the held-out prompts
   local -n from=PROMPTS_$1
-  [[ -f $2 ]] || python -m scripts.convert prompts "${from[0]}" "$2" "${from[@]:1}"
+  [[ -f $2 && ! -e $2.partial ]] || python -m scripts.convert prompts "${from[0]}" "$2" "${from[@]:1}"
 }
 start_model() { # CHECKPOINT
   case $MODEL in

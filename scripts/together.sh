@@ -25,7 +25,6 @@ once() { # MARK COMMAND…: by process 0 alone, which then makes the file MARK
   if [[ -z ${COORDINATOR:-} ]]; then
     "${@:2}"
   elif [[ $PROCESS_ID == 0 ]]; then
-    show_life
     # One worker of a TPU pod cannot use its chips without the others.
     COORDINATOR='' JAX_PLATFORMS=${JAX_PLATFORMS:-$(has_tpu && echo cpu || true)} "${@:2}"
     echo "$attempt" >"$1.new" && mv "$1.new" "$1"
@@ -35,9 +34,10 @@ once() { # MARK COMMAND…: by process 0 alone, which then makes the file MARK
 }
 
 alive=
-show_life() { # in the background, as long as this shell lives
-  [[ -z $alive ]] || return 0
+show_life() { # of process 0, in the background, as long as this shell lives
+  [[ -n ${COORDINATOR:-} && $PROCESS_ID == 0 ]] || return 0
   local parent
+  mkdir -p "$run"
   while read -r _ _ _ parent _ <"/proc/$BASHPID/stat" && [[ $parent == "$$" ]]; do
     echo "$attempt $SECONDS" >"$run/.process_0.alive.new" &&
       mv "$run/.process_0.alive.new" "$run/.process_0.alive" || true # a full disk ends no sign of life
@@ -58,10 +58,10 @@ wait_for() { # MARK
     read -r code by <<<"$(content failed)"
     if [[ -n $by && ($by == "$living" || $run/.process_0.failed -nt $begun) ]]; then
       echo "process 0 ended with exit code $code: it said why" >&2
-      exit "$code"
+      exit $((code == 2 ? 2 : 75))
     fi
     now=$(content alive)
-    if [[ $now != "$before" ]]; then
+    if [[ $now != "$before" || (-z $living && $run/.process_0.alive -nt $begun) ]]; then
       before=$now living=${now% *} silent=0 patience=${PROCESS_TIMEOUT:-100}
     elif ((++silent > ${patience%.*})); then
       echo "process 0 has shown no sign of life for $silent seconds" >&2

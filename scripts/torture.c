@@ -23,7 +23,7 @@ enum { COUNT, KILL, TERM, FULL, SHORT, FSYNC };
 
 // Shared by all processes; scripts/torture.py writes it (STATE there has the same fields).
 struct state {
-  uint64_t at, count;  // act at the call with this number; how many were counted
+  uint64_t at, count;  // act at the call with this number (SHORT: and its multiples); calls so far
   int32_t mode, when;  // when: 0 before the call, 1 in the middle of a write, 2 after the call
   int64_t shift;       // seconds added to the clock
   char root[256];      // calls below this folder count
@@ -76,7 +76,7 @@ static int before(const char *op, int dir, const char *name) {
   if (state->stage[0] && !strstr(stage, state->stage)) return 0;
   if (state->op[0] && strcmp(state->op, op)) return 0;
   uint64_t n = __atomic_add_fetch(&state->count, 1, __ATOMIC_SEQ_CST);
-  int hit = n == state->at;
+  int hit = state->mode == SHORT ? n % state->at == 0 : n == state->at;
   if (state->log[0] && (hit || state->mode == COUNT)) {
     char line[1600];
     int length = snprintf(line, sizeof line, "%s\t%s\t%.900s\n", stage, op, path);

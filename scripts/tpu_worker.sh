@@ -60,7 +60,7 @@ log() {
   trap 'kill $tail' EXIT
   while ! idle; do sleep 1; done
   sleep 1 # for tail
-  [[ -f align.code ]] || { echo "the run died without a word: start it again" >&2; exit 1; }
+  [[ -f align.code ]] || { echo "the run died without a word: start it again" >&2; exit 75; }
   exit "$(<align.code)"
 }
 

@@ -213,7 +213,7 @@ def part(
     run: Path, process_id: int, *commands: str, start_new_session=False, **environment
 ) -> subprocess.Popen:
     """A process of two whose loop is `commands`, with scripts/together.sh."""
-    script = ["set -euo pipefail", "source scripts/together.sh", *commands]
+    script = ["set -euo pipefail", "source scripts/together.sh", "show_life", *commands]
     return subprocess.Popen(
         ["bash", "-c", "\n".join(script)],
         cwd=ROOT,
@@ -260,7 +260,7 @@ def test_where_process_0_fails_before_another_waits_that_one_ends_too(tmp_path, 
         time.sleep(0.05)
     assert end(part(tmp_path, 0, f"once $run/done exit {code}"))[0] == code
     begun = time.monotonic()
-    assert end(waits)[0] == code and time.monotonic() - begun < 10
+    assert end(waits)[0] == (2 if code == 2 else 75) and time.monotonic() - begun < 10
 
 
 @pytest.mark.parametrize("mark", ["", "host.1.1\n", "of an earlier version"])
@@ -294,6 +294,20 @@ def test_where_process_0_is_killed_the_others_give_up(tmp_path):
     killed.kill()
     code, said = end(waits)
     assert code == 75 and "process 0 has shown no sign of life for 3 seconds" in said
+
+
+def test_where_process_0_is_killed_before_another_waits_that_one_gives_up(tmp_path):
+    waits = part(
+        tmp_path, 1, "touch $run/here", "sleep 4", "once $run/done false", PROCESS_TIMEOUT="2"
+    )
+    while not (tmp_path / "here").exists():
+        time.sleep(0.05)
+    killed = part(tmp_path, 0, "once $run/done sleep 60", start_new_session=True)
+    time.sleep(2)
+    os.killpg(killed.pid, signal.SIGKILL)
+    begun = time.monotonic()
+    code, said = end(waits)
+    assert code == 75 and "no sign of life" in said and time.monotonic() - begun < 15
 
 
 def test_a_signal_to_the_whole_group_of_process_0_ends_it_with_75(tmp_path):

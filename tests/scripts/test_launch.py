@@ -268,6 +268,12 @@ def test_a_worker_notes_how_its_loop_ended(tmp_path, code, gives):
     assert (tmp_path / "align.code").read_text() == f"{gives}\n"
 
 
+def test_a_log_of_a_run_that_was_killed_says_that_it_goes_on(tmp_path):
+    shutil.copy(ROOT / "scripts" / "tpu_worker.sh", tmp_path)
+    done = worker(tmp_path, "log")
+    assert done.returncode == 75 and "died without a word: start it again" in done.stderr
+
+
 def test_a_slurm_script_outside_a_job_is_refused():
     refused = script("slurm.sh")
     assert refused.returncode == 2 and "sbatch scripts/slurm.sh" in refused.stderr

@@ -339,6 +339,26 @@ def test_a_second_signal_ends_a_stage_at_once_with_75(capsys, prompts, out, firs
     assert code == 0 and "going on after 1 rows" in stdout
 
 
+def test_rows_are_on_the_disk_before_a_stop_says_that_they_are_saved(
+    capsys, prompts, out, monkeypatch
+):
+    write, synced = Output.write, []
+
+    def stopping(self, row):
+        write(self, row)
+        if len(self) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def sync():
+        synced.append((len(read(Path(f"{out}.partial"))), capsys.readouterr().err))
+
+    monkeypatch.setattr(Output, "write", stopping)
+    monkeypatch.setattr(os, "sync", sync)
+    code, _, stderr = run(capsys, prompts, out)
+    assert code == 75 and "the work is saved" in stderr
+    assert synced == [(2, "")]
+
+
 # ---------------------------------------------------------------------- the caller's mistakes
 
 
