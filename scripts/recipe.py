@@ -74,7 +74,8 @@ SETTINGS: dict[str, Any] = {
     "evaluate": {"sample": flags_of("evaluate.sample"), "kl": flags_of("evaluate.kl")},
     "export_dtype": Literal["float32", "bfloat16", "float16"],
 }
-MACHINE = SETTINGS | {"plan": str, "environment": {"*": str}, "refuse": {"*": str}}
+Variable = typing.NewType("Variable", str)  # of the environment, whose text may begin with a dash
+MACHINE = SETTINGS | {"plan": str, "environment": {"*": Variable}, "refuse": {"*": str}}
 APART = {"variant": {"*": SETTINGS}, "machine": {"*": MACHINE}, "from_environment": {"*": str}}
 
 
@@ -248,6 +249,8 @@ def conforms(value: Any, kind: Any) -> bool:
     if type(value) is float and not math.isfinite(value):  # and NaN is not equal to itself
         return False
     # A shell drops a zero byte, and a stage would take -x for a flag.
+    if kind is Variable:
+        return type(value) is str and "\0" not in value
     if type(value) is str and re.search(r"\0|^-+\w|^--?$", value):
         return False
     return type(value) in ((int, float) if kind is float else (kind,))
@@ -263,6 +266,7 @@ def described(kind: Any) -> str:
         int: "a whole number",
         float: "a number",
         str: "a text, no flag",
+        Variable: "a text",
         bool: "true or false",
     }
     if origin is tuple:
