@@ -375,7 +375,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags, reason, capsys):
 
 
 def test_a_mesh_that_does_not_cover_the_chips_is_refused():
-    with pytest.raises(UserError, match="sample: mesh 0 1 4 does not cover 2 chips"):
+    with pytest.raises(UserError, match="sample: mesh -1 1 4 does not cover 2 chips"):
         dataclasses.replace(plan_of("v5p-8"), on=slices.parse("v5p:1x2x1"))
 
 
