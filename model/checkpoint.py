@@ -8,6 +8,7 @@
 Nothing is guessed from a folder's name.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -58,6 +59,24 @@ def load_config(folder: str) -> DecoderConfig:
         )
     except ValueError as error:
         raise UserError(f"checkpoint {folder}: {error}") from None
+
+
+def load_tokenizer(folder: str, config: DecoderConfig) -> tuple:
+    """(config, ChatTokenizer of the folder's files), which must fit together. A config that names
+    no EOS gets the tokenizer's. Raises UserError."""
+    from model.tokenizer import ChatTokenizer  # here: transformers takes seconds to load
+
+    tokenizer = ChatTokenizer.from_folder(folder, config.eos_token_ids)
+    try:
+        tokenizer.check_vocabulary(config.vocab_size)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return dataclasses.replace(config, eos_token_ids=tokenizer.eos_ids), tokenizer
+
+
+def open_folder(folder: str) -> tuple:
+    """A checkpoint's (config, ChatTokenizer): what stages begin with, before they load weights."""
+    return load_tokenizer(folder, load_config(folder))
 
 
 def load(folder: str, mesh=None) -> tuple[DecoderConfig, decoder.Params]:

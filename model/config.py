@@ -64,6 +64,13 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd: RoPE rotates halves")
+        for name, ids in (("bos", (self.bos_token_id,)), ("eos", self.eos_token_ids)):
+            for i in ids:
+                if i is not None and (type(i) is not int or not 0 <= i < self.vocab_size):
+                    raise UserError(
+                        f"{name}_token_id {i!r} is no id of a vocabulary of {self.vocab_size}: "
+                        "correct it in config.json and generation_config.json"
+                    )
 
     @property
     def axis_sizes(self) -> dict[str, int]:
@@ -81,7 +88,8 @@ class DecoderConfig:
 def from_hf(hf: dict, generation: dict | None = None) -> DecoderConfig:
     """Read a `config.json` (transformers 4 or 5 spelling) of model type mistral or llama.
 
-    `generation`: the `generation_config.json`, whose EOS ids are what sampling stops at.
+    `generation`: the `generation_config.json`. Sampling stops at its EOS ids, or, where it names
+    none, at those of `hf`; if neither names any, at the tokenizer's (model/checkpoint.py).
     Raises UserError for everything that is not built.
     """
     keys = dict(hf)  # what is read is taken out; what is left must be harmless
@@ -109,10 +117,9 @@ def from_hf(hf: dict, generation: dict | None = None) -> DecoderConfig:
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise UserError(f"torch_dtype {dtype!r} is not built: {', '.join(DTYPES)} are")
-    eos = (generation or {}).get("eos_token_id")
-    eos = hf.get("eos_token_id", 2) if eos is None else eos
+    eos = eos_tuple((generation or {}).get("eos_token_id")) or eos_tuple(hf.get("eos_token_id"))
     values |= {"rope_theta": theta, "sliding_window": window, "torch_dtype": dtype}
-    config = DecoderConfig(**values | {"eos_token_ids": eos_tuple(eos)})
+    config = DecoderConfig(**values | {"eos_token_ids": eos})
     for key, value in keys.items():
         if key in HARMLESS or key.startswith(("_", "transformers.", "unsloth")):
             continue
@@ -125,8 +132,12 @@ def from_hf(hf: dict, generation: dict | None = None) -> DecoderConfig:
 
 
 def eos_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
-    """EOS ids as a tuple; Hugging Face writes a single id, a list or null."""
-    return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
+    """EOS ids as a tuple, each once; Hugging Face writes a single id, a list or null."""
+    ids = ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+    for i in ids:
+        if type(i) is not int:
+            raise UserError(f"eos_token_id holds {i!r}: it must be a token id or a list of them")
+    return tuple(dict.fromkeys(ids))
 
 
 def _take_rope_theta(keys: dict) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from gguf import GGUFReader, dequantize
 
-from model import gguf_tokenizer, hf
+from model import checkpoint, gguf_tokenizer, hf
 from model.config import DecoderConfig, eos_tuple
 from model.weights import Slot
 from sharding.errors import UserError
@@ -69,8 +69,10 @@ def read_gguf(path: str, tokenizer_folder: str | None = None) -> tuple[DecoderCo
     if tokenizer_folder is not None:
         try:
             gguf_tokenizer.write_tokenizer(cache(partial(_value, reader)), tokenizer_folder)
+            config, _ = checkpoint.load_tokenizer(tokenizer_folder, config)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            message = str(error).removeprefix(f"{tokenizer_folder}: ")
+            raise UserError(f"{path}: {message}") from None
         ids = {f"{name}_token_id": value for name, value in _token_ids(reader).items()}
         file = epath.Path(tokenizer_folder) / "generation_config.json"
         file.write_text(json.dumps(ids, indent=2) + "\n")
@@ -186,15 +188,12 @@ def _config(path: str, reader: GGUFReader, tensors: dict) -> DecoderConfig:
 
 
 def _token_ids(reader: GGUFReader) -> dict:
-    """bos, eos (a list if turns have an end token of their own) and pad; None if missing."""
-    ids = {
-        short: _value(reader, f"tokenizer.ggml.{name}_token_id")
-        for short, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("turn", "eot"))
-    }
-    turn = ids.pop("turn")
-    if turn is not None and turn != ids["eos"]:
-        ids["eos"] = [turn] if ids["eos"] is None else [ids["eos"], turn]
-    return ids
+    """bos, eos (a list if turns or messages have an end token of their own) and pad; None if
+    missing."""
+    names = "bos eos padding eot eom".split()
+    bos, eos, pad, *ends = (_value(reader, f"tokenizer.ggml.{name}_token_id") for name in names)
+    eos = list(dict.fromkeys(i for i in (eos, *ends) if i is not None))
+    return {"bos": bos, "eos": eos[0] if len(eos) == 1 else eos or None, "pad": pad}
 
 
 def _value(reader: GGUFReader, key: str):
