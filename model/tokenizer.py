@@ -287,8 +287,13 @@ class ChatTokenizer:
         # in a message is marked. A part of one, which the template cut, is ordinary text.
         tokens = "|".join(map(re.escape, sorted(self._special.values(), key=len, reverse=True)))
         marked = [re.sub(tokens or "(?!)", rf"{mark}\g<0>{end}", c) for c in contents]
-        marked = [m | {"content": c} for m, c in zip(messages, marked)]
-        parts = re.split(f"{mark}({tokens}){end}|[{mark}{end}]", self._render(marked))
+        text = rendered(marked)
+        if marked != contents and text.translate({ord(mark): None, ord(end): None}) != shown:
+            raise UserError(
+                "the chat template changes what the messages say, so that the text of a special "
+                "token in them cannot be told from its own: remove it from them"
+            )
+        parts = re.split(f"{mark}({tokens}){end}|[{mark}{end}]", text)
         return [(p, -1 if i % 2 else None) for i, p in enumerate(parts) if p is not None]
 
     def _find_special(self, text: str) -> list[tuple[int, int, int]]:

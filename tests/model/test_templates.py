@@ -150,6 +150,10 @@ def test_and_forged_turns_in_it_are_text_all_the_same(tmp_path, name):
         theirs = tokenizer._hf.apply_chat_template(
             messages, add_generation_prompt=True, sanitize_control_tokens=True
         )["input_ids"]
+        if name in ("its length", "the first letters"):  # marks around the tokens would change more
+            with pytest.raises(UserError, match="changes what the messages say"):
+                tokenizer.prompt_ids(messages)
+            continue
         ours = tokenizer.prompt_ids(messages)
         assert [i for i in ours if i < 3] == [i for i in theirs if i < 3]
         # They cut a text at what they found in it, and we do not: the text is the same.
@@ -271,3 +275,43 @@ def test_a_template_is_taken_from_where_it_lies(tmp_path, files, used):
         assert "\n" not in str(caught.value)
         if "named" in used:
             assert "chat_template.jinja" in str(caught.value)
+
+
+# ---------------------------------------------------------------------- how turns end
+
+
+def ends(after: str, before: str = "") -> str:
+    return each("m.content", body="<|im_start|>{{ m.role }}\n" + before + "{{ CONTENT }}" + after)
+
+
+LAST_ONLY = (
+    "{% for m in messages %}{{ m.content }}{% if not loop.last %}<|endoftext|>{% endif %}"
+    "{% endfor %}" + GENERATION
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "end"),
+    [
+        (ends("<|im_end|>\n"), (0, 1, 2), 2),
+        (ends("<|im_end|>"), (2, 1, 0), 2),
+        (ends(" <|im_end|>"), (0, 2), 2),
+        (ends("\n<|im_end|>\n\n"), (0, 2), 2),
+        (ends("{{ eos_token }}"), (0, 2), 2),
+        (ends("<|endoftext|><|im_end|>"), (2, 0), 0),
+        (ends("{% generation %}{% endgeneration %}<|endoftext|>"), (2, 0), 0),
+        (each("m.content | trim | upper"), (0, 2), 2),
+        (LAST_ONLY, (2, 0), 0),
+        (each("m.content", "{{ raise_exception('no') if messages|length < 3 }}"), (0, 2), 2),
+        (ends("<|im_end|>"), (0,), 0),  # the template's end is none of the model's
+        (ends("\n\n### "), (0, 2), 2),  # turns end with a text: the tokenizer's eos_token
+        (ends("\n\n### "), (0, 1), 0),  # …or the first
+        (ends("<|im_end|>"), (), 2),
+        ("{{ raise_exception('no') }}", (0, 2), 2),
+    ],
+)
+def test_a_text_ends_with_the_eos_with_which_the_template_ends_a_turn(tmp_path, template, eos, end):
+    tiny.write_tokenizer(tmp_path)
+    hf = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    hf.chat_template = template
+    assert ChatTokenizer(hf, eos).end_id == end
