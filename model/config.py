@@ -89,7 +89,7 @@ def from_hf(hf: dict, generation: dict | None = None) -> DecoderConfig:
     """Read a `config.json` (transformers 4 or 5 spelling) of model type mistral or llama.
 
     `generation`: the `generation_config.json`. Sampling stops at its EOS ids, or, where it names
-    none, at those of `hf`; if neither names any, at the tokenizer's (model/checkpoint.py).
+    none, at those of `hf`; if both name none, at the tokenizer's (model/checkpoint.py).
     Raises UserError for everything that is not built.
     """
     keys = dict(hf)  # what is read is taken out; what is left must be harmless
@@ -117,7 +117,8 @@ def from_hf(hf: dict, generation: dict | None = None) -> DecoderConfig:
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise UserError(f"torch_dtype {dtype!r} is not built: {', '.join(DTYPES)} are")
-    eos = eos_tuple((generation or {}).get("eos_token_id")) or eos_tuple(hf.get("eos_token_id"))
+    own = eos_tuple(hf.get("eos_token_id", 2))
+    eos = eos_tuple((generation or {}).get("eos_token_id")) or own
     values |= {"rope_theta": theta, "sliding_window": window, "torch_dtype": dtype}
     config = DecoderConfig(**values | {"eos_token_ids": eos})
     for key, value in keys.items():

@@ -115,6 +115,7 @@ def test_pairs_of_texts_end_as_the_template_ends_a_turn(run, tmp_path):
         (None, {"eos_token_id": [7, 2]}, [7, 2]),
         (None, {"eos_token_id": 0}, [0]),
         (None, {"eos_token_id": None}, [2]),  # the tokenizer's
+        (None, {"eos_token_id": ...}, [2]),  # the default of transformers' classes
         ({"bos_token_id": 1}, {"eos_token_id": None}, [2]),
         ({"eos_token_id": []}, {"eos_token_id": []}, [2]),
         ({"eos_token_id": list(range(3, 60))}, {}, list(range(3, 60))),
@@ -138,7 +139,8 @@ def test_eos_ids_are_those_of_transformers_there_and_back(
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
     content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | config))
+    content = {k: v for k, v in (content | config).items() if v is not ...}
+    (folder / "config.json").write_text(json.dumps(content))
     code = run_convert("from-hf", folder, tmp_path / "C")
     if isinstance(expected, str):
         refused(capsys, code, expected)
@@ -208,11 +210,11 @@ def test_a_row_s_own_ids_that_are_none_of_the_model_s_are_refused_by_field(base,
             read_pairs(path, tokenizer, config.vocab_size, 1024, 512, [])
     row = tiny.read_jsonl(base / "samples.jsonl")[0]
     for name in ("prompt_token_ids", "token_ids", "end_token_id"):
-        if name.startswith("prompt"):
-            changed = row | {name: [bad]}
-        elif name == "token_ids" or bad is not None:
-            value = [bad] if name == "token_ids" else bad
-            changed = row | {"responses": [row["responses"][0] | {name: value}]}
+        if name == "end_token_id" and bad is None:
+            continue
+        change = {name: bad if name == "end_token_id" else [bad]}
+        response = row["responses"][0] | ({} if name.startswith("prompt") else change)
+        changed = row | change | {"responses": [response]}
         with pytest.raises(UserError, match=f"line 1.*{name}"):
             kl._tokens_of(Sample(changed, "s.jsonl, line 1"), tokenizer, config)
 
