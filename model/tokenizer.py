@@ -42,8 +42,9 @@ from sharding.errors import UserError
 # Part of every tokenizer's identity: how it cuts this text, not only its vocabulary.
 PROBE = "Hello, world!  [INST] déjà  vu\n\n\tx = 3.14159;  ﬁn① 你好 😀 </s> it's   2024"
 TEMPLATES = "additional_chat_templates"  # the folder of named templates, beside the default one
-# Characters that no standard gives a meaning: marks between texts.
+# Characters that no standard gives a meaning: marks between texts, or in the place of one.
 PRIVATE_USE = range(0xE000, 0xF900), range(0x100000, 0x10FFFE)
+MARK = "\ue000"
 # What the code of a chat template may raise.
 TEMPLATE_ERRORS = (
     *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError),
@@ -244,7 +245,7 @@ class ChatTokenizer:
         None: the template's own text; -1: some message's."""
         shown = self._render(messages)
         contents = [m["content"] for m in messages]
-        taken = set("".join(contents))
+        taken = set("".join([self._template, *contents]))
         private = map(chr, itertools.chain(*PRIVATE_USE))
         mark, end = itertools.islice((c for c in private if c not in taken), 2)
 
@@ -360,8 +361,8 @@ class ChatTokenizer:
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template cannot be read: {_one_line(error)}") from None
         texts = [text for _, kind, text in lexed if kind in ("data", "string")]
-        turns = [{"role": role, "content": "-"} for role in ("user", "assistant", "user")]
-        for messages in (turns, [{"role": "system", "content": "-"}, *turns]):
+        turns = [{"role": r, "content": MARK} for r in ("system", "user", "assistant", "user")]
+        for messages in (turns, turns[1:], turns[1:2]):
             with contextlib.suppress(UserError):
                 texts.append(self._render(messages))
         text = "\0".join(texts)
@@ -369,14 +370,11 @@ class ChatTokenizer:
 
     def _end_of_turn(self) -> int | None:
         """What `end_id` is."""
-        mark = chr(0xE000)
-        turns = [
-            {"role": role, "content": text}
-            for role, text in (("user", "-"), ("assistant", mark), ("user", "-"))
-        ]
+        turns = [{"role": r, "content": "-"} for r in ("user", "assistant", "user")]
+        turns[1]["content"] = MARK
         for messages in (turns[:2], turns):
             with contextlib.suppress(UserError):
-                after = self._render(messages, to_be_answered=False).rpartition(mark)[2].lstrip()
+                after = self._render(messages, to_be_answered=False).rpartition(MARK)[2].lstrip()
                 first = self._full.encode(after, add_special_tokens=False).ids[:1]
                 if after and first and first[0] in self.eos_ids:
                     return first[0]
