@@ -35,6 +35,7 @@ from etils import epath
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from sharding.errors import UserError
@@ -77,7 +78,7 @@ class ChatTokenizer:
         own_eos = tokenizer.eos_token_id
         self.eos_ids = tuple(eos_ids) or (() if own_eos is None else (own_eos,))
 
-        # Tokens that a text holds whole, and a tokenizer that finds them as transformers does.
+        # Tokens that a text holds whole, beside a tokenizer that cuts as transformers does.
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         self._added = dict(tokenizer.added_tokens_decoder)
@@ -95,6 +96,13 @@ class ChatTokenizer:
         self._full.add_tokens(
             [self._added[vocabulary[text]] for text in others if text in vocabulary]
         )
+
+        # One that finds nothing but them, which takes no time.
+        self._finder = Tokenizer(WordLevel({"": 0}, unk_token=""))
+        if self._full.normalizer is not None:
+            self._finder.normalizer = self._full.normalizer
+        self._finder.add_tokens(list(self._added.values()))
+        self._id_of = {self._finder.token_to_id(t.content): i for i, t in self._added.items()}
 
         # Those that only the chat template's text may make.
         self._skipped = {i for i, token in self._added.items() if token.special}
@@ -300,11 +308,10 @@ class ChatTokenizer:
     def _find_special(self, text: str) -> list[tuple[int, int, int]]:
         """(start, end, id) of the special tokens that transformers finds in a text."""
         found = []
-        encoding = self._full.encode(text, add_special_tokens=False)
-        for i, (start, end) in zip(encoding.ids, encoding.offsets):
-            token = text[start:end].strip()  # without the white space that it is declared to strip
-            is_unknown = i == self._hf.unk_token_id and token != self._special.get(i)
-            if i in self._special and not is_unknown:
+        encoding = self._finder.encode(text, add_special_tokens=False)
+        for i, (start, end) in zip(map(self._id_of.get, encoding.ids), encoding.offsets):
+            if i in self._special:
+                token = text[start:end].strip()  # without white space that it is declared to strip
                 start = text.index(token, start)
                 found.append((start, start + len(token), i))
         return found
@@ -375,9 +382,9 @@ class ChatTokenizer:
         for messages in (turns[:2], turns):
             with contextlib.suppress(UserError):
                 after = self._render(messages, to_be_answered=False).rpartition(MARK)[2].lstrip()
-                first = self._full.encode(after, add_special_tokens=False).ids[:1]
-                if after and first and first[0] in self.eos_ids:
-                    return first[0]
+                for start, _, i in self._find_special(after)[:1]:
+                    if start == 0 and i in self.eos_ids:
+                        return i
         own = self._hf.eos_token_id
         return own if own in self.eos_ids else next(iter(self.eos_ids), None)
 
