@@ -9,18 +9,18 @@ Nothing is guessed from a folder's name.
 """
 
 import dataclasses
-import json
 
 import jax
 from etils import epath
 
-from model import config as model_config
 from model import decoder
-from model.config import DecoderConfig
+from model.config import DecoderConfig, read_config
 from model.orbax_settings import orbax
+from model.weights import check_links, read_json
 from sharding.errors import UserError, check_scheme, first_line
 
 MANIFEST = "manifest.json"
+FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # all that may lie beside the parameters
 
 
 def read_manifest(folder: str) -> dict:
@@ -35,11 +35,11 @@ def read_manifest(folder: str) -> dict:
                 f"checkpoint {folder} is incomplete: {name} is missing; "
                 "make it again (python -m scripts.convert, or the stage that wrote it)"
             )
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        manifest["identity"], manifest["parameters"], manifest["origin"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {folder}: {MANIFEST} is damaged ({error!r})") from None
+    check_links(folder, FILES)
+    manifest = read_json(path / MANIFEST)
+    for key, kind in (("identity", str), ("parameters", int), ("origin", dict)):
+        if not isinstance(manifest.get(key), kind):
+            raise UserError(f"checkpoint {folder}: {MANIFEST} is damaged: {key} is not there")
     return manifest
 
 
@@ -50,15 +50,7 @@ def identity(folder: str) -> str:
 
 def load_config(folder: str) -> DecoderConfig:
     read_manifest(folder)
-    path = epath.Path(folder)
-    try:
-        generation = path / "generation_config.json"
-        return model_config.from_hf(
-            json.loads((path / "config.json").read_text()),
-            json.loads(generation.read_text()) if generation.exists() else None,
-        )
-    except ValueError as error:
-        raise UserError(f"checkpoint {folder}: {error}") from None
+    return read_config(folder)
 
 
 def load_tokenizer(folder: str, config: DecoderConfig) -> tuple:

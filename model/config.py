@@ -1,32 +1,50 @@
 """The architecture of a Mistral- or Llama-shaped decoder as a frozen dataclass.
 
-Field names are Hugging Face's, so that a `config.json` can be read beside the code. A key that asks
-for something this project has not built is refused by name (UserError): a model that ignores it
-would run and answer wrongly.
+Field names are Hugging Face's, so that a `config.json` can be read beside the code. transformers'
+config class of the `model_type` decides what a key means: a key that the class knows and that is
+not built is refused by name (UserError); a key that it does not know cannot change its model.
 """
 
 import dataclasses
+import json
+from collections.abc import Mapping
 
+from etils import epath
+
+from model.weights import read_json
 from sharding.errors import UserError
 
-# Keys of a config.json that do not change the forward pass of inference and DPO training.
+# Keys that change neither the forward pass nor the training: no dropout is applied here, as in
+# TRL's DPOTrainer, and `pretraining_tp` only cuts a product into parts.
 HARMLESS = set(
     """architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id
-    id2label initializer_range is_llama_config label2id output_attentions output_hidden_states
-    pad_token_id pretraining_tp return_dict torch_dtype transformers_version use_cache""".split()
+    id2label initializer_range is_llama_config label2id name_or_path num_labels output_attentions
+    output_hidden_states pad_token_id pretraining_tp problem_type return_dict torch_dtype
+    transformers_version use_cache attn_implementation experts_implementation""".split()
 )
-# Keys with a single value that is built; a missing key has it too.
+# Keys with a single value that is built; a missing key has it too. transformers' class knows the
+# first three, where it has them; its other code looks for the rest in any config.
 BUILT = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "rope_interleaved": False,
-    "partial_rotary_factor": 1.0,
+    "is_causal": True,
+    "attention_chunk_size": None,
+    "kv_sharing_modes": None,
+    "per_layer_config": None,
+    "quantization_config": None,
+    "compression_config": None,
+    "fusion_config": None,
+    "transformers_weights": None,
 }
+BY_CLASS = ("hidden_act", "attention_bias", "mlp_bias")
 ARCHITECTURES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
+CONTEXTS = {"mistral": 131072, "llama": 2048}  # max_position_embeddings where the key is missing
 DTYPES = ("float32", "bfloat16", "float16")
 REQUIRED = """vocab_size hidden_size intermediate_size num_hidden_layers
     num_attention_heads""".split()
+LARGEST = {"num_hidden_layers": 10_000}  # of other sizes: whatever an int32 holds
+FLOAT32 = 2.0**-126, 2.0**127
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +72,31 @@ class DecoderConfig:
     torch_dtype: str = "float32"  # of the published weights; our parameters are always fp32
 
     def __post_init__(self):
-        for field in (*REQUIRED, "num_key_value_heads", "head_dim"):
-            if type(value := getattr(self, field)) is not int or value < 1:
-                raise UserError(f"{field} is {value!r}: it must be a positive whole number")
+        for field in (*REQUIRED, *"num_key_value_heads head_dim max_position_embeddings".split()):
+            check_whole(field, getattr(self, field))
+        for field in ("rms_norm_eps", "rope_theta"):
+            check_positive(field, getattr(self, field))
+        if not _is_number(self.initializer_range) or not 0 <= self.initializer_range <= 1:
+            raise UserError(
+                f"initializer_range is {self.initializer_range!r}: it must be a number from 0 to 1"
+            )
+        if type(self.tie_word_embeddings) is not bool:
+            raise UserError(
+                f"tie_word_embeddings is {self.tie_word_embeddings!r}: it must be true or false"
+            )
+        for field in ("bos_token_id", "pad_token_id"):
+            if type(value := getattr(self, field)) not in (int, type(None)):
+                raise UserError(f"{field} is {value!r}: it must be a token id or null")
+        for value in self.eos_token_ids:
+            if type(value) is not int:
+                raise UserError(f"eos_token_id {value!r}: it must be a token id, or a list of them")
+        for field, ids in (("bos", (self.bos_token_id,)), ("eos", self.eos_token_ids)):
+            for i in ids:
+                if i is not None and not 0 <= i < self.vocab_size:
+                    raise UserError(
+                        f"{field}_token_id {i}: it must be an id of the vocabulary of "
+                        f"{self.vocab_size}"
+                    )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of "
@@ -64,13 +104,6 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd: RoPE rotates halves")
-        for name, ids in (("bos", (self.bos_token_id,)), ("eos", self.eos_token_ids)):
-            for i in ids:
-                if i is not None and (type(i) is not int or not 0 <= i < self.vocab_size):
-                    raise UserError(
-                        f"{name}_token_id {i!r} is no id of a vocabulary of {self.vocab_size}: "
-                        "correct it in config.json and generation_config.json"
-                    )
 
     @property
     def axis_sizes(self) -> dict[str, int]:
@@ -85,6 +118,37 @@ class DecoderConfig:
         }
 
 
+def check_whole(name: str, value: object) -> None:
+    """Raise UserError unless a value is a positive whole number that a size can be."""
+    largest = LARGEST.get(name, 2**31 - 1)
+    if type(value) is not int or not 1 <= value <= largest:
+        below = "" if type(value) is not int or value < 1 else f" of at most {largest}"
+        raise UserError(f"{name} is {value!r}: it must be a positive whole number{below}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise UserError unless a value is a number that float32 holds, above 0."""
+    if not _is_number(value) or not FLOAT32[0] <= value <= FLOAT32[1]:
+        raise UserError(f"{name} is {value!r}: it must be a number above 0")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def read_config(folder: str) -> DecoderConfig:
+    """The config of a model's folder: config.json, and generation_config.json if it is there."""
+    path = epath.Path(folder) / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder}: config.json is missing: give the folder of a downloaded model")
+    generation = path.parent / "generation_config.json"
+    hf, generation = read_json(path), read_json(generation) if generation.exists() else None
+    try:
+        return from_hf(hf, generation)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def from_hf(hf: dict, generation: dict | None = None) -> DecoderConfig:
     """Read a `config.json` (transformers 4 or 5 spelling) of model type mistral or llama.
 
@@ -92,75 +156,111 @@ def from_hf(hf: dict, generation: dict | None = None) -> DecoderConfig:
     none, at those of `hf`; if both name none, at the tokenizer's (model/checkpoint.py).
     Raises UserError for everything that is not built.
     """
-    keys = dict(hf)  # what is read is taken out; what is left must be harmless
-    if keys.get("model_type") not in ARCHITECTURES:
-        raise UserError(
-            f"model_type {keys.get('model_type')!r} is not built: mistral and llama are"
-        )
-    mistral = keys["model_type"] == "mistral"
-    for key, built in BUILT.items():
-        if keys.pop(key, built) != built:
-            raise UserError(f"{key} {hf[key]!r} is not built: {built!r} is")
-    theta, window = _take_rope_theta(keys), _take_sliding_window(keys, mistral)
-    names = [field.name for field in dataclasses.fields(DecoderConfig)]
-    values = {name: keys.pop(name) for name in names if name in keys}
+    kind = hf.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise UserError(f"model_type {kind!r} is not built: mistral and llama are")
     for name in REQUIRED:
-        if name not in values:
+        if name not in hf:
             raise UserError(f"{name} is missing")
+        check_whole(name, hf[name])
+    left_out(hf)
+    names = [field.name for field in dataclasses.fields(DecoderConfig)]
+    values = {name: hf[name] for name in names if name in hf}
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    if values.setdefault("num_key_value_heads", 8 if mistral else None) is None:
+    if values.setdefault("num_key_value_heads", 8 if kind == "mistral" else None) is None:
         values["num_key_value_heads"] = heads
+    # transformers' LlamaConfig asks for it even beside a head_dim
+    if hidden % heads and (values.get("head_dim") is None or kind == "llama"):
+        raise UserError(f"hidden_size {hidden} does not divide into {heads} heads")
     if values.get("head_dim") is None:
-        if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
-            raise UserError(f"hidden_size {hidden} does not divide into {heads} heads")
         values["head_dim"] = hidden // heads
+    values.setdefault("max_position_embeddings", CONTEXTS[kind])
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise UserError(f"torch_dtype {dtype!r} is not built: {', '.join(DTYPES)} are")
     own = eos_tuple(hf.get("eos_token_id", 2))
     eos = eos_tuple((generation or {}).get("eos_token_id")) or own
+    theta, window = _rope_theta(hf), _sliding_window(hf)
     values |= {"rope_theta": theta, "sliding_window": window, "torch_dtype": dtype}
-    config = DecoderConfig(**values | {"eos_token_ids": eos})
-    for key, value in keys.items():
-        if key in HARMLESS or key.startswith(("_", "transformers.", "unsloth")):
-            continue
-        if value is not None and value is not False:
-            raise UserError(
-                f"{key} {value!r} is not known here and might change the model; "
-                "remove the key from config.json if it does not"
-            )
-    return config
+    return DecoderConfig(**values | {"eos_token_ids": eos})
+
+
+def left_out(hf: dict) -> list[str]:
+    """The keys with a value that transformers' model does not know, and that are therefore left
+    out. Raises UserError for a value that it knows and that is not built."""
+    read = {field.name for field in dataclasses.fields(DecoderConfig)} | {"model_type"}
+    read |= {"rope_scaling", "rope_parameters", "partial_rotary_factor", "layer_types"} | HARMLESS
+    keys = [
+        key
+        for key, value in hf.items()
+        if key not in read
+        and not key.startswith(("_", "transformers.", "unsloth"))
+        and (value != BUILT[key] if key in BUILT else value is not None and value is not False)
+    ]
+    if not keys:
+        return []
+    from transformers import CONFIG_MAPPING  # here: seconds where torch is, for rare keys alone
+
+    config_class = CONFIG_MAPPING[hf["model_type"]]
+    unknown = []
+    for key in keys:
+        if not hasattr(config_class, key) and (key not in BUILT or key in BY_CLASS):
+            unknown.append(key)
+        elif key in BUILT:
+            raise UserError(f"{key} is {hf[key]!r}: only {json.dumps(BUILT[key])} is built")
+        elif hf[key] != getattr(config_class, key):
+            raise UserError(f"{key} {hf[key]!r} is not built, but changes transformers' model")
+    return unknown
 
 
 def eos_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
     """EOS ids as a tuple, each once; Hugging Face writes a single id, a list or null."""
     ids = ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
-    for i in ids:
-        if type(i) is not int:
-            raise UserError(f"eos_token_id holds {i!r}: it must be a token id or a list of them")
-    return tuple(dict.fromkeys(ids))
+    return tuple(i for n, i in enumerate(ids) if i not in ids[:n])
 
 
-def _take_rope_theta(keys: dict) -> float:
+def _rope_theta(hf: dict) -> float:
     """The base of RoPE. transformers 5 keeps it in rope_parameters; 4 had rope_theta, with
-    rope_scaling beside it."""
-    ropes = {name: keys.pop(name, None) or {} for name in ("rope_scaling", "rope_parameters")}
-    for name, rope in ropes.items():
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or rope.keys() - {"rope_type", "type", "rope_theta"}:
-            raise UserError(f"{name} {rope} is not built: only plain RoPE is")
-    theta = keys.pop("rope_theta", DecoderConfig.rope_theta)
-    return float(ropes["rope_parameters"].get("rope_theta", theta))
+    rope_scaling beside it, which goes before."""
+    name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rope = hf.get(name) or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{name} is {rope!r}: it must be an object or null")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    plain = kind == "default" or (kind == "linear" and rope.get("factor") == 1)
+    unbuilt = {
+        key
+        for key, value in rope.items()
+        if key not in ("rope_type", "type", "rope_theta")
+        and not (key in ("factor", "partial_rotary_factor") and value == 1)
+    }
+    if not plain or unbuilt:
+        raise UserError(f"{name} {rope} is not built: only plain RoPE is")
+    if hf.get("partial_rotary_factor") not in (None, 1):
+        raise UserError(
+            f"partial_rotary_factor is {hf['partial_rotary_factor']!r}: only 1.0 is built"
+        )
+    theta = rope.get("rope_theta", hf.get("rope_theta", DecoderConfig.rope_theta))
+    # an int beyond the range of floats is refused with the others
+    return float(theta) if _is_number(theta) and abs(theta) <= FLOAT32[1] else theta
 
 
-def _take_sliding_window(keys: dict, mistral: bool) -> int | None:
+def _sliding_window(hf: dict) -> int | None:
     """The window of all layers; None if every token is seen."""
-    window = keys.pop("sliding_window", 4096 if mistral else None)
-    kinds = set(keys.pop("layer_types", None) or ())
-    if kinds - {"full_attention", "sliding_attention"} or len(kinds) > 1:
-        raise UserError(f"layer_types {sorted(kinds)} is not built: one kind for all is")
-    if kinds == {"full_attention"}:
-        window = None
+    mistral, layers = hf["model_type"] == "mistral", hf["num_hidden_layers"]
+    window, kinds = hf.get("sliding_window", 4096 if mistral else None), hf.get("layer_types")
+    if window is not None:
+        check_whole("sliding_window", window)
+    if kinds is not None:
+        built = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or kinds not in ([kind] * layers for kind in built):
+            raise UserError(
+                f"layer_types {kinds!s:.80} is not built: {layers} times {' or '.join(built)} is"
+            )
+        if kinds[0] == "full_attention":
+            window = None
+        elif window is None:
+            raise UserError("layer_types has sliding_attention, but sliding_window is not set")
     if not mistral and window is not None:
         raise UserError(f"sliding_window {window} in a llama config is not built")
     return window

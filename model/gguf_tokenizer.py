@@ -6,6 +6,7 @@ built is refused by name: with another pattern the same text would get other ids
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 
 from etils import epath
@@ -42,7 +43,7 @@ def write_tokenizer(value: Value, folder: str) -> None:
     """Put tokenizer.json, tokenizer_config.json and chat_template.jinja into `folder`. Raises
     UserError for what is missing or not built."""
     template = value("tokenizer.chat_template")
-    if template is None:
+    if not isinstance(template, str):
         raise UserError("no chat template: take the file of an instruction-tuned model")
     path = epath.Path(folder)
     (path / "tokenizer.json").write_text(build(value).to_str(pretty=True))
@@ -57,8 +58,7 @@ def build(value: Value) -> Tokenizer:
     tokens, kind = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UserError(f"tokenizer.ggml.model {kind!r} is not built: gpt2 and llama are")
-    if tokens is None:
-        raise UserError("key tokenizer.ggml.tokens is missing")
+    _check_lists(value)
     ids = {token: i for i, token in enumerate(tokens)}
     tokenizer = _byte_level(value, ids) if kind == "gpt2" else _sentencepiece(value, ids)
 
@@ -75,24 +75,46 @@ def build(value: Value) -> Tokenizer:
         adds_bos = kind == "llama"  # as llama.cpp reads a file without the key
     bos = named.get("bos_token") if adds_bos else None
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos}:0 $A:0" if bos else "$A:0",
-        pair=f"{bos}:0 $A:0 {bos}:1 $B:1" if bos else "$A:0 $B:1",
-        special_tokens=[(bos, ids[bos])] if bos else [],
+        single="bos:0 $A:0" if bos else "$A:0",
+        pair="bos:0 $A:0 bos:1 $B:1" if bos else "$A:0 $B:1",
+        special_tokens=[{"id": "bos", "ids": [ids[bos]], "tokens": [bos]}] if bos else [],
     )
     return tokenizer
+
+
+def _check_lists(value: Value) -> None:
+    """Raise UserError unless the file's lists are of one length and of the kinds they should be."""
+    tokens = value("tokenizer.ggml.tokens")
+    for name, kind in (("tokens", str), ("token_type", int), ("scores", float), ("merges", str)):
+        values = value(f"tokenizer.ggml.{name}")
+        if values is None and name != "tokens":
+            continue
+        if not isinstance(values, list) or not all(type(x) is kind for x in values):
+            raise UserError(f"key tokenizer.ggml.{name} is missing, or no list of {kind.__name__}")
+        if name != "merges" and len(values) != len(tokens):
+            raise UserError(
+                f"key tokenizer.ggml.{name} has {len(values)} values for {len(tokens)} tokens"
+            )
+    if len(set(tokens)) != len(tokens):
+        twice = next(token for token, count in Counter(tokens).items() if count > 1)
+        raise UserError(f"key tokenizer.ggml.tokens has {twice!r} twice")
 
 
 def _byte_level(value: Value, ids: dict[str, int]) -> Tokenizer:
     """BPE over bytes, in GPT-2's spelling of them."""
     pre, merges = value("tokenizer.ggml.pre"), value("tokenizer.ggml.merges")
-    if pre not in PATTERNS:
+    if not isinstance(pre, str) or pre not in PATTERNS:
         raise UserError(f"tokenizer.ggml.pre {pre!r} is not built: {', '.join(PATTERNS)} are")
     if merges is None:
         raise UserError("key tokenizer.ggml.merges is missing")
     pattern = PATTERNS[pre]
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    for merge, pair in zip(merges, pairs):
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
+            raise UserError(f"key tokenizer.ggml.merges has {merge!r}, which merges no two tokens")
     bpe = models.BPE(
         ids,
-        [tuple(merge.split(" ")) for merge in merges],
+        pairs,
         continuing_subword_prefix="",
         end_of_word_suffix="",
         ignore_merges=pattern is not None,  # these models take a word as it is if it is a token
@@ -143,7 +165,7 @@ def _named_tokens(value: Value) -> dict[str, str]:
         token_id = value(f"tokenizer.ggml.{key}_token_id")
         if token_id is None:
             continue
-        if token_id >= len(tokens):
+        if type(token_id) is not int or not 0 <= token_id < len(tokens):
             raise UserError(f"key tokenizer.ggml.{key}_token_id is {token_id}: no such token")
         named[f"{name}_token"] = tokens[token_id]
     return named

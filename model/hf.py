@@ -15,16 +15,13 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from model import checkpoint, checkpoint_writing, decoder
-from model import config as model_config
 from model.checkpoint_writing import write_json
-from model.config import DecoderConfig, to_hf
+from model.config import DecoderConfig, read_config, to_hf
 from model.weights import (
     Slot,
     check_tensors,
-    read_json,
     stored_tensors,
     table_slots,
     weight_files,
@@ -71,9 +68,13 @@ def empty_params(config: DecoderConfig) -> dict:
     return params
 
 
-def put(params: dict, config: DecoderConfig, slot: Slot, tensor: np.ndarray):
-    """Write one HF tensor (fp32, fp16 or bf16: all exact in fp32) into its place."""
-    place(params, slot)[...] = slot.to_ours(config, tensor)
+def put(params: dict, config: DecoderConfig, slot: Slot, tensor: np.ndarray, name: str):
+    """Write one HF tensor (fp32, fp16 or bf16: all exact in fp32) into its place. Raises UserError
+    with the tensor's `name` if a weight is NaN or infinite."""
+    weights = place(params, slot)
+    weights[...] = slot.to_ours(config, tensor)
+    if not np.isfinite([weights.min(), weights.max()]).all():
+        raise UserError(f"{name} holds NaN or infinity: take an undamaged copy of the model")
 
 
 def place(params: dict, slot: Slot) -> np.ndarray:
@@ -87,18 +88,6 @@ def place(params: dict, slot: Slot) -> np.ndarray:
 # ---------------------------------------------------------------------- reading a folder
 
 
-def read_config(folder: str) -> DecoderConfig:
-    path = epath.Path(folder)
-    if not (path / "config.json").exists():
-        raise UserError(f"{folder}: config.json is missing: give the folder of a downloaded model")
-    generation = path / "generation_config.json"
-    hf = read_json(path / "config.json")
-    try:
-        return model_config.from_hf(hf, read_json(generation) if generation.exists() else None)
-    except UserError as error:
-        raise UserError(f"{path / 'config.json'}: {error}") from None
-
-
 def read_hf(folder: str) -> tuple[DecoderConfig, dict]:
     """(config, fp32 numpy parameters) of a local folder as the hub holds it.
 
@@ -107,11 +96,17 @@ def read_hf(folder: str) -> tuple[DecoderConfig, dict]:
     """
     config = read_config(folder)
     wanted, stored = slots(config), stored_tensors(*weight_files(folder))
+    if "lm_head.weight" in wanted and "lm_head.weight" not in stored:
+        raise UserError(
+            f"{folder}: tensor lm_head.weight is missing, and config.json does not tie it to the "
+            "embedding: set tie_word_embeddings to true if the model shares the two, or download "
+            "the folder again"
+        )
     tied_copy = stored.get("lm_head.weight") if config.tie_word_embeddings else None
     check_tensors(folder, config, wanted, stored, {"lm_head.weight"} if tied_copy else set())
     params = empty_params(config)
     for name, slot in wanted.items():
-        put(params, config, slot, stored[name].read())
+        put(params, config, slot, stored[name].read(), f"{stored[name].file}: tensor {name}")
     if tied_copy is not None and not np.array_equal(tied_copy.read(), params["embed"]):
         raise UserError(
             f"{tied_copy.file}: lm_head.weight differs from the embedding, though config.json ties "

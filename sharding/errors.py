@@ -4,6 +4,15 @@
 class UserError(ValueError):
     """The caller's mistake: one line that says what, where and how to mend it. Exit code 2."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """One line, not too long, of what may hold names out of other people's files."""
+    text = text if len(text) < 2000 else f"{text[:1500]} … {text[-400:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
 
 def check_scheme(path: str, name: str = "") -> None:
     """Raise UserError for every scheme but gs://. name: the flag, for that line."""

@@ -92,7 +92,7 @@ def main(args: Args) -> None:
     check_distinct({"--checkpoint": args.checkpoint}, {"--out": args.out})
     processes.start(args)
     config, tokenizer = checkpoint.open_folder(args.checkpoint)
-    sizes = args.mesh or meshes.decoding_sizes(jax.device_count(), config)
+    sizes = args.mesh or meshes.decoding_sizes(len(meshes.list_devices()), config)
     mesh = meshes.make_mesh(*sizes)
     most = config.max_position_embeddings - args.max_new_tokens
     if most < 1:

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.config import check_positive, check_whole
 from model.precision import matmul_precision
 from model.rankers import deberta_tpu
 from sharding.errors import UserError
@@ -100,9 +101,8 @@ class DebertaConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name != "layer_norm_eps" and (type(value) is not int or value < 1):
-                raise UserError(f"{field.name} is {value!r}: it must be a positive whole number")
+            check = check_positive if field.name == "layer_norm_eps" else check_whole
+            check(field.name, getattr(self, field.name))
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} does not divide into "
@@ -149,7 +149,7 @@ def from_hf(hf: dict) -> DebertaConfig:
     furthest = hf.get("max_relative_positions", -1)
     return DebertaConfig(
         **{key: hf[key] for key in keys},
-        layer_norm_eps=float(hf.get("layer_norm_eps", 1e-7)),
+        layer_norm_eps=hf.get("layer_norm_eps", 1e-7),
         position_buckets=hf.get("position_buckets", -1),
         max_relative_positions=hf.get("max_position_embeddings", 512) if furthest < 1 else furthest,
     )

@@ -33,14 +33,23 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from model.packing import bucket
 from model.rankers import deberta, deberta_tpu
-from model.weights import Slot, check_tensors, local_folder, read_json, stored_tensors, table_slots
+from model.weights import (
+    Slot,
+    check_tensors,
+    local_folder,
+    local_model,
+    read_json,
+    stored_tensors,
+    table_slots,
+    weight_files,
+)
 from sharding.errors import UserError, first_line
 from sharding.mesh import batch_shards, constrain, make_mesh, put_batch, replicated
 
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
 SOURCE_LENGTH, CANDIDATE_LENGTH = 1224, 412  # in tokens, with [CLS], the marker and [SEP]
 TOKENIZER_FILES = ("tokenizer.json", "spm.model")  # the first that exists is read
-FILES = ["config.json", "model.safetensors", *TOKENIZER_FILES]
+FILES = ["config.json", *TOKENIZER_FILES]
 
 TABLE = {f"pretrained_model.{name}": entry for name, entry in deberta.TABLE.items()} | {
     "head_layer.1.weight": ("head_in", "d w", "w d"),
@@ -344,7 +353,7 @@ class Files:
     config: PairrmConfig
     weights: epath.Path
     tokenizer: str  # folder
-    stored: dict  # tensor name → StoredTensor, or TorchTensor
+    stored: dict  # tensor name → StoredTensor
     identity: str
 
 
@@ -355,9 +364,7 @@ def open_folder(name: str) -> Files:
     `model_name` (a folder or hub id) is the encoder, whose folder has the encoder's config.json,
     and the tokenizer if the ranker's folder has none. In PairRM-hf's, config.json is the encoder's.
     """
-    folder = epath.Path(local_folder(name, FILES)[0])
-    if not (folder / "model.safetensors").exists():
-        folder = epath.Path(local_folder(name, [*FILES, "pytorch_model.bin"])[0])
+    folder = epath.Path(local_model(name, FILES)[0])
     if not (folder / "config.json").exists():
         raise UserError(f"{name}: config.json is missing: give the folder of a PairRM")
     settings = read_json(folder / "config.json")
@@ -375,11 +382,12 @@ def open_folder(name: str) -> Files:
             raise UserError(f"{base}: config.json is missing: it describes {name}'s encoder")
         encoder = read_json(source)
 
-    weights, stored = _stored(folder)
+    weights = weight_files(str(folder))
+    stored = stored_tensors(*weights)
     embedding = stored.get("pretrained_model.embeddings.word_embeddings.weight")
     if embedding is None or "head_layer.4.weight" not in stored:
         raise UserError(
-            f"{weights} is not PairRM's: it has no encoder under pretrained_model, or no head"
+            f"{weights[0]} is not PairRM's: it has no encoder under pretrained_model, or no head"
         )
     try:
         config = PairrmConfig(
@@ -403,11 +411,11 @@ def open_folder(name: str) -> Files:
         raise UserError(f"{tokenizer}: {' or '.join(TOKENIZER_FILES)} is missing: add it")
 
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-    for part in (weights, source, *(tokenizer / file for file in TOKENIZER_FILES)):
+    for part in (*weights, source, *(tokenizer / file for file in TOKENIZER_FILES)):
         if part.exists():
             with part.open("rb") as file:
                 hashlib.file_digest(file, lambda: digest)
-    return Files(config, weights, str(tokenizer), stored, digest.hexdigest())
+    return Files(config, weights[0], str(tokenizer), stored, digest.hexdigest())
 
 
 def load(files: Files, sharding: jax.sharding.NamedSharding, dtype) -> dict:
@@ -429,44 +437,3 @@ def load(files: Files, sharding: jax.sharding.NamedSharding, dtype) -> dict:
 
 def _slots(config: PairrmConfig) -> dict[str, Slot]:
     return table_slots(TABLE, config.encoder.num_hidden_layers)
-
-
-@dataclasses.dataclass(frozen=True)
-class TorchTensor:
-    """One tensor of a pytorch_model.bin, with the same interface as StoredTensor."""
-
-    file: str
-    tensor: object
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    def read(self) -> np.ndarray:
-        return self.tensor.detach().float().numpy()
-
-
-def _stored(folder: epath.Path) -> tuple[epath.Path, dict]:
-    """(the file of weights, its tensors by name)."""
-    file = folder / "model.safetensors"
-    if file.exists():
-        return file, stored_tensors(file)
-    file = folder / "pytorch_model.bin"
-    if not file.exists():
-        raise UserError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
-    try:
-        import torch  # here: only a pickle needs it
-    except ImportError:
-        raise UserError(
-            f"{file} is read by PyTorch, which is not installed: pip install torch, or save the "
-            "weights as model.safetensors"
-        ) from None
-
-    try:  # weights_only: nothing in the pickle is run
-        state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=True)
-        tensors = {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
-    except Exception as error:
-        raise UserError(
-            f"{file} is damaged or no state dict ({first_line(error)}): download it again"
-        ) from None
-    return file, {name: TorchTensor(str(file), tensor) for name, tensor in tensors.items()}

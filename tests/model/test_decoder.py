@@ -100,7 +100,7 @@ def make_pair(name: str, attention: str = "eager") -> Pair:
     config = from_hf(their_config.to_dict())
     params, state = hf.empty_params(config), theirs.eval().state_dict()
     for key, slot in hf.slots(config).items():
-        hf.put(params, config, slot, state[key].numpy())
+        hf.put(params, config, slot, state[key].numpy(), key)
     return Pair(theirs, config, jax.tree.map(jnp.asarray, params))
 
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from model import checkpoint, decoder, hf
+from model.checkpoint_writing import fingerprint
 from model.config import DecoderConfig
 from model.forward import forward
 from model.generate import Sampler, Sampling
@@ -185,6 +186,12 @@ def tiny_tensors() -> dict[str, np.ndarray]:
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+def nan_in_a_corner(shape: tuple[int, ...]) -> np.ndarray:
+    values = np.ones(shape, np.float32)
+    values[-1, -1] = np.nan
+    return values
+
+
 def write_file(path: Path, architecture="llama", keys=(), drop=(), tensors=None, dtypes=()) -> str:
     """A GGUF file as llama.cpp's converter writes it; `keys` are added, `drop` are left out."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -242,6 +249,12 @@ def test_an_untied_file_with_two_ends_is_read(tmp_path):
     np.testing.assert_array_equal(head, tensors["output.weight"])
 
 
+def test_keys_with_a_value_that_changes_nothing_are_read(tmp_path):
+    keys = {"rope.scaling.type": "none", "rope.scaling.factor": 1, "expert_count": 0}
+    config, _ = read_gguf(write_file(tmp_path / "m.gguf", keys=keys))
+    assert config == CONFIG
+
+
 def test_quantized_tensors_are_dequantized(tmp_path):
     kinds = {
         "token_embd.weight": gguf.GGMLQuantizationType.Q8_0,
@@ -261,14 +274,42 @@ def test_quantized_tensors_are_dequantized(tmp_path):
     "changes, message",
     [
         ({"architecture": "qwen2"}, "architecture 'qwen2' is not built"),
-        ({"keys": {"rope.scaling.type": "yarn"}}, r"key llama\.rope\.scaling\.type \('yarn'\)"),
+        ({"keys": {"rope.scaling.type": "yarn"}}, r"key llama\.rope\.scaling\.type is 'yarn'"),
         ({"keys": {"attention.sliding_window": 4096}}, r"key llama\.attention\.sliding_window"),
-        ({"keys": {"expert_count": 8}}, r"key llama\.expert_count is not 0"),
+        ({"keys": {"expert_count": 8}}, r"key llama\.expert_count is 8: only 0"),
         ({"keys": {"rope.dimension_count": 4, "attention.key_length": 8}}, "attention.key_length"),
         ({"drop": ["block_count"]}, r"key llama\.block_count is missing"),
         ({"keys": {"block_count": 3}}, r"tensor blk\.2\..* is missing"),
         ({"keys": {"block_count": 1}}, r"tensor blk\.1\..* is not built"),
         ({"keys": {"feed_forward_length": 96}}, r"tensor blk\.0\.ffn_.* is \("),
+        ({"keys": {"block_count": "2"}}, r"key llama\.block_count is '2': it must be a positive"),
+        ({"keys": {"block_count": 0}}, r"key llama\.block_count is 0: it must be a positive"),
+        (
+            {"keys": {"block_count": 2**31}},
+            r"key llama\.block_count is 2147483648: it must",
+        ),
+        ({"keys": {"embedding_length": 0}}, r"key llama\.embedding_length is 0"),
+        ({"keys": {"attention.head_count": 0}}, r"key llama\.attention\.head_count is 0"),
+        ({"keys": {"attention.head_count_kv": 3}}, r"num_attention_heads 4 is no multiple of .* 3"),
+        (
+            {"keys": {"rope.freq_base": "1e4"}},
+            r"key llama\.rope\.freq_base is '1e4': it must be a num",
+        ),
+        ({"keys": {"rope.freq_base": 0}}, r"key llama\.rope\.freq_base is 0: it must be a num"),
+        ({"keys": {"context_length": "64"}}, r"key llama\.context_length is '64'"),
+        (
+            {"tensors": tiny_tensors() | {"token_embd.weight": np.ones(40, np.float32)}},
+            r"tensor token_embd\.weight is \(40,\), the file's keys make it \(40, 32\)",
+        ),
+        (
+            {"tensors": tiny_tensors() | {"blk.1.ffn_up.weight": nan_in_a_corner((64, 32))}},
+            r"m\.gguf: tensor blk\.1\.ffn_up\.weight holds NaN or infinity",
+        ),
+        (
+            {"tensors": {n: t for n, t in tiny_tensors().items() if n != "output_norm.weight"}},
+            r"tensor output_norm\.weight is missing",
+        ),
+        ({"tensors": {}}, r"tensor token_embd\.weight is missing"),
         (
             {"tensors": tiny_tensors() | {"rope_freqs.weight": np.ones(4, np.float32)}},
             r"tensor rope_freqs\.weight is not built",
@@ -297,3 +338,51 @@ def test_a_file_without_a_chat_template_is_refused(tmp_path):
 def test_a_file_that_is_not_there_is_the_caller_s_mistake(tmp_path):
     with pytest.raises(UserError, match=r"none\.gguf does not exist: give a \.gguf file"):
         convert.main(convert.FromGguf("none.gguf", str(tmp_path / "C")))
+
+
+def split(path: Path, folder: Path, parts: int) -> list[Path]:
+    """A file's parts, as llama.cpp's gguf-split writes them: all keys in the first."""
+    reader = gguf.GGUFReader(path)
+    paths = [folder / f"m-{i + 1:05}-of-{parts:05}.gguf" for i in range(parts)]
+    for i, part in enumerate(paths):
+        writer = gguf.GGUFWriter(part, "llama")
+        writer.add_uint16("split.no", i)
+        writer.add_uint16("split.count", parts)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for name, field in reader.fields.items() if i == 0 else ():
+            if not name.startswith("GGUF.") and name != "general.architecture":
+                sub = field.types[-1] if len(field.types) > 1 else None
+                writer.add_key_value(name, field.contents(), field.types[0], sub)
+        for tensor in reader.tensors[i::parts]:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+def test_a_split_model_is_the_whole_model(tmp_path):
+    kinds = {"blk.0.ffn_up.weight": gguf.GGMLQuantizationType.Q4_0}
+    whole = write_file(tmp_path / "whole.gguf", dtypes=kinds)
+    parts = split(Path(whole), tmp_path, 3)
+    config, params = read_gguf(whole)
+    for part in parts:
+        part_config, part_params = read_gguf(str(part))
+        assert part_config == config
+        assert fingerprint(part_params) == fingerprint(params)
+    assert not config.tie_word_embeddings
+    holds_head = next(p for p in parts if b"output.weight" in p.read_bytes())
+    holds_head.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=rf"one of 3 parts, and .*{holds_head.name} is missing"):
+        read_gguf(str(next(p for p in parts if p.exists())))
+
+
+@with_model
+@pytest.mark.heavy
+def test_the_demo_s_model_split_becomes_the_same_checkpoint(tmp_path, model):
+    parts = split(FILE, tmp_path, 2)
+    convert.main(convert.FromGguf(str(parts[1]), str(tmp_path / "C")))
+    assert checkpoint.identity(str(tmp_path / "C")) == checkpoint.identity(model)
+    inputs = checkpoint.read_manifest(str(tmp_path / "C"))["origin"]["inputs"]
+    assert sorted(inputs) == [part.name for part in parts]

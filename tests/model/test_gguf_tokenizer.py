@@ -170,9 +170,37 @@ def test_a_sentencepiece_vocabulary_cuts_as_sentencepiece_and_transformers_do(tm
         ({"tokens": None}, r"tokenizer\.ggml\.tokens is missing"),
         ({"bos_token_id": 1_000_000}, r"bos_token_id is 1000000: no such token"),
         ({"model": "llama"}, r"tokenizer\.ggml\.scores is missing"),
+        ({"bos_token_id": -1}, r"bos_token_id is -1: no such token"),
+        ({"eos_token_id": "2"}, r"eos_token_id is 2: no such token"),
+        ({"tokens": "abc"}, r"tokenizer\.ggml\.tokens is missing, or no list of str"),
+        ({"tokens": [1, 2]}, r"tokenizer\.ggml\.tokens is missing, or no list of str"),
+        ({"token_type": [1, 2]}, r"tokenizer\.ggml\.token_type has 2 values for \d+ tokens"),
+        ({"token_type": [0.5]}, r"tokenizer\.ggml\.token_type is missing, or no list of int"),
+        ({"scores": [0.5]}, r"tokenizer\.ggml\.scores has 1 values for \d+ tokens"),
+        ({"merges": ["a b c"]}, r"tokenizer\.ggml\.merges has 'a b c', which merges no two tok"),
+        ({"merges": ["ab"]}, r"merges has 'ab', which merges no two tokens"),
+        ({"merges": ["Ω ß"]}, r"merges has 'Ω ß', which merges no two tokens"),
+        ({"merges": [1]}, r"tokenizer\.ggml\.merges is missing, or no list of str"),
     ],
 )
-def test_what_is_not_built_is_refused_by_name(tmp_path, changes, message):
-    named = write_file(tmp_path / "m.gguf", byte_level("smollm") | changes)
+def test_what_is_not_built_is_refused_by_name(changes, message):
+    keys = {"bos_token_id": 1, "eos_token_id": 2} | byte_level("smollm") | changes
     with pytest.raises(UserError, match=message):
-        build(named.get)
+        build({f"tokenizer.ggml.{name}": value for name, value in keys.items()}.get)
+
+
+def test_a_token_that_is_there_twice_is_refused():
+    keys, _ = sentencepiece_bpe()
+    keys = keys | {"tokens": [*keys["tokens"][:-1], keys["tokens"][5]]}
+    with pytest.raises(UserError, match=r"tokenizer\.ggml\.tokens has '.*' twice"):
+        build({f"tokenizer.ggml.{name}": value for name, value in keys.items()}.get)
+
+
+@pytest.mark.parametrize("bos", ["a b", "a:0", "$A", "$B:1", "<s>"])
+def test_bos_may_have_any_text(bos):
+    keys = byte_level("llama-bpe")
+    tokens = [bos if i == 1 else token for i, token in enumerate(keys["tokens"])]
+    keys = keys | {"tokens": tokens, "bos_token_id": 1}
+    tokenizer = build({f"tokenizer.ggml.{name}": value for name, value in keys.items()}.get)
+    assert tokenizer.encode("it").ids[0] == 1
+    assert tokenizer.encode("it").ids[1] != 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -181,6 +182,13 @@ def as_config(text):
     return lambda folder: (Path(folder) / "config.json").write_text(text)
 
 
+def with_value(name, value):
+    def change(tensors):
+        tensors[name].view(-1)[-1] = value
+
+    return change
+
+
 def without(name):
     return lambda folder: (Path(folder) / name).unlink()
 
@@ -211,6 +219,19 @@ Q1 = "model.layers.1.self_attn.q_proj.weight"
         (without("config.json"), r"config\.json is missing"),
         (without("tokenizer_config.json"), r"tokenizer_config\.json is missing"),
         (without("model.safetensors"), r"neither model\.safetensors nor .*index\.json"),
+        (
+            in_tensors(lambda t: t.pop("lm_head.weight")),
+            r"tensor lm_head\.weight is missing, .*set tie_word_embeddings to true",
+        ),
+        (
+            in_tensors(lambda t: t.pop("model.norm.weight")),
+            r"tensor model\.norm\.weight is missing",
+        ),
+        *(
+            (in_tensors(with_value(name, value)), rf"safetensors: tensor {name} holds NaN or inf")
+            for name in (Q1, "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+            for value in (math.nan, math.inf, -math.inf)
+        ),
     ],
 )
 def test_a_damaged_folder_is_refused_by_name(tmp_path, source, damage, message):
@@ -218,6 +239,85 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path, source, damage, message):
     with pytest.raises(UserError, match=message):
         convert.main(convert.FromHf(source, str(tmp_path / "C")))
     assert not (tmp_path / "C").exists()
+
+
+def as_pytorch(folder: str) -> None:
+    """Make a folder's safetensors files PyTorch's."""
+    for file in Path(folder).glob("*.safetensors"):
+        bin_file = file.with_name(file.name.replace("model", "pytorch_model", 1))
+        torch.save(safetensors.torch.load_file(file), bin_file.with_suffix(".bin"))
+        file.unlink()
+    for file in Path(folder).glob("*.index.json"):
+        index = json.loads(file.read_text())
+        index["weight_map"] = {
+            name: file.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+            for name, file in index["weight_map"].items()
+        }
+        (Path(folder) / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        file.unlink()
+
+
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_pytorch_files_give_the_same_model(tmp_path, dtype, size):
+    source = write_model(tmp_path / "source", dtype, max_shard_size=size)
+    config, params = hf.read_hf(source)
+    as_pytorch(source)
+    assert len(list(Path(source).glob("pytorch_model*.bin"))) == (1 if size == "5GB" else 3)
+    read_config, read_params = hf.read_hf(source)
+    assert (read_config, fingerprint(read_params)) == (config, fingerprint(params))
+    convert.main(convert.FromHf(source, str(tmp_path / "C")))
+    assert checkpoint.identity(str(tmp_path / "C")) == fingerprint(params)
+
+
+def test_code_in_a_folder_is_not_run_and_keys_left_out_are_named_once(tmp_path, source, capsys):
+    code = f"open({str(tmp_path / 'run')!r}, 'w')\n"
+    for file in ("modeling_mine.py", "configuration_mine.py", "tokenization_mine.py"):
+        (Path(source) / file).write_text(code)
+    for file, names in (
+        ("config.json", ["AutoConfig", "AutoModelForCausalLM"]),
+        ("tokenizer_config.json", ["AutoTokenizer"]),
+    ):
+        path = Path(source) / file
+        auto_map = {name: "modeling_mine.Mine" for name in names}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}))
+    assert command("from-hf", source, str(tmp_path / "C")) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert len(lines) == 1 and "does not know auto_map" in lines[0]
+    checkpoint.load_config(str(tmp_path / "C"))
+    assert command("to-hf", str(tmp_path / "C"), str(tmp_path / "D")) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert not any((tmp_path / "C").glob("*.py")) and not any((tmp_path / "D").glob("*.py"))
+
+
+LINKED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@pytest.mark.parametrize("name", [*LINKED, "README.md", "merges.txt", "model.safetensors"])
+def test_from_hf_follows_no_link_out_of_the_folder(tmp_path, source, name):
+    file = Path(source) / name
+    if file.exists():
+        file.rename(tmp_path / name)
+    else:
+        (tmp_path / name).write_text("secret")
+    file.symlink_to(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name} is a link to .*, out of its folder"):
+        convert.main(convert.FromHf(source, str(tmp_path / "C")))
+    assert not (tmp_path / "C").exists()
+
+
+@pytest.mark.parametrize("name", [*LINKED, "special_tokens_map.json", "merges.txt"])
+def test_to_hf_copies_no_link_s_target_from_outside(tmp_path, model, name):
+    file = Path(model) / name
+    if file.exists():
+        file.rename(tmp_path / name)
+    else:
+        (tmp_path / name).write_text("secret")
+    file.symlink_to(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name} is a link to .*, out of its folder"):
+        convert.main(convert.ToHf(model, str(tmp_path / "D")))
+    assert not (tmp_path / "D").exists()
 
 
 def test_a_missing_shard_is_named(tmp_path):

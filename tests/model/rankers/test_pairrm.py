@@ -452,7 +452,7 @@ def damage(folder, tiny, what):
         ("encoder", "nowhere"),
         ("weights", "pytorch_model.bin"),
         ("cut off", "download it again"),
-        ("pickle", "pytorch_model.bin is damaged"),
+        ("pickle", "pytorch_model.bin: it is damaged"),
         ("tokenizer", "spm.model"),
         ("config", "config.json is missing"),
         ("vocabulary", "belong to different models"),
