@@ -8,6 +8,8 @@
 Nothing is guessed from a folder's name.
 """
 
+import dataclasses
+
 import jax
 from etils import epath
 
@@ -49,6 +51,24 @@ def identity(folder: str) -> str:
 def load_config(folder: str) -> DecoderConfig:
     read_manifest(folder)
     return read_config(folder)
+
+
+def load_tokenizer(folder: str, config: DecoderConfig) -> tuple:
+    """(config, ChatTokenizer of the folder's files), which must fit together. A config that names
+    no EOS gets the tokenizer's. Raises UserError."""
+    from model.tokenizer import ChatTokenizer  # here: transformers takes seconds to load
+
+    tokenizer = ChatTokenizer.from_folder(folder, config.eos_token_ids)
+    try:
+        tokenizer.check_vocabulary(config.vocab_size)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return dataclasses.replace(config, eos_token_ids=tokenizer.eos_ids), tokenizer
+
+
+def open_folder(folder: str) -> tuple:
+    """A checkpoint's (config, ChatTokenizer): what stages begin with, before they load weights."""
+    return load_tokenizer(folder, load_config(folder))
 
 
 def load(folder: str, mesh=None) -> tuple[DecoderConfig, decoder.Params]:

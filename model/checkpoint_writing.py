@@ -68,9 +68,21 @@ def write_json(path: epath.Path, content: dict) -> None:
 
 def copy_tokenizer(source: str, folder: epath.Path) -> None:
     """Copy a tokenizer's files, and generation_config.json, from one folder into another."""
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (file := epath.Path(source) / name).exists():
-            file.copy(folder / name)
+    for file in (*tokenizer_files(source), epath.Path(source) / "generation_config.json"):
+        if file.exists():
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            file.copy(copy)
+
+
+def tokenizer_files(folder: str) -> list[epath.Path]:
+    """The tokenizer's files in a folder, its named chat templates among them."""
+    path = epath.Path(folder)
+    files = [path / name for name in TOKENIZER_FILES]
+    return [
+        *(file for file in files if file.exists()),
+        *sorted(path.glob("additional_chat_templates/*.jinja")),
+    ]
 
 
 # ---------------------------------------------------------------- folders that appear whole

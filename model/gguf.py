@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from gguf import dequantize
 
-from model import gguf_tokenizer, hf
+from model import checkpoint, gguf_tokenizer, hf
 from model.config import DecoderConfig, check_positive, check_whole, eos_tuple
 from model.gguf_file import GgufFile, read_model
 from model.weights import Slot
@@ -75,8 +75,10 @@ def read_gguf(path: str, tokenizer_folder: str | None = None) -> tuple[DecoderCo
     if tokenizer_folder is not None:
         try:
             gguf_tokenizer.write_tokenizer(file.keys.get, tokenizer_folder)
+            config, _ = checkpoint.load_tokenizer(tokenizer_folder, config)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            message = str(error).removeprefix(f"{tokenizer_folder}: ")
+            raise UserError(f"{path}: {message}") from None
         ids = {f"{name}_token_id": value for name, value in _token_ids(file).items()}
         generation = epath.Path(tokenizer_folder) / "generation_config.json"
         generation.write_text(json.dumps(ids, indent=2) + "\n")
@@ -191,15 +193,12 @@ def _config(path: str, file: GgufFile) -> DecoderConfig:
 
 
 def _token_ids(file: GgufFile) -> dict:
-    """bos, eos (a list if turns have an end token of their own) and pad; None if missing."""
-    ids = {
-        short: file.keys.get(f"tokenizer.ggml.{name}_token_id")
-        for short, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("turn", "eot"))
-    }
-    turn = ids.pop("turn")
-    if turn is not None and turn != ids["eos"]:
-        ids["eos"] = [turn] if ids["eos"] is None else [ids["eos"], turn]
-    return ids
+    """bos, eos (a list if turns or messages have an end token of their own) and pad; None if
+    missing."""
+    names = "bos eos padding eot eom".split()
+    bos, eos, pad, *ends = (file.keys.get(f"tokenizer.ggml.{name}_token_id") for name in names)
+    eos = eos_tuple([i for i in (eos, *ends) if i is not None])
+    return {"bos": bos, "eos": eos[0] if len(eos) == 1 else list(eos) or None, "pad": pad}
 
 
 def _by_gguf_name(config: DecoderConfig) -> dict[str, Slot]:

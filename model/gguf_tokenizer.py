@@ -146,7 +146,8 @@ def _sentencepiece(value: Value, ids: dict[str, int]) -> Tokenizer:
     tokenizer = Tokenizer(bpe)
     prefix = value("tokenizer.ggml.add_space_prefix") is not False
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        prepend_scheme="first" if prefix else "never", split=False
+        prepend_scheme="always" if prefix else "never",  # as llama.cpp: behind special tokens too
+        split=False,
     )
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:

@@ -164,24 +164,27 @@ def main(args: Command):
 def from_hf(args: FromHf):
     folder, commit = weights.local_model(args.src, HUB_FILES, args.revision)
     path = epath.Path(folder)
-    hf.read_config(folder)  # refuse before the weights are hashed
+    config = hf.read_config(folder)  # refuse before the weights are hashed
     if left_out := model_config.left_out(weights.read_json(path / "config.json")):
         names = printable(", ".join(left_out))
         print(f"{path / 'config.json'}: transformers' model does not know {names}: left out")
     if not (path / "tokenizer_config.json").exists():
         raise UserError(f"{folder}: tokenizer_config.json is missing: download it too")
+    eos_ids = checkpoint.load_tokenizer(folder, config)[0].eos_token_ids
     files = [
         *weights.weight_files(folder),
         path / "config.json",
         path / "generation_config.json",
-        *(path / name for name in checkpoint_writing.TOKENIZER_FILES),
+        *checkpoint_writing.tokenizer_files(folder),
     ]
 
     def read():
-        return *hf.read_hf(folder), folder, cards.source_of_hf(folder, args.src, commit)
+        config, params = hf.read_hf(folder)
+        config = dataclasses.replace(config, eos_token_ids=eos_ids)
+        return config, params, folder, cards.source_of_hf(folder, args.src, commit)
 
     arguments = {"from": "hf", "commit": commit}
-    inputs = {file.name: str(file) for file in files if file.exists()}
+    inputs = {str(file.relative_to(folder)): str(file) for file in files if file.exists()}
     write_checkpoint(args.checkpoint, arguments, inputs, read, {"SRC": folder})
 
 
@@ -240,7 +243,7 @@ def to_hf(args: ToHf):
         raise UserError(f"--max-shard-gb {args.max_shard_gb}: give a size of a byte or more")
     dst, read = args.dst, {"CHECKPOINT": args.checkpoint}
     check_distinct(read | ({"--base": args.base} if args.base else {}), {"DST": dst})
-    config = checkpoint.load_config(args.checkpoint)
+    config, _ = checkpoint.open_folder(args.checkpoint)
     made = checkpoint.read_manifest(args.checkpoint)
     dtype = args.dtype or config.torch_dtype
     cards.model_card(made, dtype, None, args.results)  # refuse --results before anything is written

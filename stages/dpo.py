@@ -42,7 +42,6 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax.numpy as jnp
 
     from model import batches, checkpoint, checkpoint_writing, decoder, gates, logprobs, losses
-    from model import tokenizer as tokenizers
     from model import train as training
     from sharding import mesh as meshes
     from sharding import table
@@ -139,10 +138,10 @@ def main(args: Args) -> None:
     args, loss, optimization = checked(args)
     processes.start(args)
     reference = args.reference or args.checkpoint
-    config = checkpoint.load_config(args.checkpoint)
-    if checkpoint.load_config(reference) != config:
+    config, tokenizer = checkpoint.open_folder(args.checkpoint)
+    of_reference = checkpoint.load_config(reference)
+    if dataclasses.replace(of_reference, eos_token_ids=config.eos_token_ids) != config:
         raise UserError(f"--reference {reference} is of another architecture than --checkpoint")
-    tokenizer = tokenizers.ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
     identities = {
         "model": checkpoint.identity(args.checkpoint),
         "reference": checkpoint.identity(reference),

@@ -38,7 +38,6 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax.numpy as jnp
 
     from model import checkpoint, generate, kv_cache, slot_state
-    from model import tokenizer as tokenizers
     from sharding import chips, table
     from sharding import mesh as meshes
 
@@ -95,8 +94,7 @@ def main(args: Args) -> None:
     sampling = checked(args)
     check_distinct({"--checkpoint": args.checkpoint}, {"--out": args.out})
     processes.start(args)
-    config = checkpoint.load_config(args.checkpoint)
-    tokenizer = tokenizers.ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
+    config, tokenizer = checkpoint.open_folder(args.checkpoint)
     sizes = args.mesh or meshes.decoding_sizes(len(meshes.list_devices()), config)
     mesh = meshes.make_mesh(*sizes)
     most = config.max_position_embeddings - args.max_new_tokens

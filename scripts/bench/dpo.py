@@ -23,7 +23,6 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
 
     from model import checkpoint, packing
-    from model import tokenizer as tokenizers
     from scripts.bench import training_pieces
     from sharding import mesh as meshes
 
@@ -105,12 +104,11 @@ def bench(args: Dpo) -> None:
 
 def _rows(answers: list[tuple[dict, ...]], folder: str, args: Dpo) -> list[dict]:
     """TRL's columns: the first step's pairs, to warm up, and all steps' pairs."""
-    eos = checkpoint.load_config(folder).eos_token_ids
-    tokenizer, rows = tokenizers.ChatTokenizer.from_folder(folder, eos), []
+    tokenizer, rows = checkpoint.open_folder(folder)[1], []
     for both in spread(answers, args.steps * args.pairs):
         prompt = tokenizer.prompt_ids([{"role": "user", "content": both[0]["instruction"]}])
         prompt = prompt[: args.max_length // 2]
-        sides = [tokenizer.response_ids(x["output"]) + [tokenizer.eos_ids[0]] for x in both]
+        sides = [tokenizer.response_ids(x["output"]) + [tokenizer.end_id] for x in both]
         chosen, rejected = (ids[: args.max_length - len(prompt)] for ids in sides)
         rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     return rows[: args.pairs] + rows

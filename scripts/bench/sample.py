@@ -29,7 +29,6 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax.numpy as jnp
 
     from model import checkpoint, decoder, drawing, generate, kv_cache, packing
-    from model import tokenizer as tokenizers
     from scripts.bench import measuring
 
 
@@ -129,7 +128,7 @@ def _account(step: dict) -> None:
 class Ours(Worker):
     def __init__(self, folder: str, args: Sample, prompts: list[str]):
         self.config, params = checkpoint.load(folder)
-        tokenizer = tokenizers.ChatTokenizer.from_folder(folder, self.config.eos_token_ids)
+        tokenizer = checkpoint.open_folder(folder)[1]
         self.prompts = [
             (str(i), tokenizer.prompt_ids([{"role": "user", "content": text}]))
             for i, text in enumerate(prompts)

@@ -20,7 +20,7 @@ from sharding.errors import UserError
 from stages.evaluate.winrates import standard_error
 from stages.files.output import Manifest, Output, an_input, read_lineage
 from stages.files.paths import check_distinct
-from stages.files.rows import Response, Sample, field, read
+from stages.files.rows import Sample, check_token_ids, field, read
 from stages.files.run import STOPPED_TOGETHER, stop_signal
 from stages.files.together import Elsewhere, open_output
 
@@ -29,7 +29,6 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax.numpy as jnp
 
     from model import checkpoint, logprobs
-    from model import tokenizer as tokenizers
     from sharding import mesh as meshes
 
 
@@ -78,8 +77,7 @@ def main(args: Kl) -> None:
     check_flags(args)
     check_distinct({"--checkpoint": args.checkpoint}, {"--out": args.out})
     processes.start(args)
-    config = checkpoint.load_config(args.checkpoint)
-    tokenizer = tokenizers.ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
+    config, tokenizer = checkpoint.open_folder(args.checkpoint)
     samples = read(args.samples, Sample)
     lineage = read_lineage(args.samples, samples.sha256)
     sampler = lineage.identities if lineage else {}
@@ -159,7 +157,9 @@ def _text(error: float | None) -> str:
 
 def _tokens_of(row: Sample, tokenizer, config) -> Answered | str:
     """The row's token ids and log-probs, or the reason why it is set aside."""
-    prompt = _own_ids(field(row.fields, "prompt_token_ids", list, row.where), config, row.where)
+    vocabulary = config.vocab_size
+    prompt = field(row.fields, "prompt_token_ids", list, row.where)
+    check_token_ids(prompt, "prompt_token_ids", row.where, vocabulary)
     responses, recorded = [], []
     for i, response in enumerate(row.responses):
         where = f"{row.where}, responses[{i}]"
@@ -167,7 +167,8 @@ def _tokens_of(row: Sample, tokenizer, config) -> Answered | str:
             field(row.fields["responses"][i], name, kind, where)
         if not math.isfinite(response.logprob):
             raise UserError(f"{where}: field 'logprob' is {response.logprob}: correct the line")
-        responses.append(_own_ids(_with_end(response, tokenizer), config, where))
+        response.check_ids(where, vocabulary=vocabulary)
+        responses.append(response.with_end(response.token_ids, tokenizer.end_id))
         recorded.append(float(response.logprob))
     longest = max(map(len, responses), default=0)
     if not prompt or not responses or not all(responses):
@@ -175,21 +176,6 @@ def _tokens_of(row: Sample, tokenizer, config) -> Answered | str:
     if len(prompt) + longest > config.max_position_embeddings:
         return "beyond the model's context"
     return Answered(row.prompt_id, Sequence(prompt, responses), recorded)
-
-
-def _with_end(response: Response, tokenizer) -> list[int]:
-    """The tokens that `logprob` sums: token_ids and the EOS that was drawn."""
-    if response.end_token_id is not None:
-        return [*response.token_ids, response.end_token_id]
-    # Samples of earlier versions do not say which EOS it was.
-    ended = response.finish_reason == "stop" and tokenizer.eos_ids
-    return [*response.token_ids, *([tokenizer.eos_ids[0]] if ended else [])]
-
-
-def _own_ids(ids: list, config, where: str) -> list[int]:
-    if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
-        raise UserError(f"{where}: a token id is none of this model's: other tokenizer, or edited?")
-    return ids
 
 
 def compute(

@@ -74,7 +74,9 @@ def read_pairs(
         """The pair as an Example, or the reason why it cannot be trained on."""
         if pair.unusable is not None:
             return pair.unusable
-        prompt = _prompt_ids(pair, tokenizer)
+        prompt = _prompt_ids(pair, tokenizer, vocabulary)
+        for side, response in (("chosen_", pair.chosen), ("rejected_", pair.rejected)):
+            response.check_ids(pair.where, side, vocabulary)
         responses = [_response_ids(r, tokenizer) for r in (pair.chosen, pair.rejected)]
         if not prompt or not all(responses):
             return "empty prompt or response"
@@ -90,11 +92,6 @@ def read_pairs(
         chosen, rejected = (ids[:room] for ids in responses)
         if chosen == rejected:
             return "chosen equals rejected after the cut"
-        if max(map(max, (prompt, chosen, rejected))) >= vocabulary:
-            raise UserError(
-                f"{pair.where}: a token id is beyond the vocabulary of {vocabulary}: was another "
-                "tokenizer used, or the line edited?"
-            )
         logprobs = pair.chosen.logprob, pair.rejected.logprob
         is_cut = (prompt, chosen, rejected) != full
         return Example(
@@ -117,10 +114,10 @@ def read_pairs(
     return examples, file
 
 
-def _prompt_ids(pair: Pair, tokenizer: ChatTokenizer) -> list[int]:
+def _prompt_ids(pair: Pair, tokenizer: ChatTokenizer, vocabulary: int) -> list[int]:
     if pair.fields.get("prompt_token_ids") is not None:
         ids = field(pair.fields, "prompt_token_ids", list, pair.where)
-        rows.check_token_ids(ids, "prompt_token_ids", pair.where)
+        rows.check_token_ids(ids, "prompt_token_ids", pair.where, vocabulary)
         return ids
     try:
         return tokenizer.prompt_ids(pair.messages)
@@ -129,19 +126,14 @@ def _prompt_ids(pair: Pair, tokenizer: ChatTokenizer) -> list[int]:
 
 
 def _response_ids(response: Response, tokenizer: ChatTokenizer) -> list[int]:
-    """The tokens that were sampled, else those of the text. An answer that ended by itself ends
-    with the EOS that was drawn, else with the tokenizer's first. A text without token ids counts as
+    """The tokens that were sampled, else those of the text. A text without token ids counts as
     ended: published pairs hold whole answers."""
     ids = response.token_ids
     if ids is None:
         ids = tokenizer.response_ids(response.text)
         if not ids:
             return []
-    if response.finish_reason != "stop":
-        return ids
-    if response.end_token_id is not None:
-        return [*ids, response.end_token_id]
-    return [*ids, *tokenizer.eos_ids[:1]]
+    return response.with_end(ids, tokenizer.end_id)
 
 
 def _win_probability(fields: dict, where: str) -> float | None:

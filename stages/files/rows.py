@@ -82,9 +82,22 @@ class Response:
             for name, kind in kinds.items()
             if fields.get(prefix + name) is not None
         }
-        check_token_ids(values.get("token_ids", []), f"{prefix}token_ids", where)
         values["finish_reason"] = finish_reason(fields, where, f"{prefix}finish_reason")
-        return cls(field(fields, "text", str, where), **values)
+        response = cls(field(fields, "text", str, where), **values)
+        response.check_ids(where, prefix)
+        return response
+
+    def check_ids(self, where: str, prefix: str = "", vocabulary: float = math.inf) -> None:
+        """Raise UserError where the ids are no token ids, or beyond the vocabulary."""
+        end = [] if self.end_token_id is None else [self.end_token_id]
+        check_token_ids(self.token_ids or [], f"{prefix}token_ids", where, vocabulary)
+        check_token_ids(end, f"{prefix}end_token_id", where, vocabulary)
+
+    def with_end(self, ids: list[int], end_id: int | None) -> list[int]:
+        """The answer's ids and, if it ended by itself, the EOS that was drawn. end_id: the EOS with
+        which the chat template ends a turn, for rows that do not tell."""
+        end = end_id if self.end_token_id is None else self.end_token_id
+        return [*ids, end] if self.finish_reason == "stop" and end is not None else ids
 
 
 class Sample(Prompt):
@@ -349,10 +362,16 @@ def field(fields: Fields, name: str, kind: type | tuple[type, ...], where: str):
     return value
 
 
-def check_token_ids(ids: list, name: str, where: str) -> None:
+def check_token_ids(ids: list, name: str, where: str, vocabulary: float = math.inf) -> None:
     """Raise UserError where the list in the field `name` holds anything but token ids."""
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise UserError(f"{where}: field {name!r} must hold token ids only")
+    for i in ids:
+        if type(i) is not int or i < 0:
+            raise UserError(f"{where}: field {name!r} holds {i!r}, which is no token id")
+        if i >= vocabulary:
+            raise UserError(
+                f"{where}: field {name!r} holds {i}, which is beyond the model's vocabulary of "
+                f"{vocabulary}: was another tokenizer used, or the line edited?"
+            )
 
 
 def finish_reason(fields: Fields, where: str, name: str = "finish_reason") -> str:

@@ -221,14 +221,6 @@ def test_a_template_may_show_contents_twice(tmp_path):
     assert tokenizer.decode(tokenizer.prompt_ids(turns("ab"))) == "[INST] abab [/INST]"
 
 
-@pytest.mark.parametrize("change", ["|upper", "|replace('a', 'b')", "[:3]"])
-def test_a_template_that_changes_contents_is_refused(tmp_path, change):
-    changed = f"(message['content']{change})"
-    folder = folder_of(tmp_path, TEMPLATE.replace("message['content']", changed))
-    with pytest.raises(UserError, match="changes what the messages say"):
-        ChatTokenizer.from_folder(folder, (2,)).prompt_ids(turns("a cat"))
-
-
 def test_a_template_that_drops_a_message_is_refused(tmp_path):
     folder = folder_of(tmp_path, "[INST] {{ messages[-1]['content'] }} [/INST]")
     with pytest.raises(UserError, match="leaves out message 0"):
