@@ -84,12 +84,8 @@ class DecoderConfig:
             raise UserError(
                 f"tie_word_embeddings is {self.tie_word_embeddings!r}: it must be true or false"
             )
-        for field in ("bos_token_id", "pad_token_id"):
-            if type(value := getattr(self, field)) not in (int, type(None)):
-                raise UserError(f"{field} is {value!r}: it must be a token id or null")
-        for value in self.eos_token_ids:
-            if type(value) is not int or value < 0:
-                raise UserError(f"eos_token_id {value!r}: it must be a token id, or a list of them")
+        if type(self.pad_token_id) not in (int, type(None)):
+            raise UserError(f"pad_token_id is {self.pad_token_id!r}: it must be a token id or null")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of "
@@ -97,6 +93,13 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd: RoPE rotates halves")
+        for name, ids in (("bos", (self.bos_token_id,)), ("eos", self.eos_token_ids)):
+            for i in ids:
+                if i is not None and (type(i) is not int or not 0 <= i < self.vocab_size):
+                    raise UserError(
+                        f"{name}_token_id {i!r} is no id of a vocabulary of {self.vocab_size}: "
+                        "correct it in config.json and generation_config.json"
+                    )
 
     @property
     def axis_sizes(self) -> dict[str, int]:
@@ -145,7 +148,8 @@ def read_config(folder: str) -> DecoderConfig:
 def from_hf(hf: dict, generation: dict | None = None) -> DecoderConfig:
     """Read a `config.json` (transformers 4 or 5 spelling) of model type mistral or llama.
 
-    `generation`: the `generation_config.json`, whose EOS ids are what sampling stops at.
+    `generation`: the `generation_config.json`. Sampling stops at its EOS ids, or, where it names
+    none, at those of `hf`.
     Raises UserError for everything that is not built.
     """
     kind = hf.get("model_type")
@@ -170,11 +174,11 @@ def from_hf(hf: dict, generation: dict | None = None) -> DecoderConfig:
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise UserError(f"torch_dtype {dtype!r} is not built: {', '.join(DTYPES)} are")
-    eos = (generation or {}).get("eos_token_id")
-    eos = hf.get("eos_token_id", 2) if eos is None else eos
+    own = eos_tuple(hf.get("eos_token_id", 2))
+    eos = eos_tuple((generation or {}).get("eos_token_id")) or own
     theta, window = _rope_theta(hf), _sliding_window(hf)
     values |= {"rope_theta": theta, "sliding_window": window, "torch_dtype": dtype}
-    return DecoderConfig(**values | {"eos_token_ids": eos_tuple(eos)})
+    return DecoderConfig(**values | {"eos_token_ids": eos})
 
 
 def left_out(hf: dict) -> list[str]:
@@ -206,8 +210,12 @@ def left_out(hf: dict) -> list[str]:
 
 
 def eos_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
-    """EOS ids as a tuple; Hugging Face writes a single id, a list or null."""
-    return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
+    """EOS ids as a tuple, each once; Hugging Face writes a single id, a list or null."""
+    ids = ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+    for i in ids:
+        if type(i) is not int:
+            raise UserError(f"eos_token_id holds {i!r}: it must be a token id or a list of them")
+    return tuple(dict.fromkeys(ids))
 
 
 def _rope_theta(hf: dict) -> float:

@@ -162,7 +162,6 @@ def _config(path: str, file: GgufFile) -> DecoderConfig:
     ):
         if (other := take(key, value)) != value:
             raise UserError(f"{path}: key llama.{key} is {other!r}: only {value!r} is built")
-    ids = _token_ids(file)
     fields = dict(
         vocab_size=vocab_size,
         hidden_size=hidden,
@@ -175,14 +174,17 @@ def _config(path: str, file: GgufFile) -> DecoderConfig:
         rope_theta=positive("rope.freq_base", 10000.0),
         max_position_embeddings=whole("context_length"),
         tie_word_embeddings="output.weight" not in file.tensors,
-        bos_token_id=ids["bos"],
-        eos_token_ids=eos_tuple(ids["eos"]),
-        pad_token_id=ids["pad"],
         model_type="llama",
         torch_dtype="float32",  # dequantized values: half precision would not hold them
     )
     try:
-        config = DecoderConfig(**fields)
+        ids = _token_ids(file)
+        config = DecoderConfig(
+            **fields,
+            bos_token_id=ids["bos"],
+            eos_token_ids=eos_tuple(ids["eos"]),
+            pad_token_id=ids["pad"],
+        )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for key, value in keys.items():  # rope.scaling, attention.sliding_window, …
@@ -191,15 +193,12 @@ def _config(path: str, file: GgufFile) -> DecoderConfig:
 
 
 def _token_ids(file: GgufFile) -> dict:
-    """bos, eos (a list if turns have an end token of their own) and pad; None if missing."""
-    ids = {
-        short: file.keys.get(f"tokenizer.ggml.{name}_token_id")
-        for short, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("turn", "eot"))
-    }
-    turn = ids.pop("turn")
-    if turn is not None and turn != ids["eos"]:
-        ids["eos"] = [turn] if ids["eos"] is None else [ids["eos"], turn]
-    return ids
+    """bos, eos (a list if turns or messages have an end token of their own) and pad; None if
+    missing."""
+    names = "bos eos padding eot eom".split()
+    bos, eos, pad, *ends = (file.keys.get(f"tokenizer.ggml.{name}_token_id") for name in names)
+    eos = list(eos_tuple([i for i in (eos, *ends) if i is not None]))
+    return {"bos": bos, "eos": eos[0] if len(eos) == 1 else eos or None, "pad": pad}
 
 
 def _by_gguf_name(config: DecoderConfig) -> dict[str, Slot]:

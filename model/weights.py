@@ -151,7 +151,11 @@ def check_links(folder: str, files: Iterable[str]) -> None:
     inside = [root]
     if os.path.basename(os.path.dirname(root)) == "snapshots":
         inside.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
-    for entry in os.scandir(folder):
+    templates = os.path.join(folder, "additional_chat_templates")
+    for entry in (
+        *os.scandir(folder),
+        *(os.scandir(templates) if os.path.isdir(templates) else ()),
+    ):
         if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, pattern) for pattern in files):
             continue
         target = os.path.realpath(entry.path)
