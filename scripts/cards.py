@@ -6,7 +6,6 @@ Every card ends with the hash of its text: a card that a user changed is not ove
 without JAX.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from sharding.errors import UserError, check_scheme
 from stages.files.output import Manifest, read_manifest
 from stages.files.paths import text_sha256, write_atomically
 from stages.files.provenance import Entry, provenance, short_name, with_roles
+from stages.files.rows import parse_json
 
 with epy.lazy_imports():  # they take two seconds, and only writing a card needs them
     import datasets
@@ -186,7 +186,7 @@ def _results(files: list[str], chain: list[dict]) -> list[tuple[str, list[list[s
             )
         called = [names.get(model, model and f"`{model[:12]}`") for model in models]
         try:
-            row = RESULTS[manifest.stage][1](json.loads(epath.Path(file).read_text()), *called)
+            row = RESULTS[manifest.stage][1](parse_json(epath.Path(file).read_bytes()), *called)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--results {file}: damaged ({error!r}): make it again") from None
         rows[manifest.stage].append([*row, "yes" if identity in measured else UNKNOWN])

@@ -13,7 +13,6 @@ C is a checkpoint folder, DST a folder that transformers loads, DIR a data set a
 """
 
 import dataclasses
-import json
 import math
 import re
 import sys
@@ -237,8 +236,8 @@ def content(origin: dict) -> dict:
 
 def to_hf(args: ToHf):
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
-    if not 0 < args.max_shard_gb < math.inf:
-        raise UserError(f"--max-shard-gb {args.max_shard_gb}: give a size above 0")
+    if not 1 <= args.max_shard_gb * 10**9 < math.inf:
+        raise UserError(f"--max-shard-gb {args.max_shard_gb}: give a size of a byte or more")
     dst, read = args.dst, {"CHECKPOINT": args.checkpoint}
     check_distinct(read | ({"--base": args.base} if args.base else {}), {"DST": dst})
     config = checkpoint.load_config(args.checkpoint)
@@ -272,7 +271,7 @@ def to_hf(args: ToHf):
 def read_export(path: str) -> dict:
     """The manifest of an exported model; empty where there is none, or something else."""
     try:
-        manifest = json.loads(epath.Path(path).read_text())
+        manifest = rows.parse_json(epath.Path(path).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
@@ -347,7 +346,8 @@ def some_rows(args: Prompts):
     for prompt_id in ids:
         if not output.has(prompt_id):
             output.write(file[prompt_id].fields)
-    output.finish(ids, Counter({"in": len(ids)}))
+    # Which rows of a slice stood twice is not known.
+    output.finish(ids, file.counts if len(ids) == len(file) else Counter({"in": len(ids)}))
 
 
 def join(args: Join):

@@ -14,11 +14,13 @@
 #                with its number in each, on a file system that all see; COORDINATOR=auto on TPU pods
 set -euo pipefail
 [[ ${1:-} != -* ]] || { sed -n '2,14s/^# \?//p' "$0"; exit 2; }
+[[ ! -f ${1:-} ]] || set -- "$(realpath "$1")" "${@:2}" # a recipe's path is relative to where one is
 cd "$(dirname "$0")/.."
 [[ ${1:-} != *.sh || ! -f $1 ]] || exec bash scripts/from_shell.sh "$1" # as recipes were before
 
 [[ -n ${PYTHON:-} ]] || flock scripts/setup.sh bash scripts/setup.sh # one of several processes at a time
 python() { command "${PYTHON:-.venv/bin/python}" "$@"; }
+export PYTHONUTF8=1 # whatever the locale
 source scripts/together.sh # `once`, and how this ends
 settings=$(python -m scripts.recipe "$@") # refuses what cannot run, or is not what began this run
 eval "$settings"

@@ -6,7 +6,6 @@ Fails with one line unless the ranker opens and the disk has room for what the r
 """
 
 import dataclasses
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import tyro
 
 from model.rankers.opening import open_ranker
 from sharding.errors import UserError
+from stages.files.rows import read_json
 from stages.files.run import run_main
 
 
@@ -31,7 +31,7 @@ class Args:
 def main(args: Args) -> None:
     open_ranker(args.ranker)
     run = Path(args.run)
-    manifest = json.loads((run / "start/checkpoint/manifest.json").read_text())
+    manifest = read_json(run / "start/checkpoint/manifest.json", "make the checkpoint again")
     size = 4 * manifest["parameters"]  # bytes of a checkpoint, which is float32
     missing = sum(
         not (run / f"iteration_{k}/checkpoint").exists() for k in range(1, args.iterations + 1)

@@ -30,13 +30,14 @@ from etils import epath
 
 from sharding.errors import UserError
 from stages import dpo, pairs, rank, sample
-from stages.evaluate.kl import Kl
+from stages.evaluate import kl
 from stages.files.paths import write_atomically
-from stages.files.run import run_main
+from stages.files.rows import parse_json
+from stages.files.run import check_numbers, run_main
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = {"sample": sample.Args, "rank": rank.Args, "pairs": pairs.Args, "dpo": dpo.Args}
-STAGES |= {"evaluate.sample": sample.Args, "evaluate.kl": Kl}
+STAGES |= {"evaluate.sample": sample.Args, "evaluate.kl": kl.Kl}
 # Flags that only decide where or how fast: they are no settings of a run.
 HOW_FAST = {
     *("mesh", "slots", "cache_memory", "micro_batch_size", "remat", "rows", "device"),
@@ -107,7 +108,7 @@ class Recipe:
             first, last = (iteration - 1) * rows, iteration * rows
         if limit:
             last = min(math.inf if last is None else last, first + limit)
-        names = table.get("file") or table["dataset"], table.get("split")
+        names = table["file" if "file" in table else "dataset"], table.get("split")
         return (
             *(name and name.replace("{iteration}", str(iteration)) for name in names),
             first,
@@ -154,8 +155,10 @@ def read(recipe: str, machine: str = "", environ: Mapping[str, str] = os.environ
             raise UserError(f"{where}: machine.{machine}.environment.{variable} is no variable")
     if missing := [key for key in needed if key not in raw]:
         raise UserError(f"{where}: {missing[0]} is missing: see scripts/recipes/demo.toml")
-    if raw["iterations"] < 1:
-        raise UserError(f"{where}: iterations is {raw['iterations']}: it must be at least 1")
+    if not 1 <= raw["iterations"] <= 1000:
+        raise UserError(
+            f"{where}: iterations is {raw['iterations']}: it must be at least 1, at most 1000"
+        )
     tables = {name: raw.get(name, {}) for name in ("sample", "rank", "pairs", "dpo", "evaluate")}
     answers = tables["sample"] | tables["evaluate"].get("sample", {})
     tables["evaluate"] = {"kl": {}, **tables["evaluate"], "sample": answers}
@@ -204,7 +207,7 @@ def from_environment(variable: str, text: str, key: str) -> dict:
     if isinstance(known.get(last, {}), dict):
         raise UserError(f"from_environment.{variable} is {key!r}: no such key")
     value: Any = text
-    if not conforms(text, known[last]) and text.lstrip("-").isdecimal():
+    if not conforms(text, known[last]) and re.fullmatch(r"-?\d+", text):
         value = int(text)
     check(f"{variable}={text}", {last: value}, known, ".".join([*path, ""]))
     for part in (last, *reversed(path)):
@@ -242,8 +245,12 @@ def conforms(value: Any, kind: Any) -> bool:
         items = value if isinstance(value, list) else ()
         of = options[:1] * len(items) if options[-1] is ... else options
         return isinstance(value, list) and len(items) == len(of) and all(map(conforms, items, of))
-    # NaN is no number, and not equal to itself: `bind` would refuse it for ever.
-    return type(value) in ((int, float) if kind is float else (kind,)) and value == value
+    if type(value) is float and not math.isfinite(value):  # and NaN is not equal to itself
+        return False
+    # A shell drops a zero byte, and a stage would take -x for a flag.
+    if type(value) is str and re.search(r"\0|^-+\w|^--?$", value):
+        return False
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def described(kind: Any) -> str:
@@ -252,7 +259,12 @@ def described(kind: Any) -> str:
         return " or ".join(described(option) for option in options if option is not type(None))
     if origin is Literal:
         return f"one of {', '.join(options)}"
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text, no flag",
+        bool: "true or false",
+    }
     if origin is tuple:
         number = "" if options[-1] is ... else f"{len(options)} times "
         return f"a list of {number}{words[options[0]]}"
@@ -273,8 +285,10 @@ def check_values(recipe: Recipe) -> None:
         ("evaluate.sample", sample.checked, sample.Args("C", "P", "S"), recipe.evaluate["sample"]),
         ("pairs", pairs.check_flags, pairs.Args("K", "D"), recipe.pairs),
         ("dpo", dpo.checked, dpo.Args("C", "D", "C2"), recipe.dpo),
+        ("evaluate.kl", kl.check_flags, kl.Kl("C", "S", "K"), recipe.evaluate["kl"]),
     ):
         try:
+            check_numbers(with_flags(args, table))
             check_flags(with_flags(args, table))
         except UserError as error:
             raise UserError(f"recipe {recipe.name}, [{name}]: {error}") from None
@@ -328,7 +342,7 @@ def bind(run: Path, settings: dict[str, Any], write: bool) -> None:
     file = run / "settings.json"
     if file.exists():
         try:
-            before = dict(json.loads(file.read_text()))
+            before = dict(parse_json(file.read_bytes()))
         except (ValueError, TypeError):
             raise UserError(f"{file} is damaged: restore it, or choose another NAME") from None
         for key in before | settings:

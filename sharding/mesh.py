@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sharding.errors import UserError
+from sharding.errors import UserError, first_line
 
 MESH_AXES = ("data", "fsdp", "tensor")
 RULES: dict[str | None, tuple[str, ...]] = {
@@ -44,7 +44,9 @@ if simulated := re.search(r"device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh over `devices` (default: all). One size may be -1: the rest. Raises UserError where
     the sizes do not multiply to the number of devices."""
-    devices = jax.devices() if devices is None else devices
+    if jax.config.jax_enable_x64:  # set by a reward file, or by whoever imports this
+        raise UserError("JAX's jax_enable_x64 is on, which changes results: leave it off")
+    devices = list_devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise UserError(f"mesh {data},{fsdp},{tensor}: sizes are positive, one of them may be -1")
@@ -59,6 +61,20 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     # The compiler propagates; jax's default of Explicit rejects top_k on a sharded axis.
     types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+
+
+def list_devices() -> list:
+    """All processes' devices. Raises UserError where JAX cannot use those that it is to use."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter for cuda where JAX has no plugin
+        platforms = os.environ.get("JAX_PLATFORMS")
+        reason = first_line(error) if str(error) else "there is no such device"
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: {reason}: set it to what this machine has (cpu, cuda, tpu)"
+            if platforms
+            else f"JAX finds no device: {reason}"
+        ) from None
 
 
 def training_sizes(devices: int, config) -> tuple[int, int, int]:

@@ -180,7 +180,7 @@ def main(args: Args) -> None:
     known = {"parent": checkpoint.read_manifest(args.checkpoint), "data": made_of}
 
     # ------------------------------------------------------------ mesh, model, optimizer
-    mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(jax.device_count(), config))
+    mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(len(meshes.list_devices()), config))
     shapes, dtype = decoder.abstract(config, mesh), jnp.dtype(args.dtype)
     batcher = batches.Batcher(
         args.seed, args.batch_size, args.micro_batch_size, args.rows, meshes.batch_shards(mesh)
@@ -324,8 +324,9 @@ def check_examples(
     unknown = sum(e.win_probability is None for pairs in examples.values() for e in pairs)
     if args.loss == "sppo" and unknown:
         raise UserError(
-            f"--loss sppo: {unknown} pairs have no win_probability, and no all_rm_scores to take "
-            "it from: add the field, or take another loss"
+            f"--loss sppo: {unknown} pairs have no win_probability, and no comparisons by PairRM "
+            "of the two answers to take it from (stages.rank --comparisons full): add the field, "
+            "or take another loss"
         )
 
 

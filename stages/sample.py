@@ -94,7 +94,7 @@ def main(args: Args) -> None:
     processes.start(args)
     config = checkpoint.load_config(args.checkpoint)
     tokenizer = tokenizers.ChatTokenizer.from_folder(args.checkpoint, config.eos_token_ids)
-    sizes = args.mesh or meshes.decoding_sizes(jax.device_count(), config)
+    sizes = args.mesh or meshes.decoding_sizes(len(meshes.list_devices()), config)
     mesh = meshes.make_mesh(*sizes)
     most = config.max_position_embeddings - args.max_new_tokens
     if most < 1:

@@ -4,39 +4,76 @@
 
 The function may also take `finish_reasons: list[str]` ("stop", "length" or "stop_string" per
 response). It may carry an attribute `terms`, a function (prompt, response, finish_reason) ->
-dict[str, float], whose values are recorded beside the scores. Modules in the file's own folder can
-be imported while the file is loaded.
+dict[str, float], whose values are recorded beside the scores.
+
+The file may import the modules and packages in its own folder, as a script may. They belong to this
+ranker alone: another ranker's folder may have others of the same names.
 """
 
+import ast
+import contextlib
 import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import math
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set, Sized
+from itertools import islice
 from pathlib import Path
 
-from model.rankers.ranking import Done, Ranking, Request
+from model.rankers.ranking import LARGEST, Done, Ranking, Request
 from sharding.errors import UserError
 
 
 class FunctionRanker:
-    """A reward function from the user's file. `identity` is the sha256 of the file and the name."""
+    """A reward function from the user's file. `identity` is the sha256 of the file, of the modules
+    in its folder that it imports, and of the function's name."""
 
     on_mesh = False
 
     def __init__(self, path: str, name: str):
-        self.name = f"{path}:{name}"
-        if not Path(path).is_file():
+        self.name, self._file = f"{path}:{name}", Path(path).resolve()
+        if not self._file.is_file():
             raise UserError(f"ranker {self.name}: {path} does not exist")
-        digest = hashlib.sha256(Path(path).read_bytes() + b"\n" + name.encode())
-        self.identity = digest.hexdigest()
-        module = _load(path, f"ranker_{self.identity[:8]}", self.name)
+        self._beside = _Beside(self._file.parent)
+        parts = [self._file.read_bytes(), name.encode()]
+        for file in sorted(imported_files(self._file)):
+            short = file.relative_to(self._file.parent).as_posix()
+            parts += [short.encode(), hashlib.sha256(file.read_bytes()).digest()]
+        self.identity = hashlib.sha256(b"\n".join(parts)).hexdigest()
+
+        module_name = f"ranker_{self.identity[:16]}"
+        spec = importlib.util.spec_from_file_location(module_name, self._file)
+        module = importlib.util.module_from_spec(spec)
+        # A dataclass with postponed annotations looks its module up in sys.modules.
+        sys.modules[module_name] = module
+        with self._user_code(f"ranker {self.name}: {path} does not import (", ")"):
+            spec.loader.exec_module(module)
         self.function: Callable | None = getattr(module, name, None)
-        if not callable(self.function):
+        if not callable(self.function) or inspect.isclass(self.function):
             raise UserError(f"ranker {self.name}: {path} defines no function {name!r}")
-        self._wants_reasons = "finish_reasons" in inspect.signature(self.function).parameters
+        self._wants_reasons = self._check_signature()
         self._terms = getattr(self.function, "terms", None)
+
+    def _check_signature(self) -> bool:
+        """Whether the function takes finish_reasons. Raises UserError where it cannot be called."""
+        if inspect.iscoroutinefunction(self.function):
+            raise UserError(f"ranker {self.name} is async: give a plain function")
+        try:
+            signature = inspect.signature(self.function)
+        except ValueError:  # a function in C that does not say
+            return False
+        reasons = {"finish_reasons": []} if "finish_reasons" in signature.parameters else {}
+        try:
+            signature.bind("", [], **reasons)
+        except TypeError as error:
+            raise UserError(
+                f"ranker {self.name}{signature} cannot be called with (prompt, responses): {error}"
+            ) from None
+        return bool(reasons)
 
     def rank_all(
         self, requests: Iterable[Request], done: Done
@@ -55,42 +92,134 @@ class FunctionRanker:
     def rank(self, prompt: str, responses: list[str], finish_reasons: list[str]) -> Ranking:
         """Raises UserError if the function raises, or does not return one finite number per
         response."""
-        try:
+        n, terms = len(responses), None
+        with self._user_code(f"{self.name} raised "):
             extra = {"finish_reasons": list(finish_reasons)} if self._wants_reasons else {}
-            scores = self.function(prompt, list(responses), **extra)
-            terms = self._terms and [
-                self._terms(prompt, *pair) for pair in zip(responses, finish_reasons)
-            ]
-        except (Exception, SystemExit) as error:  # sys.exit would end the stage without a word
-            raise UserError(f"{self.name} raised {error!r}") from error
+            returned = self.function(prompt, list(responses), **extra)
+            scores = _listed(returned, n)
+            if self._terms:
+                terms = [self._terms(prompt, *pair) for pair in zip(responses, finish_reasons)]
         try:
-            if isinstance(scores, str | bytes):  # "12" would count as the scores 1 and 2
-                raise TypeError
-            scores = [float(score) for score in scores]
+            scores = [_number(score) for score in scores]
         except (TypeError, ValueError, OverflowError):
-            raise UserError(f"{self.name} returned {scores!r}, not a list of numbers") from None
-        if len(scores) != len(responses):
+            problem = f"{self.name} returned {_short(returned)}, not a list of numbers"
+            raise UserError(problem) from None
+        if len(scores) != n:
+            raise UserError(f"{self.name} returned {len(scores)} scores for {n} responses")
+        if not all(abs(score) <= LARGEST for score in scores):
             raise UserError(
-                f"{self.name} returned {len(scores)} scores for {len(responses)} responses"
+                f"{self.name} returned a score that is not finite, or beyond {LARGEST:g}: {scores}"
             )
-        if not all(math.isfinite(score) for score in scores):
-            raise UserError(f"{self.name} returned a score that is not finite: {scores}")
-        return Ranking(scores, terms=terms)
+        try:
+            named = terms and [{str(k): _number(x) for k, x in term.items()} for term in terms]
+            if named and not all(math.isfinite(x) for term in named for x in term.values()):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError, AttributeError):
+            problem = f"{self.name}: its terms are {_short(terms)}, not finite numbers by name"
+            raise UserError(problem) from None
+        return Ranking(scores, terms=named)
+
+    @contextlib.contextmanager
+    def _user_code(self, problem: str, end: str = "") -> Iterator[None]:
+        """Run code of the user's, which may import the modules beside its file. What it raises
+        becomes a UserError; sys.exit would otherwise end the stage without a word."""
+        try:
+            with self._beside, contextlib.chdir(os.getcwd()):  # back to the stage's own folder
+                yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == str(self._file)]
+            at = f" in line {lines[-1]} of {self._file.name}" if lines else ""
+            raise UserError(f"{problem}{_short(error)}{end}{at}") from error
 
 
-def _load(path: str, module_name: str, ranker: str):
-    """The user's file as a module."""
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass with postponed annotations looks its module up in sys.modules.
-    sys.modules[module_name] = module
-    folder = str(Path(path).resolve().parent)
-    sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
-        raise UserError(f"ranker {ranker}: {path} does not import ({error!r})") from error
-    finally:
-        sys.path.remove(folder)
-    return module
+def _listed(scores, n: int) -> list | None:
+    """The scores as a list; None where they are none in a certain order: "12" would count as 1 and
+    2, a dict as its keys, a table as the names of its columns. n: how many are wanted, since a
+    generator may not end."""
+    if isinstance(scores, str | bytes | Mapping | Set) or getattr(scores, "ndim", 1) != 1:
+        return None
+    if not isinstance(scores, Iterable):
+        return None
+    return list(scores if isinstance(scores, Sized) else islice(scores, n + 1))
+
+
+def _number(value) -> float:
+    """The value as a float. TypeError for a text, which float() would read, and for a list."""
+    if isinstance(value, str | bytes) or getattr(value, "ndim", 0):
+        raise TypeError
+    return float(value)
+
+
+def _short(value) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+# ------------------------------------------------------------------- the modules beside a file
+
+
+class _Beside:
+    """The modules and packages in a reward file's folder. They can be imported by their own names
+    while `with` lasts, before all others but Python's own. (On sys.path, a random.py in the folder
+    would be imported by Python's own modules too, and a helper.py only once for all rankers.)"""
+
+    def __init__(self, folder: Path):
+        self._folder, self._loaded, self._hidden = str(folder), {}, {}
+        names = {file.stem for file in folder.glob("*.py")}
+        names |= {file.parent.name for file in folder.glob("*/__init__.py")}
+        for file in folder.glob("*/*.py"):  # not where another library has the folder's name
+            name = file.parent.name
+            if name.isidentifier() and name not in names and not importlib.util.find_spec(name):
+                names.add(name)
+        self._names = names - sys.stdlib_module_names
+
+    def find_spec(self, name: str, path=None, target=None):
+        """Python asks this of an object in sys.meta_path."""
+        if path is not None or name not in self._names:
+            return None
+        return importlib.machinery.PathFinder.find_spec(name, [self._folder])
+
+    def __enter__(self):
+        self._hidden = self._take_out()
+        sys.modules.update(self._loaded)
+        sys.meta_path.insert(0, self)
+
+    def __exit__(self, *_):
+        sys.meta_path.remove(self)
+        self._loaded = self._take_out()
+        sys.modules.update(self._hidden)
+
+    def _take_out(self) -> dict:
+        """Remove the modules of these names from sys.modules, and return them."""
+        names = [name for name in sys.modules if name.partition(".")[0] in self._names]
+        return {name: sys.modules.pop(name) for name in names}
+
+
+def imported_files(file: Path) -> set[Path]:
+    """The modules in the file's folder that it imports anywhere in its text, those that they
+    import, and so on."""
+    folder, imported, todo = file.parent, set(), {file}
+    while todo:
+        path = todo.pop()
+        try:
+            nodes = list(ast.walk(ast.parse(path.read_bytes())))
+        except (SyntaxError, ValueError, RecursionError):  # told when it is imported
+            continue
+        named = set()
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                named |= {folder.joinpath(*alias.name.split(".")) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                start = path.parents[node.level - 1] if node.level else folder
+                start = start.joinpath(*(node.module or "").split("."))
+                named |= {start} | {start / alias.name for alias in node.names}
+        named |= {package for module in named for package in module.parents}
+        within = [module for module in named if folder in module.parents]
+        files = {module.with_name(f"{module.name}.py") for module in within}
+        files |= {module / "__init__.py" for module in within}
+        new = {module for module in files - imported if module.is_file()}
+        imported, todo = imported | new, todo | new
+    return imported - {file}

@@ -170,7 +170,7 @@ def side_by_side(models: list[gather.Model]) -> list[dict]:
             first = row["responses"][0]
             entry["answers"][i] = {
                 "text": first["text"],
-                "finished": first.get("finish_reason") == "stop",
+                "finished": first.get("finish_reason") in ("stop", None),
                 "score": row["scores"][0] if row.get("scores") and not model.relative else None,
                 "won": won.get(conversation_key(messages)),
             }

@@ -3,8 +3,8 @@
 What the run has not made yet is None or empty.
 """
 
+import contextlib
 import dataclasses
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
@@ -13,9 +13,8 @@ import numpy as np
 from etils import epath
 
 from scripts.report import graph
-from sharding.errors import UserError
 from stages.evaluate.winrates import standard_error
-from stages.files.rows import Fields, json_rows
+from stages.files.rows import Fields, json_rows, parse_json, read_json
 
 Z = 1.959964  # 97.5% quantile of the normal distribution
 
@@ -62,7 +61,10 @@ class Model:
     def terms(self) -> dict[str, float]:
         """The mean of each term of the reward, where the reward function gives its terms."""
         each = [terms for row in self.rows for terms in row.get("score_terms", [])]
-        return {name: mean([terms[name] for terms in each]) for name in (each[0] if each else {})}
+        values: dict[str, list[float]] = defaultdict(list)
+        for name, value in (item for terms in each for item in terms.items()):
+            values[name].append(value)
+        return {name: mean(numbers) for name, numbers in values.items()}
 
     def training(self, name: str) -> float | None:
         """The mean of a training metric over the second half of the steps."""
@@ -105,7 +107,7 @@ def read(run: str) -> Run:
         tokens[f"{model.name}/heldout.samples.jsonl"] = count
     return Run(
         name=folder.name,
-        settings=json.loads(settings.read_text()) if settings.exists() else {},
+        settings=read_json(settings, "restore it") if settings.exists() else {},
         models=answered,
         trained=[t for t in trained if t.scores or t.pairs],
         nodes=graph.read(run),
@@ -135,9 +137,12 @@ def _rows(path) -> Iterator[Fields]:
 
 
 def _metrics(path) -> list[Fields]:
-    """The rows of a training's metrics; a line that a kill cut off is not one yet."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """The rows of a training's metrics, without lines that a kill or a power cut spoilt."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(parse_json(line))
+    return rows
 
 
 def _measured(place, name: str) -> dict[str, Fields]:
@@ -146,13 +151,8 @@ def _measured(place, name: str) -> dict[str, Fields]:
     for other in ("start", "previous"):
         # The previous model of the first iteration is the start model.
         path = place / f"{name}_{'start' if place.name == 'iteration_1' else other}.json"
-        try:
-            if path.exists():
-                measured[other] = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(
-                f"{path}: not JSON ({error}): remove it, and run the loop again"
-            ) from None
+        if path.exists():
+            measured[other] = read_json(path, "remove it, and run the loop again")
     return measured
 
 
@@ -164,11 +164,12 @@ def _trained(place) -> Trained:
         trained.tokens["samples.jsonl"] += sum(len(a.get("token_ids", [])) for a in answers)
         different = len({answer["text"] for answer in answers})
         trained.distinct.append(different / max(1, len(answers)))
-        trained.finished += [answer.get("finish_reason") == "stop" for answer in answers]
+        trained.finished += [answer.get("finish_reason") in ("stop", None) for answer in answers]
     for row in _rows(place / "pairs.jsonl"):
         for side in ("chosen", "rejected"):
-            score = row["all_rm_scores"][row[f"{side}_index"]]
-            trained.pairs[f"{side}_score"].append(score)
+            if f"{side}_index" in row:  # not in pairs of others
+                score = row["all_rm_scores"][row[f"{side}_index"]]
+                trained.pairs[f"{side}_score"].append(score)
             trained.pairs[f"{side}_characters"].append(len(row[side][-1]["content"]))
         names = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
         trained.tokens["checkpoint"] += sum(len(row.get(name, [])) for name in names)

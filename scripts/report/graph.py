@@ -7,7 +7,6 @@ was made from it, names.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 
@@ -17,6 +16,7 @@ from sharding.errors import UserError
 from stages.files.output import Manifest, manifest_path, read_manifest
 from stages.files.paths import file_sha256
 from stages.files.provenance import with_roles
+from stages.files.rows import parse_json
 
 # The weights or code that a stage reads itself; its other identities come with its input files.
 READS = {
@@ -98,7 +98,7 @@ def _written(folder) -> Iterator[tuple[Node, set[str]]]:
 def _checkpoint(folder, path) -> Node:
     file = path / "manifest.json"
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_bytes())
         names = {field.name for field in dataclasses.fields(Manifest)}
         origin = {name: value for name, value in content["origin"].items() if name in names}
         made = Manifest(**{"stage": "?", "arguments": {}, "inputs": {}, "identities": {}} | origin)

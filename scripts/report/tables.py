@@ -24,7 +24,7 @@ def iterations(models: list[Model]) -> list[Cells]:
 
 def _cells(model: Model) -> Cells:
     reward, texts = model.reward(), model.texts
-    ended = [answer.get("finish_reason") == "stop" for answer in model.answers]
+    ended = [answer.get("finish_reason") in ("stop", None) for answer in model.answers]
     return {
         "model": model.name,
         "reward": "–" if reward is None else f"{reward[0]:.3f} ± {reward[1]:.3f}",
@@ -84,6 +84,7 @@ def change_of_terms(models: list[Model]) -> list[str]:
     lines = [
         f"  {name:<14} {value:.3f} → {last[name]:.3f}  ({last[name] - value:+.3f})"
         for name, value in first.items()
+        if name in last
     ]
     return ["", "The reward's terms, means over the held-out answers:", *lines] if lines else []
 
@@ -101,12 +102,14 @@ RANKER = {  # results in the manifests of stages.rank → the page's words
 
 def page(run: Run) -> dict[str, list[Cells]]:
     """Name → table; empty where there is nothing to show yet."""
+    terms = {model.name: model.terms() for model in run.models}
+    names = list(dict.fromkeys(name for values in terms.values() for name in values))
     return {
         "iterations": iterations(run.models),
         "terms": [
-            {"model": m.name} | {name: f"{value:.3f}" for name, value in m.terms().items()}
-            for m in run.models
-            if m.terms()
+            {"model": model} | {name: _text(values.get(name), ".3f") for name in names}
+            for model, values in terms.items()
+            if values
         ],
         "trained": [
             {
@@ -114,7 +117,7 @@ def page(run: Run) -> dict[str, list[Cells]]:
                 "answers": f"{len(t.scores):,}",
                 "distinct, of a prompt's": _text(mean(t.distinct), ".0%"),
                 "finished": _text(mean(t.finished), ".0%"),
-                "pairs": f"{len(t.pairs['chosen_score']):,}",
+                "pairs": f"{len(t.pairs['chosen_characters']):,}",
             }
             for t in run.trained
         ],

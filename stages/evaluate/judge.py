@@ -17,7 +17,7 @@ import shlex
 import threading
 import time
 from collections import Counter
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
 
 import httpx2
 import tenacity
@@ -36,6 +36,7 @@ INSTALL = "pip install alpaca_eval==0.6.6 'setuptools<81'"  # it imports pkg_res
 FIRST_PAUSE = 1.0  # seconds before the first retry; each further pause is twice as long
 LONGEST_PAUSE = 60.0  # seconds
 LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more ends the run
+CHECK_EVERY = 0.5  # seconds between two looks at whether a signal says stop
 RETRIED = (408, 409, 429, 500, 502, 503, 504)  # HTTP statuses that may go away by themselves
 
 
@@ -231,18 +232,20 @@ def ask_all(
         pool = ThreadPoolExecutor(args.parallel)
         waiting = {pool.submit(ask_or_stop, *pair) for pair in todo}
         try:
-            for future in as_completed(list(waiting)):
-                waiting.remove(future)
-                try:
-                    row = future.result()
-                except CancelledError:  # not sent, since another one failed, which comes up too
-                    continue
-                output.write(row)
-                spent += row["tokens"]
-                dollars = spent * args.price_per_million / 1e6
-                progress.set_postfix_str(f"${dollars:.2f}", refresh=False)
-                progress.update()
-                check_stop()
+            while waiting:
+                check_stop()  # also while nothing comes back: a server may ask to wait for minutes
+                finished, _ = wait(waiting, CHECK_EVERY, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    waiting.remove(future)
+                    try:
+                        row = future.result()
+                    except CancelledError:  # not sent, since another one failed, which comes up too
+                        continue
+                    output.write(row)
+                    spent += row["tokens"]
+                    dollars = spent * args.price_per_million / 1e6
+                    progress.set_postfix_str(f"${dollars:.2f}", refresh=False)
+                    progress.update()
         finally:
             # After any exception the queued requests are not sent. Those under way are paid for,
             # so they are awaited and kept.

@@ -75,10 +75,7 @@ class Answered:
 
 def main(args: Kl) -> None:
     # ------------------------------------------------------------------------------ inputs
-    for name in ("batch_size", "prompts"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    check_flags(args)
     check_distinct({"--checkpoint": args.checkpoint}, {"--out": args.out})
     processes.start(args)
     config = checkpoint.load_config(args.checkpoint)
@@ -145,6 +142,13 @@ def main(args: Kl) -> None:
             print("(drawn more sharply than the model itself: an estimate for likelier answers)")
 
 
+def check_flags(args: Kl) -> None:
+    for name in ("batch_size", "prompts"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+
+
 # The sampler's settings that draw from the model's own distribution.
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 
@@ -191,7 +195,7 @@ def _own_ids(ids: list, config, where: str) -> list[int]:
 def compute(args: Kl, config, prompts: list[Answered], output: Output | Elsewhere) -> None:
     """Write a row {prompt_id, logprobs} for each prompt: log π(response | prompt) of its answers
     under --checkpoint. Raises UserError for NaN."""
-    mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(jax.device_count(), config))
+    mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(len(meshes.list_devices()), config))
     most = max(args.batch_size, max(len(p.logprobs) for p in prompts))
     dtype = jnp.dtype(args.dtype)
     with jax.set_mesh(mesh), stop_signal() as check_stop:

@@ -204,15 +204,14 @@ def write_outputs(args: Outputs, answered: RowFile[Sample]) -> None:
         for row in answered:
             scores = row.scores if isinstance(row, Ranked) else [0.0]
             best = row.responses[scores.index(max(scores))]
-            rows.append(
-                {
-                    "instruction": conversation_key(row.messages),
-                    "output": best.text,
-                    "generator": generator,
-                    "dataset": row.fields.get("dataset") or "prompts",
-                    "finish_reason": best.finish_reason,
-                }
-            )
+            answer = {
+                "instruction": conversation_key(row.messages),
+                "output": best.text,
+                "generator": generator,
+                "dataset": row.fields.get("dataset") or "prompts",
+                "finish_reason": best.finish_reason,
+            }
+            rows.append(answer | ({"messages": row.messages} if len(row.messages) > 1 else {}))
         ends = Counter(row["finish_reason"] for row in rows)
         characters = sum(len(row["output"]) for row in rows) / len(rows)
         results = {"finish_reasons": dict(ends), "mean_length": characters}

@@ -23,9 +23,11 @@ from stages.files.output import Manifest, Output, an_input
 class Overlap:
     """The n-grams of words that benchmarks share with training prompts, and slices with each other.
 
-    Words: the text is put into lower case (NFKC, casefold), and everything but letters and digits
-    counts as space. A prompt's share is the part of its n-grams that occur in some training prompt.
-    A prompt of fewer than n words is one n-gram, which only the same whole prompt contains.
+    Case and the width of letters do not count, nor does punctuation. A symbol is a word (the + of
+    C++, the # of C#, the − of −5, an emoji), and so is each character of a script that sets no
+    spaces between words (Chinese, Japanese, Thai, Khmer, …). A prompt's share is the part of its
+    n-grams that occur in some training prompt. A prompt of fewer than n words is one n-gram, which
+    only the same whole prompt contains; one of punctuation alone is compared as it is.
     """
 
     train: tuple[str, ...]
@@ -64,7 +66,12 @@ def main(args: Overlap) -> None:
     inputs |= {f"benchmark {i}": path for i, path in enumerate(benchmarks.values(), 1)}
     manifest = Manifest(
         stage="evaluate overlap",
-        arguments={"n": args.n, "threshold": args.threshold, "slices": len(args.train)},
+        arguments={
+            "n": args.n,
+            "threshold": args.threshold,
+            "slices": len(args.train),
+            "normalisation": NORMALISATION,
+        },
         inputs={role: an_input(path) for role, path in inputs.items()},
         identities={},
     )
@@ -90,7 +97,7 @@ def main(args: Overlap) -> None:
     content = {
         "n": args.n,
         "threshold": args.threshold,
-        "normalisation": "NFKC, casefold, letters and digits",
+        "normalisation": NORMALISATION,
         "reports": reports,
     }
     output.finish_as(content, counts, {"reports": summary})
@@ -107,7 +114,7 @@ def overlap_of(asked: PromptFile, train: PromptFile, threshold: float) -> dict:
             continue
         shares[i] = met.total() / len(grams)
         same = whole.get(_normal(text))
-        nearest = met.most_common(1)[0][0] if same is None else same
+        nearest = max(met, key=lambda k: (met[k], -k)) if same is None else same
         matches.append(
             {
                 "share": float(shares[i]),
@@ -145,6 +152,41 @@ def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
     return {words[i : i + n] for i in range(len(words) - n + 1)}
 
 
+NORMALISATION = "NFKC, casefold; words, symbols, and characters of scripts without spaces"
+# The first words of the names that Unicode gives to the characters of these scripts.
+WITHOUT_SPACES = (
+    *("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "TANGUT", "NUSHU", "YI"),
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TAI", "NEW", "JAVANESE", "BALINESE", "CHAM"),
+)
+OPERATORS = {"-": "\N{MINUS SIGN}", "*": "\N{MULTIPLICATION SIGN}", "/": "\N{DIVISION SIGN}"}
+
+
+class _Characters(dict):
+    """Code point → what it becomes before a text is split at spaces, for str.translate."""
+
+    def __missing__(self, code: int) -> str:
+        character, category = chr(code), unicodedata.category(chr(code))
+        script = unicodedata.name(character, "").split(" ")[0].split("-")[0]
+        becomes = " "  # punctuation, spaces, control characters
+        if category == "Cf" or 0xFE00 <= code <= 0xFE0F:
+            becomes = ""  # invisible: joiners, soft hyphens, variation selectors
+        elif character in "#%" or (category[0] == "S" and character != "`"):
+            becomes = f" {character} "
+        elif category in ("Cn", "Co", "Cs") or script in WITHOUT_SPACES:
+            becomes = f" {character} "  # the first three: what this Python does not know
+        elif category[0] in "LMN":  # a mark is a part of its word: Hindi's vowels, say
+            becomes = character
+        self[code] = becomes
+        return becomes
+
+
+CHARACTERS = _Characters()
+
+
 def _normal(text: str) -> tuple[str, ...]:
+    """The words of a text."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return tuple(re.sub(r"[\W_]+", " ", folded).split())
+    folded = unicodedata.normalize("NFKC", folded)  # casefold may take letters apart
+    # Before a number, and not in GPT-4, these are operators and no punctuation.
+    folded = re.sub(r"(?<![^\W\d_])[-*/](?=\s*\d)", lambda match: OPERATORS[match[0]], folded)
+    return tuple(folded.translate(CHARACTERS).split() or folded.split())

@@ -1,7 +1,8 @@
 """The files of AlpacaEval and MT-Bench, and files of prompts and answers that stand in for them.
 
     alpaca_eval.json, model_outputs.json   [{"instruction", "output", "generator", "dataset"}, …];
-                                           ours also have finish_reason
+                                           ours also have finish_reason, and messages where a
+                                           conversation has several turns
     annotations.json                       a judge's preference for each pair of outputs
     instruction_difficulty.csv             what the length-controlled win rate needs of the 805
     df_gamed.csv                           instructions: data set tatsu-lab/alpaca_eval on the hub
@@ -14,7 +15,6 @@ Runs without JAX.
 
 import csv
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -24,7 +24,17 @@ from etils import epath, epy
 
 from sharding.errors import UserError, check_scheme, first_line
 from stages.files.paths import open_input
-from stages.files.rows import Fields, Prompt, Sample, canonical, field, json_rows, messages_of
+from stages.files.rows import (
+    Fields,
+    Prompt,
+    Sample,
+    canonical,
+    field,
+    finish_reason,
+    json_rows,
+    messages_of,
+    parse_json,
+)
 
 with epy.lazy_imports():  # takes half a second, and only a download needs it
     import huggingface_hub
@@ -78,8 +88,8 @@ def rows_of(path: str) -> Iterable[tuple[str, Fields]]:
 
 def _parse(path: str):
     try:
-        return json.loads(_bytes(path))
-    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
+        return parse_json(_bytes(path))
+    except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}): correct the file") from None
 
 
@@ -178,7 +188,7 @@ class ModelOutput:
     where: str
     messages: list[dict]
     text: str
-    finish_reason: str = "stop"
+    finish_reason: str = "stop"  # one of FINISH_REASONS
     dataset: str | None = None
     generator: str | None = None
 
@@ -217,16 +227,16 @@ def read_outputs(path: str, response: int = 0) -> dict[str, ModelOutput]:
 
 
 def _model_output(row: Fields, where: str) -> ModelOutput:
-    texts = {"output": field(row, "output", str, where)}
-    for name in ("finish_reason", "generator"):
-        texts[name] = None if row.get(name) is None else field(row, name, str, where)
+    messages = [{"role": "user", "content": instruction_of(row, where)}]
+    if "messages" in row and canonical(row["messages"]) == row["instruction"]:
+        messages = messages_of(row, where)
     return ModelOutput(
         where,
-        [{"role": "user", "content": instruction_of(row, where)}],
-        texts["output"],
-        texts["finish_reason"] or "stop",
+        messages,
+        field(row, "output", str, where),
+        finish_reason(row, where),
         row.get("dataset"),
-        texts["generator"],
+        None if row.get("generator") is None else field(row, "generator", str, where),
     )
 
 

@@ -145,30 +145,35 @@ def _response_ids(response: Response, tokenizer: ChatTokenizer) -> list[int]:
 
 
 def _win_probability(fields: dict, where: str) -> float | None:
-    """The row's own `win_probability`, else what its ranking says, else None.
+    """The row's own `win_probability`, else what PairRM says, else None.
 
-    The ranking says σ(lead of the chosen response over the rejected one): the mean logit of both
-    orders in PairRM's matrix, or the difference of the scores (Wu et al. 2024, SPPO, section 5).
+    PairRM says σ(lead of the chosen response over the rejected one), the mean logit of both orders
+    in its matrix (Wu et al. 2024, SPPO, section 5). Scores say no probability: those of a reward
+    function have a scale of their own, wins are counts, and `--comparisons bubble` leaves 1 and −1
+    to answers that never met.
     """
     if fields.get("win_probability") is not None:
         probability = field(fields, "win_probability", (int, float), where)
         if not 0 <= probability <= 1:
             raise UserError(f"{where}: win_probability is {probability}, not between 0 and 1")
         return float(probability)
-    best, worst, scores = map(fields.get, ("chosen_index", "rejected_index", "all_rm_scores"))
-    if not isinstance(best, int) or not isinstance(worst, int) or not isinstance(scores, list):
+    best, worst, matrix = map(fields.get, ("chosen_index", "rejected_index", "comparisons"))
+    if matrix is None or best is None or worst is None:
         return None
     try:
-        matrix = fields.get("comparisons")
-        if matrix is not None and None not in (matrix[best][worst], matrix[worst][best]):
-            lead = (matrix[best][worst] - matrix[worst][best]) / 2
-        else:
-            lead = scores[best] - scores[worst]
+        if best < 0 or worst < 0:
+            raise IndexError
+        logits = matrix[best][worst], matrix[worst][best]
+        if None in logits:
+            return None
+        lead = (logits[0] - logits[1]) / 2
+        if not math.isfinite(lead):
+            raise ValueError
         return 1 / (1 + math.exp(-min(max(lead, -700), 700)))
-    except (TypeError, IndexError, KeyError):
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError):
         raise UserError(
-            f"{where}: chosen_index, rejected_index, all_rm_scores and comparisons do not fit "
-            "together: correct the line"
+            f"{where}: chosen_index, rejected_index and comparisons do not fit together: correct "
+            "the line"
         ) from None
 
 

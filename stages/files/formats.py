@@ -6,6 +6,7 @@ name from its file's. `read_dataset` and `read_prompts_dataset` make pairs.jsonl
 of such a folder, or of any dataset that `datasets` reads, row by row. Runs without JAX.
 """
 
+import contextlib
 import datetime
 import json
 import math
@@ -32,7 +33,7 @@ from stages.files.paths import (
     text_sha256,
 )
 from stages.files.provenance import provenance
-from stages.files.rows import Fields, Pair, field, json_rows
+from stages.files.rows import Fields, Pair, field, json_rows, parse_json
 from stages.files.run import stop_signal
 
 with epy.lazy_imports():  # takes a second, and only reading needs it
@@ -71,7 +72,10 @@ def write_split(pairs: str, directory: str, split: str, overwrite: bool = False)
     with lock(path):
         source = file_sha256(pairs).encode()
         if epath.Path(path).exists() and not overwrite:
-            with epath.Path(path).open("rb") as file:
+            with (
+                epath.Path(path).open("rb") as file,
+                contextlib.suppress(pa.ArrowException, OSError),
+            ):
                 if (pq.read_schema(file).metadata or {}).get(SOURCE) == source:
                     print(f"{path} is finished already")
                     return path
@@ -122,28 +126,34 @@ def _valid_unicode(value):
 def split_facts(directory: str) -> list[dict]:
     """What a dataset card tells of each split in a folder, iteration by iteration, train before
     test: {"name", "path" within the folder, "rows", "bytes" of the file, "num_bytes" of its values
-    in Arrow, "data": the provenance that the file carries, or None}."""
+    in Arrow, "data": the provenance that the file carries, or None}. Raises UserError."""
     facts = []
     for file in (epath.Path(directory) / "data").glob(f"*{FILE_END}"):
-        with file.open("rb") as opened:
-            parquet = pq.ParquetFile(opened)
-            data = (parquet.schema_arrow.metadata or {}).get(PROVENANCE)
-            facts.append(
-                {
-                    "name": file.name.removesuffix(FILE_END),
-                    "path": f"data/{file.name}",
-                    "rows": parquet.metadata.num_rows,
-                    "bytes": file.stat().length,
-                    "num_bytes": sum(batch.nbytes for batch in parquet.iter_batches()),
-                    "data": None if data is None else json.loads(data),
-                }
-            )
+        try:
+            with file.open("rb") as opened:
+                facts.append(_facts(file, pq.ParquetFile(opened)))
+        except (pa.ArrowException, ValueError, OSError) as error:  # the last: of its thrift
+            raise UserError(
+                f"{file} cannot be read ({_line(error)}): remove it, or copy it again"
+            ) from None
 
     def place(split: dict) -> tuple:
         kind, _, number = split["name"].partition("_iteration_")
-        return (int(number) if number.isdigit() else 0, kind != "train", kind, number)
+        return (int(number) if number.isdecimal() else 0, kind != "train", kind, number)
 
     return sorted(facts, key=place)
+
+
+def _facts(file: epath.Path, parquet: pq.ParquetFile) -> dict:
+    data = (parquet.schema_arrow.metadata or {}).get(PROVENANCE)
+    return {
+        "name": file.name.removesuffix(FILE_END),
+        "path": f"data/{file.name}",
+        "rows": parquet.metadata.num_rows,
+        "bytes": file.stat().length,
+        "num_bytes": sum(batch.nbytes for batch in parquet.iter_batches()),
+        "data": None if data is None else parse_json(data),
+    }
 
 
 # ---------------------------------------------------------------------- reading

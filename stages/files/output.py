@@ -32,7 +32,7 @@ from stages.files.paths import (
     try_lock,
     write_atomically,
 )
-from stages.files.rows import Fields, json_line
+from stages.files.rows import Fields, json_line, parse_json
 
 # ---------------------------------------------------------------------- manifests
 
@@ -80,10 +80,10 @@ def read_manifest(path: str) -> Manifest | None:
     if not file.exists():
         return None
     try:
-        manifest = Manifest(**json.loads(file.read_text()))
+        manifest = Manifest(**parse_json(file.read_bytes()))
         manifest.key()
         return manifest
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: not a manifest ({error}): restore it, or delete it") from None
 
 

@@ -12,16 +12,21 @@ it is refused.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Generic, Self, TypeVar
 
+from etils import epath
+
+from model.rankers.ranking import LARGEST
 from sharding.errors import UserError
 from stages.files.paths import is_remote, open_input, text_sha256
 
 Fields = dict  # a row as JSON has it
+FINISH_REASONS = ("stop", "length", "stop_string")
 MERGED = "merged: the same prompt again"
 
 
@@ -66,7 +71,7 @@ class Response:
     token_ids: list[int] | None = None
     end_token_id: int | None = None  # the EOS that was drawn
     logprob: float | None = None
-    finish_reason: str = "stop"  # "stop", "length" or "stop_string"
+    finish_reason: str = "stop"  # one of FINISH_REASONS
 
     @classmethod
     def parse(cls, fields: Fields, where: str, prefix: str = "") -> Self:
@@ -74,10 +79,11 @@ class Response:
         kinds = {"token_ids": list, "end_token_id": int, "logprob": (int, float)}
         values = {
             name: field(fields, prefix + name, kind, where)
-            for name, kind in (kinds | {"finish_reason": str}).items()
+            for name, kind in kinds.items()
             if fields.get(prefix + name) is not None
         }
         check_token_ids(values.get("token_ids", []), f"{prefix}token_ids", where)
+        values["finish_reason"] = finish_reason(fields, where, f"{prefix}finish_reason")
         return cls(field(fields, "text", str, where), **values)
 
 
@@ -112,9 +118,10 @@ class Ranked(Sample):
         if len(scores) != n:
             raise UserError(f"{where}: {len(scores)} scores for {n} responses: give one for each")
         for i, score in enumerate(scores):
-            if type(score) not in (int, float) or not abs(score) <= sys.float_info.max:
+            if type(score) not in (int, float) or not abs(score) <= LARGEST:
                 raise UserError(
-                    f"{where}, scores[{i}]: {score!r} is no finite number: correct the line"
+                    f"{where}, scores[{i}]: {score!r} is no finite number up to {LARGEST:g}: "
+                    "correct the line"
                 )
         self.scores = [float(score) for score in scores]
 
@@ -260,12 +267,12 @@ def decode_line(line: bytes, where: str, first: bool = False) -> Fields | None:
     if not text.strip():
         return None
     try:
-        fields = json.loads(text, parse_constant=_refuse_constant)
+        fields = parse_json(text, parse_constant=_refuse_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where}: not JSON ({error.msg}, column {error.colno}): one object per line"
         ) from None
-    except (ValueError, RecursionError) as error:  # NaN, 5000 digits, 1000 brackets
+    except ValueError as error:  # NaN, 5000 digits, a field twice
         raise UserError(f"{where}: not JSON ({error}): correct the line") from None
     if not isinstance(fields, dict):
         raise UserError(f"{where}: a {type(fields).__name__}, not an object {{…}}")
@@ -274,6 +281,51 @@ def decode_line(line: bytes, where: str, first: bool = False) -> Fields | None:
 
 def _refuse_constant(name: str):
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(
+            f"{text}: {number} is no finite number, and a row with it holds what JSON cannot write"
+        )
+    return number
+
+
+def _fields_once(pairs: list[tuple]) -> Fields:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {twice!r} stands twice in one object")
+    return fields
+
+
+MOST_NESTED = 100  # lists and objects in one another; Python's own limit depends on the caller
+
+
+def parse_json(text: str | bytes, **options):
+    """The value of a JSON text; options: of json.loads. ValueError, also where a field stands twice
+    in an object, or where the text is nested deeper than MOST_NESTED."""
+    try:
+        value = json.loads(text, object_pairs_hook=_fields_once, **options)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    opening = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    level = [[value]] if sum(map(text.count, opening)) > MOST_NESTED else []
+    for _ in range(MOST_NESTED + 1):
+        within = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for values in within for x in values if isinstance(x, dict | list)]
+    if level:
+        raise ValueError("nested too deep")
+    return value
+
+
+def read_json(path, mend: str):
+    """What a file of JSON holds. Raises UserError that ends with `mend`."""
+    try:
+        return parse_json(epath.Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}): {mend}") from None
 
 
 def json_line(fields: Fields) -> bytes:
@@ -301,6 +353,17 @@ def check_token_ids(ids: list, name: str, where: str) -> None:
     """Raise UserError where the list in the field `name` holds anything but token ids."""
     if not all(type(i) is int and i >= 0 for i in ids):
         raise UserError(f"{where}: field {name!r} must hold token ids only")
+
+
+def finish_reason(fields: Fields, where: str, name: str = "finish_reason") -> str:
+    """Why an answer ended: "stop" where the row does not say. Raises UserError."""
+    reason = fields.get(name)
+    if reason is not None and reason not in FINISH_REASONS:
+        raise UserError(
+            f"{where}: field {name!r} is {reason!r}, not {', '.join(FINISH_REASONS)} or null: "
+            "correct the line"
+        )
+    return reason or "stop"
 
 
 # ---------------------------------------------------------------------- conversations

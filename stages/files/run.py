@@ -3,11 +3,19 @@
 Everything else is a bug of ours and ends with a traceback. Runs without JAX.
 """
 
+import codecs
 import contextlib
 import errno
+import locale
+import math
+import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 
 import tyro
@@ -36,12 +44,15 @@ def run_main(main: Callable, args_type: type, argv: list[str] | None = None, sev
     several: sharding.processes, for a command that several processes do together: where one of them
     fails, the others end with it.
     """
+    settle_streams()
     args = tyro.cli(args_type, args=argv, description=sys.modules[main.__module__].__doc__)
     # A signal ends the command at once, except in the loops, which save their work first.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     code, text = 0, ""
     try:
         try:
+            settle_environment()
+            check_numbers(args)
             main(args)
         except Stopped as stop:  # in all processes together
             code, text = 75, f"{stop}: {AGAIN}"
@@ -58,6 +69,68 @@ def run_main(main: Callable, args_type: type, argv: list[str] | None = None, sev
     if text:
         print(text, file=sys.stderr)
     return code
+
+
+# ------------------------------------------------------------------ before a command begins
+
+# JAX's variables that say where it computes, what it keeps and what it logs. Others, and Flax's,
+# could change a result, or make an error of what is right: JAX_ENABLE_X64, JAX_DISABLE_JIT, …
+USED = re.compile(
+    r"JAX_(PLATFORM\w*|\w+_DEVICES|LOCAL_DEVICE_IDS|(PARTITION|SLICE)_INDEX|COORDINATOR\w*|PJRT\w*"
+    r"|CPU_COLLECTIVES\w*|DISTRIBUTED\w*|SKIP\w*"
+    r"|(?!RAISE)\w*CACHE\w*|\w*LOG\w*|\w*DUMP\w*|\w*TRACEBACK\w*)"
+)
+
+READ_FLAGS = """
+from jaxlib import xla_client
+xla_client.CompileOptions().executable_build_options.debug_options
+"""
+
+
+def settle_streams() -> None:
+    """Let everything be printed: in UTF-8 whatever the terminal is said to know, however narrow it
+    is, and where a stream is closed (the next file that is opened would take its number)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if shutil.get_terminal_size().columns < 20:
+        os.environ["COLUMNS"] = "20"  # for a few columns tyro lays out its help without an end
+
+
+def settle_environment() -> None:
+    """Take out of the environment what would change results, before JAX reads it. UserError where
+    Python would read files in another encoding than UTF-8, and where XLA would end the process for
+    a flag that it does not know."""
+    encoding = locale.getpreferredencoding(False)
+    if codecs.lookup(encoding).name != "utf-8":
+        raise UserError(f"Python reads files as {encoding}: set PYTHONUTF8=1, or a UTF-8 locale")
+    for name in sorted(os.environ):
+        if name.startswith(("JAX_", "FLAX_")) and not USED.fullmatch(name):
+            value = os.environ.pop(name)
+            print(f"{name}={value} is not used: it could change the result", file=sys.stderr)
+    if any(option.startswith("error") for option in sys.warnoptions):
+        warnings.simplefilter("default")  # a library's warning ends no run
+    if (flags := os.environ.get("XLA_FLAGS")) and "jax" not in sys.modules:
+        tried = subprocess.run([sys.executable, "-c", READ_FLAGS], capture_output=True, text=True)
+        if tried.returncode and (reason := re.match(r"[EF]\d{4} .*?\] (.*)", tried.stderr)):
+            raise UserError(f"XLA_FLAGS={flags}: {reason[1]}")
+
+
+def check_numbers(args) -> None:
+    """Raise UserError for a flag that is not finite, and for a seed that NumPy does not take. A
+    command checks its other limits."""
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} is {value}: give a finite number")
+        if name == "seed" and value < 0:
+            raise UserError(f"{flag} is {value}: it must be at least 0")
+
+
+# ------------------------------------------------------------------------- how a command ends
 
 
 def _told(error: BaseException) -> tuple[int, str]:

@@ -24,6 +24,7 @@ from sharding.errors import UserError
 from stages.files.lock import lock
 from stages.files.output import Manifest, refuse_other
 from stages.files.paths import is_remote, local_path, make_folder, write_atomically
+from stages.files.rows import parse_json
 
 with epy.lazy_imports():  # slow: it imports torch where that is installed
     from tensorboardX import event_file_writer, proto
@@ -102,7 +103,7 @@ class Work:
         file, states = self.folder / "manifest.json", self.states()
         if file.exists():
             try:
-                made = Manifest(**json.loads(file.read_text()))
+                made = Manifest(**parse_json(file.read_bytes()))
             except (ValueError, TypeError) as error:
                 raise UserError(
                     f"{file} is damaged ({error}): remove {self.folder} to begin anew"

@@ -185,13 +185,23 @@ def test_where_process_0_fails_alone_the_others_end_as_it_does(place):
 
 
 def test_what_cannot_run_is_refused_in_one_line(place):
+    (place / "stages/own").mkdir()
+    (place / "stages/own/bad.toml").write_text("modell = 3\n")
     unknown = iterate(place, "nothing")
     assert unknown.returncode == 2 and "no recipe nothing" in unknown.stderr
     bad = iterate(place, SEED="x")
     assert bad.returncode == 2 and "SEED=x" in bad.stderr
     some = iterate(place, COORDINATOR="localhost:1", PROCESSES="2")
     assert some.returncode == 2 and "PROCESS_ID=" in some.stderr
-    assert all(x.stderr.count("\n") == 1 for x in (unknown, bad, some))
+    elsewhere = subprocess.run(  # a recipe's path is relative to where one is
+        ["bash", str(place / "scripts/iterate.sh"), "own/bad.toml"],
+        cwd=place / "stages",
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert elsewhere.returncode == 2 and "bad.toml: unknown key modell" in elsewhere.stderr
+    assert all(x.stderr.count("\n") == 1 for x in (unknown, bad, some, elsewhere))
     usage = iterate(place, "--help")
     assert usage.returncode == 2 and "RECIPE [MACHINE]" in usage.stdout
 

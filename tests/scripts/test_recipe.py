@@ -187,9 +187,20 @@ def test_adamw_on_one_gpu_is_refused_with_the_reason():
         ("[sample]\nn = 4", "[[sample]]\nn = 4", "sample is [{"),
         ("[dpo]", "[evaluate]\nkl = 3\n[dpo]", "evaluate.kl is 3: it must be a table"),
         ('prompts = "prompts.jsonl"', "prompts = 3", "prompts is 3: it must be a table"),
+        ('prompts = "prompts.jsonl"', 'prompts = ""', "prompts.file:  does not exist"),
+        ('prompts = "prompts.jsonl"', "prompts = {file = 'a', dataset = 'b'}", "needs one of"),
         ("iterations = 2", "iterations = 2\nvariant = 'a'", 'variant is "a": it must be a table'),
         ("beta = 0.2", f"beta = {'[' * 3000}", "is not TOML"),
         ("beta = 0.2", "beta = nan", "dpo.beta is NaN: it must be a number"),
+        ("beta = 0.2", "beta = -inf", "dpo.beta is -Infinity: it must be a number"),
+        ("beta = 0.2", "max_grad_norm = inf", "dpo.max_grad_norm is Infinity: it must be a number"),
+        ("n = 4", "temperature = inf", "sample.temperature is Infinity: it must be a number"),
+        ("m.gguf", "m\\u0000", 'model is "gguf:m\\u0000": it must be a text, no flag'),
+        ("iterations = 2", "iterations = 1000000000000", "it must be at least 1, at most 1000"),
+        ('["User:"]', '["--n", "7"]', "it must be a list of a text, no flag"),
+        ('["User:"]', '["User:", "--"]', "it must be a list of a text, no flag"),
+        ('["User:"]', '["-x"]', "it must be a list of a text, no flag"),
+        ("gguf:m.gguf", "--help", 'model is "--help": it must be a text, no flag'),
         (
             'ranker = "reward.py:reward"',
             'ranker = "R"\nrank = {comparisons = "best", aggregation = "max_wins"}',
@@ -235,6 +246,7 @@ def test_the_environment_changes_the_keys_that_the_recipe_names_and_no_others(ow
     assert recipes.read(name, environ={"N": ""}).sample["n"] == 4
     assert "N=x: sample.n" in refusal(name, N="x")
     assert "D=half: rank.dtype" in refusal(name, D="half")
+    assert "N=--5: sample.n" in refusal(name, N="--5")
     for key in ("dpo.n", "model.n", "prompts", ""):
         assert "no such key" in refusal(own(more=f'[from_environment]\nN = "{key}"'), N="3")
 
@@ -336,7 +348,7 @@ def test_iterations_are_not_lowered_below_what_a_run_has_begun(own):
 def test_a_damaged_run_is_refused(own):
     name = own()
     assert shown(name).returncode == 0
-    for content in ("{", "[1]"):
+    for content in ("{", "[1]", "[" * 100_000, b"\xff".decode("latin-1")):
         Path("runs/own/settings.json").write_text(content)
         refused = shown(name)
         assert refused.returncode == 2 and "settings.json is damaged" in refused.stderr
@@ -353,6 +365,10 @@ def test_a_damaged_run_is_refused(own):
         ("n = 4", "n = 0", "[sample]: n is 0: it must be at least 1"),
         ("[dpo]", "[evaluate.sample]\ntop_p = 2\n[dpo]", "[evaluate.sample]: top_p is 2"),
         ("[dpo]", "[pairs]\ntest_fraction = 7\n[dpo]", "[pairs]: --test-fraction 7 must be"),
+        ("[dpo]", "[pairs]\nseed = -1\n[dpo]", "[pairs]: --seed is -1: it must be at least 0"),
+        ("[dpo]", "[evaluate.kl]\nprompts = 0\n[dpo]", "[evaluate.kl]: --prompts is 0"),
+        ("[dpo]", "[evaluate]\nkl = {batch_size = -2}\n[dpo]", "[evaluate.kl]: --batch-size is"),
+        ("[dpo]", '"two\\nlines" = 1\n[dpo]', "unknown key sample.two"),
     ],
 )
 def test_a_value_that_a_stage_would_refuse_is_refused_before_the_run(own, old, new, said):

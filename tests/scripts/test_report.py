@@ -246,13 +246,42 @@ def test_fewer_answers_are_shown_and_said_and_what_is_no_run_is_refused(run, tmp
     assert "is no run" in capsys.readouterr().err
 
 
-def test_a_metrics_line_that_a_kill_cut_off_is_left_out(run, tmp_path):
+@pytest.mark.parametrize(
+    "spoilt",
+    [b'{"step": 3, "lo', b'{"step": 3, "lo\n', b"\0" * 40, b"\xff\n", b"[" * 100_000, b"\n"],
+)
+@pytest.mark.parametrize("where", ["start", "end"])
+def test_a_metrics_line_that_a_kill_spoilt_is_left_out(run, tmp_path, spoilt, where):
     killed = tmp_path / "killed"
     shutil.copytree(run, killed)
-    with open(killed / "iteration_2/checkpoint.log/metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "lo')
+    file = killed / "iteration_2/checkpoint.log/metrics.jsonl"
+    kept = file.read_bytes()
+    file.write_bytes(kept + spoilt if where == "end" else spoilt.rstrip(b"\n") + b"\n" + kept)
     assert [len(model.metrics) for model in gather.models(str(killed))] == [0, 2, 2]
     page_of(killed)
+
+
+def test_pairs_of_others_need_no_indices(run, tmp_path):
+    others = tmp_path / "others"
+    shutil.copytree(run, others)
+    file = others / "iteration_1/pairs.jsonl"
+    rows = tiny.read_jsonl(file)
+    kept = ("prompt_id", "prompt", "chosen", "rejected")
+    tiny.write_jsonl(file, [{name: row[name] for name in kept} for row in rows])
+    (trained, *_) = gather.read(str(others)).trained
+    assert len(trained.pairs["chosen_characters"]) == len(rows)
+    page_of(others)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 100_000, "\0"])
+@pytest.mark.parametrize("name", ["settings.json", "iteration_2/against_start.json"])
+def test_a_damaged_file_of_a_run_is_named(run, tmp_path, capsys, name, content):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    (damaged / name).write_text(content)
+    assert run_main(report.main, report.Args, [str(damaged)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and name in error
 
 
 def test_a_run_is_ready_where_the_ranker_opens_and_the_disk_has_room(tmp_path, capsys):

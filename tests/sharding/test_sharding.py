@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import jax
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -12,7 +13,8 @@ from model.config import DecoderConfig
 from model.packing import Sequence, pack
 from scripts.bench.shapes import MISTRAL_7B
 from sharding import table
-from sharding.mesh import MESH_AXES, batch_shards, decoding_sizes, training_sizes
+from sharding.errors import UserError
+from sharding.mesh import MESH_AXES, batch_shards, decoding_sizes, make_mesh, training_sizes
 from tests import tiny
 
 
@@ -83,3 +85,8 @@ def test_the_mesh_that_is_chosen(devices, config: DecoderConfig, training, decod
     assert training_sizes(devices, config) == training
     assert decoding_sizes(devices, config) == decoding
     assert math.prod(training) == math.prod(decoding) == devices
+
+
+def test_numbers_of_64_bits_are_refused():
+    with jax.enable_x64(True), pytest.raises(UserError, match="jax_enable_x64 is on"):
+        make_mesh(1, -1, 1)

@@ -200,11 +200,60 @@ def test_pairs_that_cannot_be_trained_on_are_set_aside_with_their_reason(base, t
     assert counts["in"] == len(rows) and counts["set aside: chosen equals rejected"] == 1
 
 
-@pytest.mark.parametrize("comparisons", [{"a": 1}, [{"0": 1}, {}], [[0]], "xx"])
-def test_a_ranking_that_does_not_fit_its_pair_is_told_in_one_line(comparisons):
-    fields = {"chosen_index": 0, "rejected_index": 1, "all_rm_scores": [1, 0]}
+INDICES = {"chosen_index": 0, "rejected_index": 1, "all_rm_scores": [1, 0]}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"comparisons": matrix} for matrix in ({"a": 1}, [{"0": 1}, {}], [[0]], "xx")),
+        {"comparisons": [[0, "1"], ["2", 0]]},
+        {"comparisons": [[0, 1], [[2], 0]]},
+        {"comparisons": [[0, 1e308], [-1e308, 0]]},
+        {"comparisons": [[0, 1], [1, 0]], "chosen_index": -1},
+        {"comparisons": [[0, 1], [1, 0]], "rejected_index": 2},
+        {"comparisons": [[0, 1], [1, 0]], "rejected_index": "1"},
+        {"comparisons": [[0, 1], [1, 0]], "rejected_index": 1.0},
+    ],
+)
+def test_a_ranking_that_does_not_fit_its_pair_is_told_in_one_line(fields):
     with pytest.raises(UserError, match=r"^here: .* do not fit together"):
-        reading._win_probability(fields | {"comparisons": comparisons}, "here")
+        reading._win_probability(INDICES | fields, "here")
+
+
+@pytest.mark.parametrize(
+    ("fields", "probability"),
+    [
+        ({"win_probability": 0.7}, 0.7),
+        ({"win_probability": 1, "comparisons": [[0, None], [None, 0]]}, 1.0),
+        ({"comparisons": [[0, 3.0], [1.0, 0]]}, 1 / (1 + math.exp(-1))),
+        ({"comparisons": [[0, 3.0], [1.0, 0]], "all_rm_scores": [2, 0]}, 1 / (1 + math.exp(-1))),
+        ({"comparisons": [[0, 5000.0], [-5000.0, 0]]}, 1.0),
+        # What is no probability: a reward's scale, wins, answers that never met.
+        ({}, None),
+        ({"all_rm_scores": [1.0, -1.0], "comparisons": [[0, None], [None, 0]]}, None),
+        ({"comparisons": [[0, 3.0], [None, 0]]}, None),
+        ({"comparisons": None}, None),
+        ({"comparisons": [[0, 1], [1, 0]], "chosen_index": None}, None),
+    ],
+)
+def test_a_probability_comes_from_logits_of_these_two_answers_alone(fields, probability):
+    assert reading._win_probability(INDICES | fields, "here") == pytest.approx(probability)
+
+
+def test_sppo_refuses_pairs_whose_answers_never_met(base, tmp_path, capsys):
+    rows = tiny.read_jsonl(base / "pairs.jsonl")  # of a reward function
+    tiny.write_jsonl(tmp_path / "scores.jsonl", rows)
+    bubble = [
+        row | {"comparisons": [[0.0 if i == j else None for j in range(3)] for i in range(3)]}
+        for row in rows
+    ]
+    tiny.write_jsonl(tmp_path / "bubble.jsonl", bubble)
+    for name in ("scores", "bubble"):
+        code = run_dpo(base, tmp_path / "out", "--loss", "sppo", pairs=tmp_path / f"{name}.jsonl")
+        words = f"--loss sppo: {len(rows)} pairs have no win_probability", "--comparisons full"
+        refused(capsys, code, *words)
+        assert not (tmp_path / "out").exists()
 
 
 def test_pairs_of_another_model_are_refused_unless_the_flag_says_otherwise(base, tmp_path, capsys):

@@ -5,6 +5,8 @@ import gc
 import importlib.metadata
 import json
 import math
+import os
+import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -194,6 +196,21 @@ def test_no_request_is_paid_for_after_a_failure(server, tmp_path, monkeypatch, e
     assert len(server.asked) == asked
     answered = sum(status == 200 for status in [200, 200, 429, 200][:asked])
     assert len([key for key in written if key]) >= answered - 1  # all but the one that failed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_at_once_although_the_server_says_wait(server, tmp_path, number):
+    server.statuses = [200, *[(429, "500")] * 9]
+    threading.Timer(1.5, os.kill, (os.getpid(), number)).start()
+    start = time.monotonic()
+    assert ask(server, tmp_path, "--parallel", 2) == 75
+    assert time.monotonic() - start < 20
+    asked = len(server.asked)
+    assert asked == 3  # one is answered, and two wait for their turn
+    assert len((tmp_path / "annotations.json.partial").read_text().splitlines()) == 1
+    server.statuses = []
+    gc.collect()
+    assert ask(server, tmp_path) == 0 and len(server.asked) == asked + 7
 
 
 @pytest.mark.parametrize(

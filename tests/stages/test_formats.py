@@ -457,3 +457,27 @@ def test_the_command_line_reads_pairs_and_slices_of_prompts(tmp_path):
     assert run_main(convert.main, convert.Command, ["from-parquet", folder, pairs]) == 0
     assert [row["prompt_id"] for row in read(pairs)] == [f"i{i}" for i in range(6)]
     assert run_main(convert.main, convert.Command, ["from-parquet", folder, prompts]) == 2
+
+
+def test_a_row_of_prompts_that_stands_twice_is_counted(tmp_path):
+    texts = ("a", "b", "a", "c")
+    mine, out = tmp_path / "mine.jsonl", tmp_path / "p.jsonl"
+    mine.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    convert.main(convert.Prompts(str(mine), str(out)))
+    assert [row["prompt"] for row in read(out)] == ["a", "b", "c"]
+    counts = read_manifest(str(out)).counts
+    assert counts == {"in": 4, "out": 3, "merged: the same prompt again": 1}
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1", b"not parquet at all", None])
+def test_a_damaged_split_beside_the_new_one_is_named(tmp_path, damage):
+    pairs = make(tmp_path, 1)
+    other = tmp_path / "hub/data/train_iteration_2-00000-of-00001.parquet"
+    whole = (tmp_path / "hub/data/train_iteration_1-00000-of-00001.parquet").read_bytes()
+    other.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    with pytest.raises(UserError, match=r"train_iteration_2.* cannot be read"):
+        convert.main(convert.ToParquet(str(pairs), str(tmp_path / "hub"), "train_iteration_1"))
+    with pytest.raises(UserError, match="exists from other pairs"):
+        formats.write_split(str(pairs), str(tmp_path / "hub"), "train_iteration_2")
+    formats.write_split(str(pairs), str(tmp_path / "hub"), "train_iteration_2", overwrite=True)
+    assert len(formats.split_facts(str(tmp_path / "hub"))) == 3

@@ -336,6 +336,12 @@ def test_a_stopped_stage_exits_75_and_goes_on(capsys, prompts, out, tmp_path, nu
         ('{"prompt": "x", "score": 1e999}', "holds what JSON cannot"),
         ('{"prompt": "x", "score": ' + "9" * 5000 + "}", "line 2: not JSON"),
         ("[" * 100_000, "line 2: not JSON"),
+        (f'{{"prompt": "x", "y": {"[" * 101}{"]" * 101}}}', "line 2: not JSON (nested too deep)"),
+        (f'{{"prompt": "x", "y": {"[" * 985}{"]" * 985}}}', "line 2: not JSON (nested too deep)"),
+        ('{"y": ' * 3000 + "1" + "}" * 3000, "line 2: not JSON (nested too deep)"),
+        ('{"prompt": "x", "prompt": "y"}', "line 2: not JSON (field 'prompt' stands twice"),
+        ('{"prompt": "x", "y": {"a": 1, "a": 1}}', "field 'a' stands twice"),
+        ('{"prompt": "x", "score": -1e400}', "line 2: not JSON (-1e400: -inf is no finite number"),
         ({"text": "x"}, "line 2: field 'prompt' is missing: add it as str"),
         ({"prompt": 3}, "line 2: field 'prompt' is int, not str"),
         ({"prompt": None}, "line 2: field 'prompt' is NoneType, not str"),
@@ -380,7 +386,7 @@ def test_unusable_paths_are_named(capsys, prompts, tmp_path):
 
 
 def test_a_broken_manifest_is_named(capsys, prompts, out):
-    for content in ("{", "[]", '{"stage": "x"}', "\xff"):
+    for content in ("{", "[]", '{"stage": "x"}', "\xff", "[" * 100_000, "\0", ""):
         Path(f"{prompts}.manifest.json").write_text(content, encoding="latin-1")
         code, _, stderr = run(capsys, prompts, out)
         assert code == 2 and "not a manifest" in stderr

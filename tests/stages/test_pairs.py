@@ -305,6 +305,7 @@ def test_test_count_takes_that_many_prompts(capsys, tmp_path, out):
         ('{"prompt": "b", "responses": [], "scores": [-Infinity]}', "line 2: not JSON (-Inf"),
         (json.dumps(row("b", [0, 1])).replace("[0, 1]", "[0, 1e999]"), "inf is no finite number"),
         (row("b", [1, 10**400]), "is no finite number"),
+        (row("b", [1, -1e200]), "-1e+200 is no finite number up to 1e+100"),
         ({"prompt": "b", "scores": [1]}, "line 2: field 'responses' is missing"),
         ({"prompt": "b", "responses": [answer("x")]}, "line 2: field 'scores' is missing"),
         ({"prompt": "b", "responses": ["x"], "scores": [1]}, "responses[0]: a str, not an object"),
