@@ -89,7 +89,7 @@ class DecoderConfig:
                 raise UserError(f"{field} is {value!r}: it must be a token id or null")
         for value in self.eos_token_ids:
             if type(value) is not int:
-                raise UserError(f"eos_token_id {value!r}: it must be a token id, or a list of them")
+                raise UserError(f"eos_token_id {value!r}: it must be a token id or a list of them")
         for field, ids in (("bos", (self.bos_token_id,)), ("eos", self.eos_token_ids)):
             for i in ids:
                 if i is not None and not 0 <= i < self.vocab_size:

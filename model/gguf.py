@@ -164,7 +164,6 @@ def _config(path: str, file: GgufFile) -> DecoderConfig:
     ):
         if (other := take(key, value)) != value:
             raise UserError(f"{path}: key llama.{key} is {other!r}: only {value!r} is built")
-    ids = _token_ids(file)
     fields = dict(
         vocab_size=vocab_size,
         hidden_size=hidden,
@@ -177,14 +176,17 @@ def _config(path: str, file: GgufFile) -> DecoderConfig:
         rope_theta=positive("rope.freq_base", 10000.0),
         max_position_embeddings=whole("context_length"),
         tie_word_embeddings="output.weight" not in file.tensors,
-        bos_token_id=ids["bos"],
-        eos_token_ids=eos_tuple(ids["eos"]),
-        pad_token_id=ids["pad"],
         model_type="llama",
         torch_dtype="float32",  # dequantized values: half precision would not hold them
     )
     try:
-        config = DecoderConfig(**fields)
+        ids = _token_ids(file)
+        config = DecoderConfig(
+            **fields,
+            bos_token_id=ids["bos"],
+            eos_token_ids=eos_tuple(ids["eos"]),
+            pad_token_id=ids["pad"],
+        )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for key, value in keys.items():  # rope.scaling, attention.sliding_window, …

@@ -230,15 +230,21 @@ def test_a_size_is_a_positive_whole_number(key, value):
         ("rope_theta", [{"__float__": "Infinity"}], "a number above"),
         ("initializer_range", [None, "0.02", math.nan, -1, 2], "a number from 0 to 1"),
         ("tie_word_embeddings", [None, "false", 0, 1, "true"], "true or false"),
-        ("bos_token_id", ["1", 1.0, [1]], "a token id or null"),
         ("pad_token_id", ["1", 1.0, [1]], "a token id or null"),
-        ("eos_token_id", ["2", 2.0, ["2"], [[2]], True, {"a": 1}, [-1]], "a token id, or a list"),
+        ("eos_token_id", ["2", 2.0, ["2"], [[2]], True, {"a": 1}], "a token id or a list of them"),
     ],
 )
 def test_each_value_has_its_type_and_range(key, values, allowed):
     for value in values:
         with pytest.raises(UserError, match=rf"^{key} .*: it must be {allowed}.*"):
             from_hf(MISTRAL_V1 | {key: value})
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("value", ["1", 1.0, [-1], -1, 32000, [[1]], True])
+def test_a_token_id_is_one_of_the_vocabulary(key, value):
+    with pytest.raises(UserError, match=rf"^{key} .*(is no id of a vocabulary|must be a token id)"):
+        from_hf(MISTRAL_V1 | {key: value})
 
 
 def test_what_an_error_of_a_value_names(tmp_path):

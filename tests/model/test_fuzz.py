@@ -97,8 +97,8 @@ def test_generation_config_json(folder, content):
     config, _ = refusal(read_config, str(other))
     if config is not None:
         eos = content.get("eos_token_id") if isinstance(content, dict) else None
-        eos = 2 if eos is None else eos
-        assert list(config.eos_token_ids) == (eos if isinstance(eos, list) else [eos])
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        assert config.eos_token_ids == tuple(dict.fromkeys(eos or [2]))
 
 
 # ---------------------------------------------------------------------- GGUF

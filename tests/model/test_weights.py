@@ -266,6 +266,19 @@ def test_a_link_out_of_a_folder_is_refused(tmp_path, secret, link):
         local_folder(str(tmp_path / "model"), ["*.json"])
 
 
+@pytest.mark.parametrize("link", ["additional_chat_templates", "additional_chat_templates/x.jinja"])
+def test_named_chat_templates_are_no_links_either(tmp_path, secret, link):
+    templates = tmp_path / "model" / "additional_chat_templates"
+    (secret.parent / "x.jinja").write_text("secret")
+    if link.endswith("jinja"):
+        templates.mkdir()
+        (templates / "x.jinja").symlink_to(secret.parent / "x.jinja")
+    else:
+        templates.symlink_to(secret.parent)
+    with pytest.raises(UserError, match=r"x\.jinja is a link to .*, out of its folder"):
+        check_links(str(tmp_path / "model"), ["*.jinja"])
+
+
 def test_a_folder_beside_of_a_longer_name_is_outside(tmp_path):
     for name in ("model", "model-other"):
         (tmp_path / name).mkdir()
