@@ -334,7 +334,7 @@ def test_a_malformed_row_is_named(capsys, tmp_path, out, line, message):
     ("flags", "message"),
     [
         (("--test-fraction", 1), "must be at least 0 and below 1"),
-        (("--test-fraction", "nan"), "must be at least 0 and below 1"),
+        (("--test-fraction", "nan"), "--test-fraction is nan: give a finite number"),
         (("--test-count", -1), "must not be negative"),
         (("--test-count", 2), "leaves none of the 2 prompts to train on"),
         (("--test-count", 1, "--test-fraction", 0.5), "not both"),
