@@ -199,6 +199,7 @@ def serve(path: str) -> None:
         for number, descriptor in enumerate(descriptors):
             os.dup2(descriptor, number)
             os.close(descriptor)
+        sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment | {"TORTURE_STAGE": " ".join(argv)})
