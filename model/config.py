@@ -88,7 +88,7 @@ class DecoderConfig:
             if type(value := getattr(self, field)) not in (int, type(None)):
                 raise UserError(f"{field} is {value!r}: it must be a token id or null")
         for value in self.eos_token_ids:
-            if type(value) is not int:
+            if type(value) is not int or value < 0:
                 raise UserError(f"eos_token_id {value!r}: it must be a token id or a list of them")
         for field, ids in (("bos", (self.bos_token_id,)), ("eos", self.eos_token_ids)):
             for i in ids:
