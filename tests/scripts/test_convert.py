@@ -139,7 +139,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, source, 
 @pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
 def test_a_size_that_is_none_is_refused(tmp_path, model, capsys, size):
     line = refused(capsys, "to-hf", model, tmp_path / "D", "--max-shard-gb", size)
-    assert f"--max-shard-gb {float(size)}: give a size above 0" in line
+    assert "--max-shard-gb" in line and size in line
+    assert "give a finite number" in line or "give a size of a byte or more" in line
 
 
 def test_a_split_whose_name_datasets_would_refuse_is_refused(tmp_path, capsys):
