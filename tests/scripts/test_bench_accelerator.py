@@ -58,6 +58,7 @@ def rows(told, piece):
     return {row["name"]: row for row in told[0]["pieces"][piece]["rows"]}
 
 
+@pytest.mark.heavy
 def test_every_piece_runs_where_little_is_installed(told):
     status = {name: found["status"] for name, found in told[0]["pieces"].items()}
     assert status == dict.fromkeys(accelerator.PIECES, "done") | {"transformers": "skipped"}
@@ -69,6 +70,7 @@ def test_every_piece_runs_where_little_is_installed(told):
     assert machine["platform"] == "cpu" and machine["jax"] == jax.__version__
 
 
+@pytest.mark.heavy
 def test_rates_and_shares_are_sane(told):
     for name, row in rows(told, "rates").items():
         assert next(x for key, x in row.items() if "per_second" in key) > 0, name
@@ -89,6 +91,7 @@ def test_rates_and_shares_are_sane(told):
     assert row["weights_bytes"] == 2 * (shapes.parameters(c) - c.vocab_size * c.hidden_size)
 
 
+@pytest.mark.heavy
 def test_a_profile_names_kernels_and_their_scopes(told):
     kernels = rows(told, "decode")["kernels of a step of 4 slots"]["kernels"]
     shares = [kernel["share"] for kernel in kernels]
@@ -97,6 +100,7 @@ def test_a_profile_names_kernels_and_their_scopes(told):
     assert any("draw" in k["scope"] or "attention" in k["scope"] for k in kernels)
 
 
+@pytest.mark.heavy
 def test_training_counts_its_operations_and_begins_at_ln_2(told):
     (row,) = rows(told, "dpo").values()
     c, sequences = shapes.TINY.model, shapes.pairs(shapes.TINY)
@@ -123,6 +127,7 @@ def test_training_counts_its_operations_and_begins_at_ln_2(told):
     assert save["state_bytes"] >= 12 * shapes.parameters(c)
 
 
+@pytest.mark.heavy
 def test_the_table_holds_every_row(told):
     assert told[1].startswith("cpu, jax ")
     for name, found in told[0]["pieces"].items():

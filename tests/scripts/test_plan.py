@@ -1,6 +1,8 @@
 """scripts.plan: counts against hand counts and XLA's, what does not fit, and the real compilers."""
 
 import dataclasses
+import functools
+import json
 import re
 import subprocess
 import sys
@@ -37,8 +39,13 @@ def plan_of(machine="v5p-8", name=MISTRAL, **flags):
     return command.make(command.Args(name, machine, **flags))
 
 
+@functools.cache
+def _told(on, programs: str) -> list[dict]:
+    return compiler.described(on, json.loads(programs), compiles=False)
+
+
 def by_shapes(plan) -> dict[str, dict]:
-    told = compiler.described(plan.on, plan.programs(), compiles=False)
+    told = _told(plan.on, json.dumps(plan.programs()))
     return {each["name"]: each for each in told}
 
 
@@ -349,6 +356,7 @@ def test_one_80_gb_gpu_cannot_train_7b_and_the_plan_says_why(no_compiler, capsys
     assert "h100:1 has 78.0 GiB" in line and "h100:2 fits" in line
 
 
+@pytest.mark.heavy
 def test_what_would_make_it_fit_begins_with_what_costs_no_chips(no_compiler):
     plan = plan_of("v6e-8").changed("sample", slots=512)
     told = by_shapes(plan)["sample: a step"]
