@@ -20,13 +20,10 @@ LANES = 128
 BLOCK_BYTES = 2**20  # about so much of the keys is fetched at a time: a step costs as much as 1 MB
 
 
-def takes(length: int) -> bool:
-    """Whether the kernel is built for a cache of so many positions."""
-    return length % LANES == 0
-
-
 def _block(length: int, bytes_per_position: int) -> int:
     """How many positions a step takes: a multiple of LANES that divides the length."""
+    if length % LANES:
+        raise ValueError(f"a cache of {length} positions is no multiple of {LANES}")
     blocks = [n for n in range(LANES, length + 1, LANES) if length % n == 0]
     return max(n for n in blocks if n == LANES or n * bytes_per_position <= BLOCK_BYTES)
 
@@ -37,10 +34,12 @@ def attention(q_bkrh, k_bkhs, v_bksh, first_b, end_b, interpret: bool = False):
     positions: (0, -1e30, 0). interpret: run the kernel step by step, on any device."""
     b, k, r, h = q_bkrh.shape
     length = k_bkhs.shape[-1]
+    # A row whose answer has ended may be longer than a cache that was cut since.
+    end_b = jnp.minimum(end_b, length)
     block = _block(length, k * h * k_bkhs.dtype.itemsize)
 
     def place(i, j, first_ref, end_ref):
-        # A block that is not needed is the one fetched last, so that nothing is fetched.
+        # For a block that is not needed, a neighbour that is: it is in place, or comes next.
         needed = jnp.clip(j, first_ref[i] // block, jnp.maximum(end_ref[i] - 1, 0) // block)
         return i, needed
 

@@ -35,6 +35,7 @@ from model.packing import coarse_bucket
 from model.prompt_rows import PREFILL_PROMPTS, PREFILL_TOKENS, Row, rows_of
 from model.slot_state import STEPS_PER_CALL
 from sharding.errors import UserError
+from sharding.mesh import batch_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +83,18 @@ class Event:
     """What a call brought for one answer: its new tokens, EOS included, and the answer if it has
     ended."""
 
-    prompt_id: str
-    index: int
+    making: "Making"
     token_ids: list[int]
     logprobs: list[float]
     answer: Answer | None
+
+    @property
+    def prompt_id(self) -> str:
+        return self.making.prompt_id
+
+    @property
+    def index(self) -> int:
+        return self.making.index
 
 
 @dataclasses.dataclass
@@ -112,6 +120,17 @@ class Making:
     token_ids: list[int] = dataclasses.field(default_factory=list)  # drawn, EOS included
     logprobs: list[np.float32] = dataclasses.field(default_factory=list)
     told: int = 0  # tokens that an Event has brought
+    cancelled: bool = False
+
+
+def cache_unit(platform: str) -> int:
+    """What a cache's length is a multiple of: on TPUs what their kernel takes, elsewhere 16, since
+    odd sizes are a tenth slower on CPU."""
+    return attention_tpu.LANES if platform == "tpu" else 16
+
+
+def round_up(length: int, unit: int) -> int:
+    return -(-length // unit) * unit
 
 
 def fewest_slots(config: DecoderConfig, slots: int) -> int:
@@ -158,18 +177,18 @@ class Sampler:
         self.longest_prompt = longest_prompt
         platform = jax.default_backend()
         self.on_cpu, side_buffer = platform == "cpu", "tpu" if platform == "tpu" else None
-        # In positions: a multiple of 16, since odd sizes are a tenth slower on CPU; of what the
-        # kernel for TPUs takes.
-        self.unit = attention_tpu.LANES if side_buffer else 16
-        self.longest = -(-(longest_prompt + sampling.max_new_tokens) // self.unit) * self.unit
+        self.unit = cache_unit(platform)
+        self.longest = round_up(longest_prompt + sampling.max_new_tokens, self.unit)
         self.tokens_drawn = 0  # in finished answers, without EOS
         self.waiting: deque[Group] = deque()
         self.doing: dict[int, Making] = {}  # slot → its answer
         # (answers, their first tokens and log-probs), which are still on the device.
         self.firsts: list[tuple] = []
+        self.latest: list[Making] = []  # those of the last call
         self.rows, self.length, self.state = 0, 0, None
         self.more = True  # whether prompts may still come
-        self.fewest = fewest_slots(config, slots)
+        self.shards = batch_shards(jax.sharding.get_abstract_mesh())
+        self.fewest = fewest_slots(config, slots // self.shards) * self.shards
         self.prefill_tokens = PREFILL_TOKENS * (1 if self.on_cpu else 4)
         how = {"config": config, "dtype": dtype}
         prefill, start = slot_state.BY_PARTS if self.on_cpu else slot_state.WHOLE
@@ -202,17 +221,20 @@ class Sampler:
             if group.prompt_id == prompt_id:
                 group.indices = [index for index in group.indices if not is_meant(index)]
         self.waiting = deque(group for group in self.waiting if group.indices)
-        self._release(
-            [s for s, m in self.doing.items() if m.prompt_id == prompt_id and is_meant(m.index)]
-        )
+        for making in (*self.latest, *self.doing.values()):
+            making.cancelled |= making.prompt_id == prompt_id and is_meant(making.index)
+        self._release([slot for slot, making in self.doing.items() if making.cancelled])
 
     def events(self, steps: int = STEPS_PER_CALL) -> Iterator[Event]:
         """What the answers bring, until none is left. Meanwhile more may be submitted or cancelled.
-        steps: the most tokens per answer before new ones are admitted."""
+        steps: the most tokens per answer before new ones are admitted, at least 1."""
+        self.more = True
         while self.waiting or self.doing:
             while self.admit():
                 pass
-            yield from self.advance(steps)
+            for event in self.advance(max(1, steps)):
+                if not event.making.cancelled:
+                    yield event
 
     # ------------------------------------------------------------------ all answers of a file
 
@@ -270,6 +292,8 @@ class Sampler:
             raise ValueError(
                 f"a prompt of {len(token_ids)} tokens: longest_prompt is {self.longest_prompt}"
             )
+        if not token_ids:
+            raise ValueError("a prompt without tokens")
         for start in range(0, len(indices), self.slots):
             yield Group(prompt_id, token_ids, indices[start : start + self.slots], sampling)
 
@@ -368,6 +392,7 @@ class Sampler:
     # ------------------------------------------------------------ the sizes of the state
 
     def _empty(self) -> None:
+        self.state = None  # before there is another
         self.rows = self.slots
         self.length = self._cache_length(self.longest_prompt + STEPS_PER_CALL)
         self.state = slot_state.empty(self.config, self.rows, self.length, self.dtype)
@@ -375,13 +400,14 @@ class Sampler:
     def _cache_length(self, needed: int) -> int:
         # Below 128, compiling another length costs more than it saves.
         length = max(128, coarse_bucket(needed))
-        return min(-(-length // self.unit) * self.unit, self.longest)
+        return min(round_up(length, self.unit), self.longest)
 
     def _fewer(self) -> int:
         """The next smaller number of slots (two at most), or that of now: when no more come."""
         may = not self.more and not self.waiting
         may = may and self.rows > max(self.fewest, self.slots // 4)
-        return max(self.fewest, self.rows // 2) if may else self.rows
+        fewer = max(self.fewest, self.rows // 2) if may else self.rows
+        return fewer if fewer % self.shards == 0 else self.rows
 
     def _fit(self) -> None:
         """Make the cache long enough for the next call, or shorter if that halves it. When no more
@@ -425,7 +451,7 @@ class Sampler:
                 making.token_ids.append(int(token))
                 making.logprobs.append(logprob)
         self.firsts = []
-        events, stopped = [], []
+        events, stopped, self.latest = [], [], list(self.doing.values())
         for slot, making in list(self.doing.items()):
             new = int(steps[slot]) - len(making.token_ids)
             making.token_ids += drawn["tokens"][slot, :new].tolist()
@@ -437,9 +463,7 @@ class Sampler:
                 answer = self._whole(making)
             told, making.told = making.told, len(making.token_ids)
             tokens, logprobs = making.token_ids[told:], making.logprobs[told:]
-            events.append(
-                Event(making.prompt_id, making.index, tokens, list(map(float, logprobs)), answer)
-            )
+            events.append(Event(making, tokens, list(map(float, logprobs)), answer))
             if answer is not None:
                 self.tokens_drawn += len(answer.token_ids)
                 del self.doing[slot]
@@ -487,9 +511,11 @@ class Sampler:
         """Whether a stop string may end in the new tokens: the text of these, with enough before
         them to hold a stop string's beginning, is looked at alone."""
         stop_strings, start = making.sampling.stop_strings, making.told
-        longest, back = max(map(len, stop_strings)), 8
-        while start > 0 and len(self.decode_text(making.token_ids[start : making.told])) <= longest:
+        longest, back, before = max(map(len, stop_strings)), 8, ""
+        # A text that begins within a character begins with "\ufffd".
+        while start > 0 and (before[:1] in ("", "\ufffd") or len(before) <= longest):
             start = max(making.told - back, 0)
+            before = self.decode_text(making.token_ids[start : making.told])
             back *= 2
         text = self.decode_text(making.token_ids[start:])
         return any(stop in text for stop in stop_strings)

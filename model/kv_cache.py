@@ -224,8 +224,9 @@ def decode_beside(
     positions_b = start_b + step
     recent_bj = start_b[:, None] + jnp.arange(buffer[0][0].shape[2])
     recent_seen_btj = visible(positions_b[:, None], recent_bj, None, config.sliding_window)
-    window = config.sliding_window or config.max_position_embeddings
-    first_b = jnp.maximum(positions_b - window + 1, 0)
+    first_b = jnp.zeros_like(positions_b)
+    if config.sliding_window is not None:
+        first_b = jnp.maximum(positions_b - config.sliding_window + 1, 0)
 
     def attend(kept, q_btnh, k_btkh, v_btkh):
         kv, *recent = kept

@@ -173,12 +173,12 @@ def advance(params, state, stop_at_active, steps, *, config, dtype, side_buffer)
             hidden_bd, kv = kv_cache.decode(params, config, kv, rest["last"], positions_b, dtype)
         logits_bv = decoder.logits(params, config, hidden_bd)
         uniform_b = drawing.uniforms(rest["keys"], rest["steps"])
-        tokens_b, logprobs_b = drawing.draw(logits_bv, uniform_b, rest["settings"])
+        active_b = rest["active"]
+        tokens_b, logprobs_b = drawing.draw(logits_bv, uniform_b, rest["settings"], active_b)
         drawn = {
             name: jax.lax.dynamic_update_slice_in_dim(drawn[name], x[:, None], i, 1)
             for name, x in (("tokens", tokens_b), ("logprobs", logprobs_b))
         }
-        active_b = rest["active"]
         rest = rest | {
             "steps": rest["steps"] + active_b,
             "last": jnp.where(active_b, tokens_b, rest["last"]),

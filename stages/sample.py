@@ -220,7 +220,8 @@ def load_sampler(args: Args, config, tokenizer, sampling, mesh, longest: int, pr
     dtype = jnp.dtype(args.dtype)
     if dtype != jnp.float32:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-    length = longest + args.max_new_tokens
+    unit = generate.cache_unit(mesh.devices.flat[0].platform)
+    length = generate.round_up(longest + args.max_new_tokens, unit)
     slot_bytes = kv_cache.cache_bytes(config, length, dtype)
     slots = min(processes.from_all(count_slots(args, mesh, slot_bytes, args.n * prompts)))
     bar.write(f"{slots} slots, a KV cache of at most {slots * slot_bytes / 1e9:.2f} GB")

@@ -9,6 +9,7 @@ import jax
 
 from model import decoder
 from model.config import DecoderConfig
+from model.generate import cache_unit, round_up
 from model.packing import bucket, coarse_bucket
 from scripts.bench.shapes import PAIRRM
 from scripts.plan.slices import Slice
@@ -94,10 +95,12 @@ class Plan:
         which decides its time. A step of sampling, bound by memory, is compiled at both."""
         drawn, trained = dataclasses.asdict(self.sampling), dataclasses.asdict(self.training)
         (tokens, answer, most), limit = self.lengths, self.sampling.max_new_tokens
-        longest = -(-(round(most) + limit) // 16) * 16
+        unit = cache_unit(self.on.compiler)
+        longest = round_up(round(most) + limit, unit)
         # The longest of n lengths that fall off exponentially is the mean times ln n.
         times = max(1.0, math.log(self.slots))
         usual = coarse_bucket(round(min(most, tokens * times) + min(limit, answer * times)))
+        usual = round_up(usual, unit)
         drawn |= {"slots": self.slots, "length": longest}
         drawn["side_buffer"] = "tpu" if self.on.compiler == "tpu" else None
         prompts = drawn | {"tokens": coarse_bucket(round(most))}

@@ -401,7 +401,7 @@ def test_the_kernel_for_tpus_attends_to_what_a_row_has(length, dtype, monkeypatc
         for key, shape in zip(keys, ((5, 2, 4, 16), (5, 2, 16, length), (5, 2, length, 16)))
     )
     first = jnp.array([0, 0, 130, 100, 7])
-    end = jnp.array([0, 1, 131, length, 256])
+    end = jnp.array([0, 1, 131, length + 500, 256])  # longer than the cache, which was cut since
     out, largest, total = attention_tpu.attention(q, k, v, first, end, interpret=True)
     scores = jnp.einsum("bkrh,bkhs->bkrs", *(x.astype(jnp.float32) for x in (q, k))) / 4
     place = jnp.arange(length)
@@ -413,3 +413,27 @@ def test_the_kernel_for_tpus_attends_to_what_a_row_has(length, dtype, monkeypatc
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(out[1:] / total[1:, ..., None], expected, atol=tolerance)
     np.testing.assert_allclose(largest[1:], scores[1:].max(-1), atol=1e-4)
+
+
+def test_a_stop_string_is_not_missed_where_its_letters_are_bytes():
+    """Byte tokens of a tokenizer that shows a damaged run of them as "\ufffd" throughout."""
+    text = "🙂🙂🙂🛑🙂".encode() + b"ab"
+
+    def decode(ids):
+        run = bytes(ids)
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
+
+    config = tiny.config(eos_token_ids=())
+    sampler = Sampler(config, tiny.params(config), decode, Sampling(), slots=1, longest_prompt=8)
+    for step in (1, 3, 5):
+        making = generate.Making("p", 0, 5, Sampling(stop_strings=("🛑",)))
+        for end in range(step, len(text) + step, step):
+            making.token_ids = list(text[:end])
+            making.logprobs = [np.float32(0)] * len(making.token_ids)
+            if answer := sampler._cut_at_stop_string(making):
+                break
+            making.told = len(making.token_ids)
+        assert answer is not None and answer.text == "🙂🙂🙂" and len(answer.token_ids) == 12
