@@ -72,7 +72,7 @@ def ours(folder, out, *more):
         "--batch-size",
         str(PAIRS_A_STEP),
         "--micro-batch-size",
-        "2",
+        "4",
         "--warmup-ratio",
         "0.1",
         "--mesh",

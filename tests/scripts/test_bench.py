@@ -5,6 +5,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 from scripts.bench import dpo, rank, sample
 from scripts.bench.machine import Side, in_turns
@@ -42,6 +43,7 @@ def test_sampling_counts_its_tokens_and_accounts_for_a_step(tmp_path):
     assert account["slots"] == 4 and 0 < account["seconds"] < seconds
 
 
+@pytest.mark.heavy
 def test_training_steps_are_timed(tmp_path):
     tiny.write_checkpoint(tmp_path / "model")
     pair = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [9, 8, 7]}

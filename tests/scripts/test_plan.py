@@ -346,6 +346,7 @@ def test_without_a_compiler_activations_are_said_to_be_left_out(no_compiler, cap
     assert "bash scripts/plan/setup.sh tpu" in shown
 
 
+@pytest.mark.heavy
 def test_one_80_gb_gpu_cannot_train_7b_and_the_plan_says_why(no_compiler, capsys):
     argv = [MISTRAL, "--machine", "h100:1", "--price", "2"]
     assert run_main(command.main, command.Args, argv) == 2

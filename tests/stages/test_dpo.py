@@ -69,7 +69,8 @@ def test_dpo_starts_at_ln_2_learns_and_writes_a_complete_checkpoint(base, tmp_pa
     assert run_sample(base, model=out, out="again.jsonl") == 0
 
 
-@pytest.mark.parametrize("micro", ["2", pytest.param("3", marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("micro", ["2", "3"])
 def test_micro_batches_only_cut_the_sum(base, tmp_path, micro):
     assert run_dpo(base, tmp_path / "a", "--batch-size", "3") == 0
     assert run_dpo(base, tmp_path / "b", "--batch-size", "3", "--micro-batch-size", micro) == 0
@@ -86,7 +87,10 @@ def test_devices_only_share_the_work(base, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("how", ["signal", "kill after a save", "kill before any save"])
+@pytest.mark.parametrize(
+    "how",
+    ["signal", "kill after a save", pytest.param("kill before any save", marks=pytest.mark.heavy)],
+)
 def test_a_training_that_was_stopped_ends_bit_identical(base, tmp_path, how, monkeypatch, capsys):
     test = ["--test-pairs", str(base / "pairs.test.jsonl")]
     assert run_dpo(base, tmp_path / "straight", *test) == 0

@@ -182,7 +182,7 @@ def ended_without(running, victim: int):
 
 @pytest.mark.parametrize(
     "processes,victim",
-    [(2, 0), *(pytest.param(n, i, marks=heavy) for n, i in ((2, 1), (4, 0), (4, 2)))],
+    [pytest.param(n, i, marks=heavy) for n, i in ((2, 0), (2, 1), (4, 0), (4, 2))],
 )
 def test_where_one_is_killed_the_others_end_and_all_go_on(folder, processes, victim):
     out = f"killed-{processes}-{victim}.jsonl"
@@ -208,6 +208,7 @@ def flat(folder) -> np.ndarray:
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(checkpoint.load(str(folder))[1])])
 
 
+@heavy
 @pytest.mark.parametrize(
     "processes,mesh", [pytest.param(2, ("1", "-1", "1"), id="2-fsdp", marks=heavy), *MESHES[1:]]
 )

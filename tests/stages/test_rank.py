@@ -205,7 +205,8 @@ def test_what_an_earlier_ranking_left_in_a_row_is_replaced(folder, tmp_path):
         assert not {"comparisons", "truncated", "score_terms"} & row.keys()
         assert row["kept"] == 7
     results = manifest(tmp_path, "out.jsonl")["results"]
-    assert set(results) == {"score_length_correlation", "ranker", "sha256"}
+    kept = {"score_length_correlation", "ranker", "sha256", "set_aside_sha256"}
+    assert set(results) == kept
     assert results["ranker"] == "reward.py:reward"  # not its folder
 
 
