@@ -135,7 +135,7 @@ def round_up(length: int, unit: int) -> int:
 
 def fewest_slots(config: DecoderConfig, slots: int) -> int:
     """How many slots the last answers must keep so that no bit of theirs changes: measured on a CPU
-    with jax 0.10, where small products take other paths."""
+    with jax 0.10 and one device, where small products take other paths."""
     sizes = (
         config.hidden_size,
         config.intermediate_size,
