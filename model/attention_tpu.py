@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from model.precision import matmul_precision
 
 LANES = 128
-BLOCK_BYTES = 2**20  # about so much of the keys is fetched at a time: a step costs as much as 1 MB
+BLOCK_BYTES = 2**20  # of the keys are fetched at a time: beginning a fetch takes as long as 1 MB
 
 
 def _block(length: int, bytes_per_position: int) -> int:

@@ -287,7 +287,7 @@ class Sampler:
                 yield groups
 
     def _groups(self, prompt_id, token_ids, indices, sampling) -> Iterator[Group]:
-        """So many answers in each as there are slots."""
+        """Answers to one prompt, at most as many in a group as there are slots."""
         if len(token_ids) > self.longest_prompt:
             raise ValueError(
                 f"a prompt of {len(token_ids)} tokens: longest_prompt is {self.longest_prompt}"
@@ -320,16 +320,16 @@ class Sampler:
         return True
 
     def advance(self, steps: int = STEPS_PER_CALL) -> list[Event]:
-        """Draw up to so many tokens in each slot, and tell what came. The call ends as soon as
-        those that wait can be admitted, or half of the slots are idle and no more prompts come."""
+        """Draw up to `steps` tokens in each slot, and tell what came. The call ends earlier once
+        answers that wait can be admitted, or, when no more prompts come, once fewer slots do."""
         if not self.doing:
             return []
         self._fit()
         if self.waiting:
-            look = self.rows - self._wanted()
+            enough = max(0, self.rows - self._wanted())
         else:
-            look = self._fewer() if self._fewer() < self.rows else 0
-        self.state, drawn = self._advance(self.params, self.state, look, steps)
+            enough = self._fewer() if self._fewer() < self.rows else 0
+        self.state, drawn = self._advance(self.params, self.state, enough, steps)
         return self._read(drawn)
 
     def _how_many_fit(self) -> int:
@@ -411,7 +411,7 @@ class Sampler:
 
     def _fit(self) -> None:
         """Make the cache long enough for the next call, or shorter if that halves it. When no more
-        prompts come and fewer slots suffice, keep these."""
+        prompts come and the answers fit into fewer slots, gather them there."""
         ends = (
             m.prompt_length
             + min(max(len(m.token_ids), 1) + STEPS_PER_CALL, m.sampling.max_new_tokens)

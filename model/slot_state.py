@@ -137,8 +137,7 @@ def advance(params, state, stop_at_active, steps, *, config, dtype, side_buffer)
     STEPS_PER_CALL).
 
     side_buffer ("tpu", or "interpret" on any device): the call's keys and values are kept beside
-    the cache and merged into it at the end
-    (kv_cache.empty_side_buffer).
+    the cache and merged into it at the end (kv_cache.empty_side_buffer).
     """
     cache, rest = state["cache"], {name: x for name, x in state.items() if name != "cache"}
     b = len(rest["steps"])

@@ -1,4 +1,4 @@
-"""The device mesh, the table from logical axes to mesh axes, and the two helpers that apply it.
+"""The device mesh, the table from logical axes to mesh axes, and the helpers that apply it.
 
 Parameters and activations are described by logical axis names ("embed", "heads", "batch", …); only
 this file knows which mesh axis each of them lies on. The mesh always has three axes:

@@ -223,6 +223,8 @@ def load_sampler(args: Args, config, tokenizer, sampling, mesh, longest: int, pr
     unit = generate.cache_unit(mesh.devices.flat[0].platform)
     length = generate.round_up(longest + args.max_new_tokens, unit)
     slot_bytes = kv_cache.cache_bytes(config, length, dtype)
+    if config.num_key_value_heads % mesh.shape["tensor"]:  # the heads are not cut, but copied
+        slot_bytes *= mesh.shape["tensor"]
     slots = min(processes.from_all(count_slots(args, mesh, slot_bytes, args.n * prompts)))
     bar.write(f"{slots} slots, a KV cache of at most {slots * slot_bytes / 1e9:.2f} GB")
     tell = table.table if args.shardings else table.summary

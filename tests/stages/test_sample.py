@@ -170,7 +170,8 @@ def test_the_cache_memory_decides_the_slots(base, tmp_path, capsys):
         len(r["prompt_token_ids"]) for r in tiny.read_jsonl(base / "samples.jsonl")
     )
     positions = -(-positions // 16) * 16  # as the engine rounds them
-    memory = 5 * 2 * 2 * 2 * 8 * positions * 4 + 100
+    # Two heads are not cut over four devices: each device holds both.
+    memory = 4 * 5 * 2 * 2 * 2 * 8 * positions * 4 + 100
     argv = ["--checkpoint", str(base / "model"), "--prompts", str(base / "prompts.jsonl")]
     argv += ["--n", "3", "--max-new-tokens", "12", "--mesh", "1", "1", "-1", "--out"]
     more = [f"{tmp_path}/s.jsonl", "--cache-memory", f"{memory}"]
