@@ -36,7 +36,9 @@ def read_manifest(folder: str) -> dict:
                 "make it again (python -m scripts.convert, or the stage that wrote it)"
             )
     check_links(folder, FILES)
-    manifest = read_json(path / MANIFEST)
+    manifest = read_json(
+        path / MANIFEST, "make the checkpoint again, with the command that made it"
+    )
     for key, kind in (("identity", str), ("parameters", int), ("origin", dict)):
         if not isinstance(manifest.get(key), kind):
             raise UserError(f"checkpoint {folder}: {MANIFEST} is damaged: {key} is not there")

@@ -182,13 +182,14 @@ def _copied(src: str, files: list[str]) -> str:
     return local
 
 
-def read_json(path: epath.Path) -> dict:
+def read_json(path: epath.Path, mend: str = "download it again") -> dict:
+    """The JSON object in a file. Raises UserError that ends with `mend`."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): download it again") from None
+        raise UserError(f"{path} is not JSON ({error}): {mend}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: download it again")
+        raise UserError(f"{path} holds no JSON object: {mend}")
     return content
 
 
