@@ -270,9 +270,11 @@ class _Others:
         os._exit(code)
 
     def _abort(self, _) -> None:
-        self.ending.acquire()  # as in `end`
-        os.write(2, f"\nanother process died: {AGAIN}\n".encode())
-        os._exit(75)
+        # As in `end`, but not for ever: JAX aborts with its lock held, for which `end` may wait.
+        self.ending.acquire(timeout=2 * GRACE * BEAT)
+        code, why = self.said[2:]
+        os.write(2, f"\n{why or f'another process died: {AGAIN}'}\n".encode())
+        os._exit(code or 75)
 
     def close(self) -> None:
         ctypes.CDLL(None).signal(signal.SIGABRT, None)
