@@ -95,17 +95,19 @@ def _matmul(equation, x, w):
 
 
 def _matmul_bwd(equation, saved, ct):
-    """JAX's own gradients, except that in the product for ∂w the narrower operand comes first.
-    XLA's CPU compiler transposes the first operand, fused with the elementwise work before it: for
-    the wide ones that took a tenth of a training step."""
+    """JAX's own gradients, except that in the product for ∂w in fp32 the narrower operand comes
+    first. XLA's CPU compiler transposes the first operand, fused with the elementwise work before
+    it: for the wide ones that took a tenth of a training step. (In bf16 that compiler has no such
+    product whose result is transposed.)"""
     x, w = saved
     operands, out = equation.split("->")
     axes_x, axes_w = operands.split(",")
     precision = matmul_precision(x.dtype)
     grad_x = jnp.einsum(f"{out},{axes_w}->{axes_x}", ct, w.astype(x.dtype), precision=precision)
-    (axes_1, first), (axes_2, second) = sorted(
-        ((axes_x, x), (out, ct)), key=lambda side: side[1].size
-    )
+    sides = (axes_x, x), (out, ct)
+    if x.dtype == jnp.float32:
+        sides = sorted(sides, key=lambda side: side[1].size)
+    (axes_1, first), (axes_2, second) = sides
     axes = "".join(axis for axis in axes_1 + axes_2 if axis in axes_w)
     grad_w = jnp.einsum(
         f"{axes_1},{axes_2}->{axes}",
