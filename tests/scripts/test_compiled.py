@@ -50,3 +50,16 @@ def test_a_decode_step_on_a_tpu_has_no_loop_over_the_slots(machine):
     # A step reads each layer's cache by the kernel, and writes it once per call, behind the steps.
     kernels = sources(text, "custom-call")
     assert sum(f"{steps}/body" in name and "attention" in name for name in kernels) == LAYERS
+
+
+def test_a_tpu_sums_gradients_in_fp32_and_the_vocabularys_once_per_chunk_of_1024_tokens():
+    flags = {"micro_batch_size": 8, "mesh": (1, -1, 1)}  # two pairs a chip, two chunks of answers
+    text = compiled_text("v5e:2x2", "dpo: gradients", SMALL, **flags)
+    sums = []  # (what a reduction adds up, where in the program)
+    for line in text.splitlines():
+        reduction = compiler.COLLECTIVE.search(line)
+        if reduction and reduction[2] in ("all-reduce", "reduce-scatter"):
+            name = re.search(r'op_name="([^"]*)"', line)
+            sums.append((reduction[1], name[1] if name else ""))
+    print(*sums, sep="\n")
+    assert [arrays for arrays, _ in sums if "bf16" in arrays] == []
