@@ -126,7 +126,22 @@ def rms_norm(x: jax.Array, weight_d: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) · weight over the last axis; statistics in fp32 (Zhang & Sennrich 2019, Eq. 4)."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * weight_d.astype(x.dtype)
+    return _scaled(x32.astype(x.dtype), weight_d)
+
+
+@jax.custom_vjp
+def _scaled(x, weight_d):
+    return x * weight_d.astype(x.dtype)
+
+
+def _scaled_bwd(saved, ct):
+    """As in `_matmul_bwd`, the weight's gradient is summed in the weight's own dtype."""
+    x, weight_d = saved
+    grad = ct.astype(weight_d.dtype) * x.astype(weight_d.dtype)
+    return ct * weight_d.astype(x.dtype), jnp.sum(grad, axis=tuple(range(x.ndim - 1)))
+
+
+_scaled.defvjp(lambda x, weight_d: (_scaled(x, weight_d), (x, weight_d)), _scaled_bwd)
 
 
 def rope_angles(positions_bt: jax.Array, head_dim: int, theta: float):

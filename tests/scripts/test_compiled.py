@@ -35,9 +35,10 @@ def compiled_text(machine: str, name: str, config=MISTRAL_7B, **flags) -> str:
 
 
 def sources(text: str, operation: str) -> list[str]:
-    """Where in the program each of these operations comes from: its named scopes."""
+    """Where in the program each of these operations comes from: its named scopes, if any."""
     lines = [line for line in text.splitlines() if f" {operation}(" in line]
-    return [re.search(r'op_name="([^"]*)"', line)[1] for line in lines]
+    names = [re.search(r'op_name="([^"]*)"', line) for line in lines]
+    return [name[1] if name else "" for name in names]
 
 
 @pytest.mark.parametrize("machine", ["v5e-16", "v5p-8", "v6e-8"])
@@ -55,11 +56,20 @@ def test_a_decode_step_on_a_tpu_has_no_loop_over_the_slots(machine):
 def test_a_tpu_sums_gradients_in_fp32_and_the_vocabularys_once_per_chunk_of_1024_tokens():
     flags = {"micro_batch_size": 8, "mesh": (1, -1, 1)}  # two pairs a chip, two chunks of answers
     text = compiled_text("v5e:2x2", "dpo: gradients", SMALL, **flags)
-    sums = []  # (what a reduction adds up, where in the program)
+    travels = []  # (kind of exchange, what is exchanged, where in the program)
     for line in text.splitlines():
-        reduction = compiler.COLLECTIVE.search(line)
-        if reduction and reduction[2] in ("all-reduce", "reduce-scatter"):
+        if exchange := compiler.COLLECTIVE.search(line):
             name = re.search(r'op_name="([^"]*)"', line)
-            sums.append((reduction[1], name[1] if name else ""))
-    print(*sums, sep="\n")
-    assert [arrays for arrays, _ in sums if "bf16" in arrays] == []
+            travels.append((exchange[2], exchange[1], name[1] if name else ""))
+    sums = [arrays for kind, arrays, _ in travels if kind in ("all-reduce", "reduce-scatter")]
+    assert [arrays for arrays in sums if "bf16" in arrays] == []
+    # The layers' weights: within their products, a share of the sum goes from chip to chip.
+    weights = {}
+    for kind, arrays, name in travels:
+        product = re.search(r"->(dnh|dkh|ed|df|fd)/dot_general$", name)
+        if product and kind != "all-gather":
+            weights.setdefault(product[1], set()).update(re.findall(r"(\w+)\[\d", arrays))
+    assert weights == {axes: {"f32"} for axes in ("dnh", "dkh", "ed", "df", "fd")}
+    # The vocabulary's: chunks of 1,024 tokens, one sum in the loop over them.
+    assert "f32[1,1024,32000]" in text and "[1,256,32000]" not in text
+    assert sum(arrays.startswith("f32[512,32000]") for arrays in sums) == 1
