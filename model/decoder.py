@@ -126,7 +126,8 @@ def rms_norm(x: jax.Array, weight_d: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) · weight over the last axis; statistics in fp32 (Zhang & Sennrich 2019, Eq. 4)."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return _scaled(x32.astype(x.dtype), weight_d)
+    x = x32.astype(x.dtype)
+    return x * weight_d if x.dtype == weight_d.dtype else _scaled(x, weight_d)
 
 
 @jax.custom_vjp
