@@ -142,6 +142,9 @@ def advance(params, state, stop_at_active, steps, *, config, dtype, side_buffer)
     cache, rest = state["cache"], {name: x for name, x in state.items() if name != "cache"}
     b = len(rest["steps"])
     start_b = rest["prompt_lengths"] + rest["steps"] - 1
+    # An idle slot draws as one that is in use: settings that none of these has cost nothing.
+    like_b = jnp.where(rest["active"], jnp.arange(b), jnp.argmax(rest["active"]))
+    settings = {name: x[like_b] for name, x in rest["settings"].items()}
     drawn = {
         "tokens": jnp.zeros((b, STEPS_PER_CALL), jnp.int32),
         "logprobs": jnp.zeros((b, STEPS_PER_CALL), jnp.float32),
@@ -172,12 +175,12 @@ def advance(params, state, stop_at_active, steps, *, config, dtype, side_buffer)
             hidden_bd, kv = kv_cache.decode(params, config, kv, rest["last"], positions_b, dtype)
         logits_bv = decoder.logits(params, config, hidden_bd)
         uniform_b = drawing.uniforms(rest["keys"], rest["steps"])
-        active_b = rest["active"]
-        tokens_b, logprobs_b = drawing.draw(logits_bv, uniform_b, rest["settings"], active_b)
+        tokens_b, logprobs_b = drawing.draw(logits_bv, uniform_b, settings)
         drawn = {
             name: jax.lax.dynamic_update_slice_in_dim(drawn[name], x[:, None], i, 1)
             for name, x in (("tokens", tokens_b), ("logprobs", logprobs_b))
         }
+        active_b = rest["active"]
         rest = rest | {
             "steps": rest["steps"] + active_b,
             "last": jnp.where(active_b, tokens_b, rest["last"]),
