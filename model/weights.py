@@ -34,6 +34,8 @@ from safetensors.numpy import save_file
 from model.disk import naming
 from sharding.errors import UserError, first_line
 
+LARGEST = {"num_hidden_layers": 10_000}  # of other sizes: whatever an int32 holds
+FLOAT32 = 2.0**-126, 2.0**127
 STORED_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -191,6 +193,24 @@ def read_json(path: epath.Path, mend: str = "download it again") -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: {mend}")
     return content
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raise UserError unless a value is a positive whole number that a size can be."""
+    largest = LARGEST.get(name, 2**31 - 1)
+    if type(value) is not int or not 1 <= value <= largest:
+        below = "" if type(value) is not int or value < 1 else f" of at most {largest}"
+        raise UserError(f"{name} is {value!r}: it must be a positive whole number{below}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise UserError unless a value is a number that float32 holds, above 0."""
+    if not is_number(value) or not FLOAT32[0] <= value <= FLOAT32[1]:
+        raise UserError(f"{name} is {value!r}: it must be a number above 0")
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 def weight_files(folder: str) -> list[epath.Path]:

@@ -14,6 +14,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def check_least(args, **least: int) -> None:
+    """Raise UserError for a flag, a field of `args`, that is set and below its `least` value."""
+    for name, limit in least.items():
+        if (value := getattr(args, name)) is not None and value < limit:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {limit}")
+
+
 def check_scheme(path: str, name: str = "") -> None:
     """Raise UserError for every scheme but gs://. name: the flag, for that line."""
     scheme, separator, _ = str(path).partition("://")

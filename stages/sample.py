@@ -26,7 +26,7 @@ from etils import epy
 from tqdm import tqdm
 
 from sharding import processes
-from sharding.errors import UserError
+from sharding.errors import UserError, check_least
 from stages.files.output import Manifest, an_input, read_lineage
 from stages.files.paths import check_distinct
 from stages.files.rows import Prompt, read
@@ -192,10 +192,7 @@ def main(args: Args) -> None:
 
 def checked(args: Args) -> "generate.Sampling":
     """What decides the draws. Raises UserError for a flag that makes no sense."""
-    if args.slots is not None and args.slots < 1:
-        raise UserError(f"--slots is {args.slots}: it must be at least 1")
-    if args.max_prompt_length is not None and args.max_prompt_length < 1:
-        raise UserError(f"--max-prompt-length is {args.max_prompt_length}: it must be at least 1")
+    check_least(args, slots=1, max_prompt_length=1)
     if args.slots is not None and args.cache_memory is not None:
         raise UserError("--slots and --cache-memory say the same thing twice: give one of them")
     if args.cache_memory is not None:

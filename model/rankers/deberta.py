@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import check_positive, check_whole
 from model.precision import matmul_precision
 from model.rankers import deberta_tpu
+from model.weights import check_positive, check_whole
 from sharding.errors import UserError
 from sharding.mesh import by_rows
 

@@ -31,7 +31,7 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from model.packing import bucket
+from model.buckets import bucket
 from model.rankers import deberta, deberta_tpu
 from model.weights import (
     Slot,

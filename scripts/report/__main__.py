@@ -19,7 +19,7 @@ import tyro
 from etils import epath
 
 from scripts.report import gather, plots, tables
-from sharding.errors import UserError
+from sharding.errors import check_least
 from stages.files.benchmarks import conversation_key
 from stages.files.paths import write_atomically
 from stages.files.rows import messages_of
@@ -39,8 +39,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    if args.answers < 0:
-        raise UserError(f"--answers is {args.answers}: it must not be negative")
+    check_least(args, answers=0)
     run = gather.read(args.run)
 
     # ---- the terminal

@@ -23,7 +23,7 @@ import httpx2
 import tenacity
 from tqdm import tqdm
 
-from sharding.errors import UserError
+from sharding.errors import UserError, check_least
 from stages.evaluate.answers import align, generator_of
 from stages.files.benchmarks import ModelOutput, read_outputs
 from stages.files.output import Manifest, Output, an_input
@@ -126,10 +126,7 @@ def main(args: Judge) -> None:
 
 
 def _check(args: Judge) -> None:
-    for name, least in (("parallel", 1), ("retries", 0), ("response", 0)):
-        if getattr(args, name) < least:
-            value = getattr(args, name)
-            raise UserError(f"--{name} is {value}: it must be at least {least}")
+    check_least(args, parallel=1, retries=0, response=0)
     if not (args.timeout > 0 and math.isfinite(args.timeout)):
         raise UserError(f"--timeout is {args.timeout}: give a number of seconds above 0")
     if not (args.price_per_million >= 0 and math.isfinite(args.price_per_million)):

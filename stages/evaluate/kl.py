@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from model.packing import Sequence, pack
 from sharding import processes
-from sharding.errors import UserError
+from sharding.errors import UserError, check_least
 from stages.evaluate.winrates import standard_error
 from stages.files.output import Manifest, Output, an_input, read_lineage
 from stages.files.paths import check_distinct
@@ -141,10 +141,7 @@ def main(args: Kl) -> None:
 
 
 def check_flags(args: Kl) -> None:
-    for name in ("batch_size", "prompts"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    check_least(args, batch_size=1, prompts=1)
 
 
 # The sampler's settings that draw from the model's own distribution.

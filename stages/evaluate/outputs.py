@@ -17,7 +17,7 @@ from typing import Literal
 from etils import epy
 
 from sharding import processes
-from sharding.errors import UserError
+from sharding.errors import UserError, check_least
 from stages import rank, sample
 from stages.evaluate.judge import official_command
 from stages.files.benchmarks import conversation_key, local_file, read_instructions
@@ -151,8 +151,7 @@ BEST_OF_N = {"full": "full", "bubble": "best"}
 def _check(args: Outputs) -> None:
     if not args.out.endswith(".json"):
         raise UserError(f"--out {args.out}: give the name of a .json file")
-    if args.best_of < 1:
-        raise UserError(f"--best-of is {args.best_of}: it must be at least 1")
+    check_least(args, best_of=1)
     if (args.best_of > 1) != (args.ranker is not None):
         raise UserError("--best-of 2 or more and --ranker go together")
 
