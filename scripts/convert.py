@@ -28,9 +28,8 @@ from scripts import cards
 from sharding.errors import UserError, printable
 from stages.files import formats, rows, slices
 from stages.files.lock import lock
-from stages.files.output import Manifest, Output, an_input
+from stages.files.output import Manifest, Output, an_input, with_roles
 from stages.files.paths import check_distinct, normalised
-from stages.files.provenance import with_roles
 from stages.files.run import run_main
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once

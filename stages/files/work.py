@@ -22,9 +22,8 @@ from model import checkpoint, checkpoint_writing, disk
 from sharding import processes
 from sharding.errors import UserError
 from stages.files.lock import lock
-from stages.files.output import Manifest, refuse_other
+from stages.files.output import Manifest, parse_manifest, refuse_other
 from stages.files.paths import is_remote, local_path, make_folder, write_atomically
-from stages.files.rows import parse_json
 
 with epy.lazy_imports():  # slow: it imports torch where that is installed
     from tensorboardX import event_file_writer, proto
@@ -102,12 +101,7 @@ class Work:
                 raise UserError(f"{file} is not of this stage: choose another --out, or move it")
         file, states = self.folder / "manifest.json", self.states()
         if file.exists():
-            try:
-                made = Manifest(**parse_json(file.read_bytes()))
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{file} is damaged ({error}): remove {self.folder} to begin anew"
-                ) from None
+            made = parse_manifest(file, f"remove {self.folder} to begin anew")
             if states:
                 _refuse_other_run(manifest, made, str(self.folder), f"remove {self.folder}")
         elif self.folder.exists() and any(self.folder.iterdir()):
