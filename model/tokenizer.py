@@ -133,7 +133,7 @@ class ChatTokenizer:
             "vocabulary": sorted(vocabulary.items()),
             "special": sorted((text, i) for i, text in self._special.items()),
             "bos": self._bos,
-            "probe": self._encode(PROBE),
+            "probe": self.response_ids(PROBE),
         }
         self.identity = _sha256(json.dumps(content, ensure_ascii=False))
         self.template_identity = _sha256(self._template)
@@ -225,7 +225,7 @@ class ChatTokenizer:
             if number is None:
                 run += _cut(text, start, special)
             elif number >= 0 and messages[number]["role"] == "assistant":
-                ids += [*self._encode_run(run), *self._encode(text)]
+                ids += [*self._encode_run(run), *self.response_ids(text)]
                 run = []
             else:
                 run.append((text, False))
@@ -236,10 +236,6 @@ class ChatTokenizer:
         if self._hf.bos_token_id is not None and ids[:2] == [self._hf.bos_token_id] * 2:
             raise UserError("the chat template writes BOS twice: write it once")
         return ids
-
-    def response_ids(self, text: str) -> list[int]:
-        """The ids of an answer as the sampler would have drawn them: no BOS, no EOS."""
-        return self._encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of an answer's ids, without special tokens and ids that have no piece.
@@ -402,8 +398,9 @@ class ChatTokenizer:
 
     # ------------------------------------------------------------------ one text
 
-    def _encode(self, text: str) -> list[int]:
-        """The ids of a text that stands alone; nothing in it is taken for a special token."""
+    def response_ids(self, text: str) -> list[int]:
+        """The ids of an answer as the sampler would have drawn them: no BOS, no EOS, and nothing in
+        it is taken for a special token."""
         text = _clean(text)
         if self._loses_space and text[:1] in (" ", "▁"):
             text = " " + text

@@ -144,17 +144,7 @@ def main(args: Command):
     paths = {name: path for name, path in vars(args).items() if name in PATHS and path is not None}
     for name, path in paths.items():
         paths[name] = normalised(path, "--base" if name == "base" else name.upper())
-    args = dataclasses.replace(args, **paths)
-    convert = {
-        FromHf: from_hf,
-        FromGguf: from_gguf,
-        ToHf: to_hf,
-        FromParquet: from_parquet,
-        ToParquet: to_parquet,
-        Prompts: prompts,
-        Join: join,
-    }
-    convert[type(args)](args)
+    CONVERSIONS[type(args)](dataclasses.replace(args, **paths))
 
 
 # ---------------------------------------------------------------------- models
@@ -312,10 +302,6 @@ def size_of(path: epath.Path) -> int:
 # ---------------------------------------------------------------------- data sets
 
 
-def from_parquet(args: FromParquet):
-    formats.read_dataset(args.directory, args.out, args.split)
-
-
 def to_parquet(args: ToParquet):
     if not re.fullmatch(r"\w+", args.split):
         raise UserError(f"--split {args.split}: a name has only letters, digits and underscores")
@@ -324,13 +310,12 @@ def to_parquet(args: ToParquet):
 
 
 def prompts(args: Prompts):
-    if args.directory.endswith(".jsonl"):
-        return some_rows(args)
-    formats.read_prompts_dataset(args.directory, args.out, args.split, args.first, args.last)
-
-
-def some_rows(args: Prompts):
-    """The rows [--first, --last) of a prompts.jsonl, with every field that they have."""
+    """The rows [--first, --last) of a data set, or of a prompts.jsonl with every field that they
+    have."""
+    if not args.directory.endswith(".jsonl"):
+        return formats.read_prompts_dataset(
+            args.directory, args.out, args.split, args.first, args.last
+        )
     if args.split is not None:
         raise UserError(f"--split is for a data set, and {args.directory} is a file: leave it out")
     file = rows.read(args.directory, rows.Prompt)
@@ -352,8 +337,15 @@ def some_rows(args: Prompts):
     output.finish(ids, file.counts if len(ids) == len(file) else Counter({"in": len(ids)}))
 
 
-def join(args: Join):
-    slices.join(args.out, args.parts)
+CONVERSIONS = {
+    FromHf: from_hf,
+    FromGguf: from_gguf,
+    ToHf: to_hf,
+    FromParquet: lambda args: formats.read_dataset(args.directory, args.out, args.split),
+    ToParquet: to_parquet,
+    Prompts: prompts,
+    Join: lambda args: slices.join(args.out, args.parts),
+}
 
 
 if __name__ == "__main__":
