@@ -38,7 +38,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from sharding.errors import UserError
+from sharding.errors import UserError, first_line
 
 # Part of every tokenizer's identity: how it cuts this text, not only its vocabulary.
 PROBE = "Hello, world!  [INST] déjà  vu\n\n\tx = 3.14159;  ﬁn① 你好 😀 </s> it's   2024"
@@ -126,7 +126,9 @@ class ChatTokenizer:
         first = self._full.id_to_token((self._raw("x") or [0])[0]) or ""
         self._prefixes = first[:1] in ("▁", "Ġ")
         self._loses_space = self._sentencepiece is None and self._raw(" x") == self._raw("x")
-        self._bos = self._bos_to_add()
+        bos = tokenizer.bos_token_id  # where the tokenizer puts it before every text
+        begins = self._full.encode("x", add_special_tokens=True).ids[:1]
+        self._bos = bos if begins == [bos] else None
         self.end_id = self._end_of_turn()
 
         content = {
@@ -177,7 +179,8 @@ class ChatTokenizer:
             if not isinstance(error, Exception) and not _is_of_tokenizers(error):
                 raise
             raise UserError(
-                f"{folder}: the tokenizer cannot be read ({_one_line(error)}): copy its files again"
+                f"{folder}: the tokenizer cannot be read ({first_line(error)}): copy its files "
+                "again"
             ) from error
         try:
             return cls(tokenizer, eos_ids, tokenizer_model if has_model else None)
@@ -187,7 +190,7 @@ class ChatTokenizer:
             if not _is_of_tokenizers(error):
                 raise
             raise UserError(
-                f"{folder}: the tokenizer fails ({_one_line(error)}): copy its files again"
+                f"{folder}: the tokenizer fails ({first_line(error)}): copy its files again"
             ) from error
 
     def __len__(self) -> int:
@@ -364,7 +367,7 @@ class ChatTokenizer:
             )
         except TEMPLATE_ERRORS as error:
             raise UserError(
-                f"the chat template refuses the conversation: {_one_line(error)}"
+                f"the chat template refuses the conversation: {first_line(error)}"
             ) from None
 
     def _tokens_of_template(self) -> set[int]:
@@ -374,7 +377,7 @@ class ChatTokenizer:
         try:
             lexed = list(jinja2.Environment().lex(self._template))
         except jinja2.TemplateError as error:
-            raise UserError(f"the chat template cannot be read: {_one_line(error)}") from None
+            raise UserError(f"the chat template cannot be read: {first_line(error)}") from None
         texts = [text for _, kind, text in lexed if kind in ("data", "string")]
         turns = [{"role": r, "content": MARK} for r in ("system", "user", "assistant", "user")]
         for messages in (turns, turns[1:], turns[1:2]):
@@ -406,12 +409,6 @@ class ChatTokenizer:
             text = " " + text
         return self._raw(text)
 
-    def _bos_to_add(self) -> int | None:
-        """The BOS id if the tokenizer puts it before every text, else None."""
-        bos = self._hf.bos_token_id
-        with_bos = self._full.encode("x", add_special_tokens=True).ids
-        return bos if bos is not None and with_bos[:1] == [bos] else None
-
 
 def _cut(text: str, at: int, tokens: list[tuple[int, int, int]]) -> list[tuple[str | int, bool]]:
     """A piece of the template's text as parts of a run, with ids in the place of its tokens. at:
@@ -436,7 +433,7 @@ def _open_sentencepiece(path: str) -> SentencePieceProcessor:
     try:
         return SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{path} is no sentencepiece model ({_one_line(error)})") from None
+        raise UserError(f"{path} is no sentencepiece model ({first_line(error)})") from None
 
 
 def _user_defined(model: SentencePieceProcessor | None) -> list[str]:
@@ -500,7 +497,3 @@ def _is_of_tokenizers(error: BaseException) -> bool:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -153,10 +153,8 @@ class PairRM:
         self.layout = Layout(self._files.tokenizer, self.config)
         self.mesh = make_mesh(-1, 1, 1) if mesh is None else mesh
         device = self.mesh.devices.flat[0]
-        self._on_cpu, self._kernel = (
-            device.platform == "cpu",
-            deberta_tpu.runs_on(device.device_kind),
-        )
+        self._on_cpu = device.platform == "cpu"
+        self._kernel = deberta_tpu.runs_on(device.device_kind)
         self.tokens_per_batch = tokens_per_batch or (1024 if self._on_cpu else 16384)
 
     @functools.cached_property

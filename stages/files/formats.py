@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from etils import epath, epy
 
 from model.disk import MARK, naming
-from sharding.errors import UserError
+from sharding.errors import UserError, first_line
 from stages.files.lock import lock
 from stages.files.output import Manifest, Output, an_input
 from stages.files.paths import (
@@ -130,10 +130,21 @@ def split_facts(directory: str) -> list[dict]:
     for file in (epath.Path(directory) / "data").glob(f"*{FILE_END}"):
         try:
             with file.open("rb") as opened:
-                facts.append(_facts(file, pq.ParquetFile(opened)))
+                parquet = pq.ParquetFile(opened)
+                data = (parquet.schema_arrow.metadata or {}).get(PROVENANCE)
+                facts.append(
+                    {
+                        "name": file.name.removesuffix(FILE_END),
+                        "path": f"data/{file.name}",
+                        "rows": parquet.metadata.num_rows,
+                        "bytes": file.stat().length,
+                        "num_bytes": sum(batch.nbytes for batch in parquet.iter_batches()),
+                        "data": None if data is None else parse_json(data),
+                    }
+                )
         except (pa.ArrowException, ValueError, OSError) as error:  # the last: of its thrift
             raise UserError(
-                f"{file} cannot be read ({_line(error)}): remove it, or copy it again"
+                f"{file} cannot be read ({first_line(error)}): remove it, or copy it again"
             ) from None
 
     def place(split: dict) -> tuple:
@@ -141,18 +152,6 @@ def split_facts(directory: str) -> list[dict]:
         return (int(number) if number.isdecimal() else 0, kind != "train", kind, number)
 
     return sorted(facts, key=place)
-
-
-def _facts(file: epath.Path, parquet: pq.ParquetFile) -> dict:
-    data = (parquet.schema_arrow.metadata or {}).get(PROVENANCE)
-    return {
-        "name": file.name.removesuffix(FILE_END),
-        "path": f"data/{file.name}",
-        "rows": parquet.metadata.num_rows,
-        "bytes": file.stat().length,
-        "num_bytes": sum(batch.nbytes for batch in parquet.iter_batches()),
-        "data": None if data is None else parse_json(data),
-    }
 
 
 # ---------------------------------------------------------------------- reading
@@ -303,7 +302,7 @@ class Shards:
                     break
                 except Exception as error:  # Parquet, CSV and JSON readers raise many kinds
                     raise UserError(
-                        f"{place}: {os.path.basename(file)} cannot be read ({_line(error)}): "
+                        f"{place}: {os.path.basename(file)} cannot be read ({first_line(error)}): "
                         "correct it, or copy it again"
                     ) from None
                 number += 1
@@ -334,11 +333,7 @@ def _why_not_opened(source: str, config: str, error: Exception) -> str:
         problem = f"has no config {config!r}" if config else "has several configs"
         names = ", ".join(configs)
         return f"{source} {problem}: give --split CONFIG/SPLIT with one of the configs {names}"
-    return f"{source} is neither a folder with a dataset nor one on the hub ({_line(error)})"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or repr(error)
+    return f"{source} is neither a folder with a dataset nor one on the hub ({first_line(error)})"
 
 
 # ---------------------------------------------------------------------- values and rows

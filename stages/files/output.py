@@ -229,18 +229,13 @@ class Output:
             except UserError:
                 if not overwrite:
                     raise
-        elif not self._holds_our_rows():
+        elif not begins(self.partial, b'{"row": '):
             raise UserError(
                 f"{self.partial} is in the way, and not of this project: move it, or choose "
                 "another --out"
             )
         self._file.seek(self._file.truncate(0))
         self.manifest.write(manifest_path(self.partial))
-
-    def _holds_our_rows(self) -> bool:
-        """Whether the partial file is empty or begins as ours do, if in a line that was cut off."""
-        with open(self.partial, "rb") as file:
-            return b'{"row": '.startswith(file.read(8))
 
     def _resume(self) -> None:
         """Read what is there; a line cut off by a kill is dropped, and its row made again."""
@@ -370,6 +365,12 @@ class Output:
 def _is_at(file, path: str) -> bool:
     """Whether the open file is the one that lies at `path` now."""
     return os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+
+
+def begins(path: str, start: bytes) -> bool:
+    """Whether a file is empty or begins so, if in a line that was cut off."""
+    with open(path, "rb") as file:
+        return start.startswith(file.read(len(start)))
 
 
 def counts_line(counts: dict[str, int]) -> str:

@@ -22,7 +22,7 @@ from model import checkpoint, checkpoint_writing, disk
 from sharding import processes
 from sharding.errors import UserError
 from stages.files.lock import lock
-from stages.files.output import Manifest, parse_manifest, refuse_other
+from stages.files.output import Manifest, begins, parse_manifest, refuse_other
 from stages.files.paths import is_remote, local_path, make_folder, write_atomically
 
 with epy.lazy_imports():  # slow: it imports torch where that is installed
@@ -95,9 +95,9 @@ class Work:
         for folder in (self.folder, epath.Path(self.log_folder)):
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder} is in the way: choose another --out, or move it")
-        for name, begins in LOGGED.items():
+        for name, start in LOGGED.items():
             file = self.log_folder / name
-            if file.exists() and not _begins(file, begins):
+            if file.exists() and not (file.is_file() and begins(str(file), start)):
                 raise UserError(f"{file} is not of this stage: choose another --out, or move it")
         file, states = self.folder / "manifest.json", self.states()
         if file.exists():
@@ -220,15 +220,6 @@ def _remove(out: str) -> None:
     folder = epath.Path(f"{out}.work")
     if (folder / "manifest.json").exists():
         folder.rmtree()
-
-
-def _begins(file: Path, begins: bytes) -> bool:
-    """Whether the file is empty or begins so, if in a line that was cut off."""
-    if not file.is_file():
-        return False
-    with open(file, "rb") as opened:
-        start = opened.read(len(begins))
-    return begins.startswith(start)
 
 
 def _copy(source: epath.PathLike, target: epath.PathLike) -> None:
