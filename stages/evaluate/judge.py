@@ -16,7 +16,6 @@ import random
 import shlex
 import threading
 import time
-from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
 
 import httpx2
@@ -24,8 +23,8 @@ import tenacity
 from tqdm import tqdm
 
 from sharding.errors import UserError, check_least
-from stages.evaluate.answers import align, generator_of
-from stages.files.benchmarks import ModelOutput, read_outputs
+from stages.evaluate.answers import read_both
+from stages.files.benchmarks import ModelOutput
 from stages.files.output import Manifest, Output, an_input
 from stages.files.paths import text_sha256
 from stages.files.run import stop_signal
@@ -82,11 +81,8 @@ def main(args: Judge) -> None:
     # ------------------------------------------------------------------------------ inputs
     _check(args)
     template = prompt_template()
-    files = (args.outputs, args.reference)
-    ours, theirs = (read_outputs(path, args.response) for path in files)
-    counts: Counter = Counter()
-    pairs = align(ours, theirs, files, args.common_only, counts)
-    names = generator_of(ours, files[0]), generator_of(theirs, files[1])
+    files = args.outputs, args.reference
+    pairs, names, counts = read_both(files, args.response, args.common_only)
 
     # ------------------------------------------------------------------------------ output
     inputs = {"outputs": an_input(args.outputs), "reference": an_input(args.reference)}

@@ -119,11 +119,8 @@ def main(args: Kl) -> None:
     # ------------------------------------------------------------------------------ finish
     if not output.finished:
         logprobs_of = {row["prompt_id"]: row["logprobs"] for row, _ in output.rows()}
-        drawn_with = {
-            name: value
-            for name, value in (lineage.arguments if lineage else {}).items()
-            if name in PLAIN
-        }
+        arguments = lineage.arguments if lineage else {}
+        drawn_with = {name: arguments[name] for name in PLAIN if name in arguments}
         content = estimate(prompts, [np.array(logprobs_of[p.prompt_id]) for p in prompts]) | {
             "checkpoint": args.checkpoint,
             "samples": args.samples,

@@ -294,25 +294,22 @@ class Shards:
         where a file cannot be read, or a row lacks a column of `needed`."""
         place, number = f"{self.source}, split {self.split}", 0
         for file in self.files:
-            rows = self._read(file)
-            while True:
-                try:
-                    row = next(rows)
-                except StopIteration:
-                    break
-                except Exception as error:  # Parquet, CSV and JSON readers raise many kinds
-                    raise UserError(
-                        f"{place}: {os.path.basename(file)} cannot be read ({first_line(error)}): "
-                        "correct it, or copy it again"
-                    ) from None
-                number += 1
-                missing = [name for name in needed if name not in row]
-                if missing:
-                    raise UserError(
-                        f"{place}, row {number} ({os.path.basename(file)}): no column "
-                        f"{', '.join(missing)}, but {', '.join(row)}"
-                    )
-                yield f"{place}, row {number}", row
+            try:
+                for row in self._read(file):
+                    number += 1
+                    if missing := [name for name in needed if name not in row]:
+                        raise UserError(
+                            f"{place}, row {number} ({os.path.basename(file)}): no column "
+                            f"{', '.join(missing)}, but {', '.join(row)}"
+                        )
+                    yield f"{place}, row {number}", row
+            except UserError:
+                raise
+            except Exception as error:  # Parquet, CSV and JSON readers raise many kinds
+                raise UserError(
+                    f"{place}: {os.path.basename(file)} cannot be read ({first_line(error)}): "
+                    "correct it, or copy it again"
+                ) from None
 
     def _read(self, file: str) -> Iterator[dict]:
         self.builder.config.data_files = {self.name: [file]}
