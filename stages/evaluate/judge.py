@@ -122,11 +122,9 @@ def main(args: Judge) -> None:
 
 
 def _check(args: Judge) -> None:
-    check_least(args, parallel=1, retries=0, response=0)
-    if not (args.timeout > 0 and math.isfinite(args.timeout)):
+    check_least(args, parallel=1, retries=0, response=0, price_per_million=0)
+    if args.timeout <= 0:
         raise UserError(f"--timeout is {args.timeout}: give a number of seconds above 0")
-    if not (args.price_per_million >= 0 and math.isfinite(args.price_per_million)):
-        raise UserError(f"--price-per-million is {args.price_per_million}: give dollars, from 0 on")
     try:
         scheme = httpx2.URL(args.endpoint).scheme
     except httpx2.InvalidURL as error:

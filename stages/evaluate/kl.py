@@ -159,8 +159,6 @@ def _tokens_of(row: Sample, tokenizer, config) -> Answered | str:
         where = f"{row.where}, responses[{i}]"
         for name, kind in (("token_ids", list), ("logprob", (int, float))):
             field(row.fields["responses"][i], name, kind, where)
-        if not math.isfinite(response.logprob):
-            raise UserError(f"{where}: field 'logprob' is {response.logprob}: correct the line")
         response.check_ids(where, vocabulary=vocabulary)
         responses.append(response.with_end(response.token_ids, tokenizer.end_id))
         recorded.append(float(response.logprob))

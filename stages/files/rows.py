@@ -80,6 +80,8 @@ class Response:
             for name, kind in kinds.items()
             if fields.get(prefix + name) is not None
         }
+        if abs(values.get("logprob", 0)) > LARGEST:  # an int of many digits, say
+            raise UserError(f"{where}: field '{prefix}logprob' is beyond {LARGEST:g}: correct it")
         values["finish_reason"] = finish_reason(fields, where, f"{prefix}finish_reason")
         response = cls(field(fields, "text", str, where), **values)
         response.check_ids(where, prefix)
