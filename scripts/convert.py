@@ -28,7 +28,7 @@ from scripts import cards
 from sharding.errors import UserError, printable
 from stages.files import formats, rows, slices
 from stages.files.lock import lock
-from stages.files.output import Manifest, Output, an_input, with_roles
+from stages.files.output import Manifest, an_input, with_roles
 from stages.files.paths import check_distinct, normalised
 from stages.files.run import run_main
 
@@ -327,14 +327,10 @@ def prompts(args: Prompts):
         )
     arguments = {"first": args.first, "last": args.last}
     inputs = {"prompts": an_input(args.directory, file.sha256)}
-    output = Output.open(args.out, Manifest("prompts", arguments, inputs, identities={}))
-    if output.finished:
-        return
-    for prompt_id in ids:
-        if not output.has(prompt_id):
-            output.write(file[prompt_id].fields)
+    manifest = Manifest("prompts", arguments, inputs, identities={})
     # Which rows of a slice stood twice is not known.
-    output.finish(ids, file.counts if len(ids) == len(file) else Counter({"in": len(ids)}))
+    counts = file.counts if len(ids) == len(file) else Counter({"in": len(ids)})
+    formats.write_rows(args.out, manifest, ((file[i].fields, None) for i in ids), counts)
 
 
 CONVERSIONS = {

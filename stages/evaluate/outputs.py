@@ -25,8 +25,9 @@ from stages.files.output import Manifest, Output, an_input, read_manifest
 from stages.files.paths import check_distinct
 from stages.files.rows import Prompt, Ranked, RowFile, Sample, read
 
-with epy.lazy_imports():  # loaded at its first use, so that --help answers at once
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     from model.rankers import opening
+    from stages.files import formats
 
 
 @dataclasses.dataclass
@@ -162,13 +163,7 @@ def write_prompts(args: Outputs, path: str) -> None:
     counts: Counter = Counter()
     rows = read_instructions(file, counts)
     manifest = Manifest("evaluate outputs: prompts", {}, {"benchmark": an_input(file)}, {})
-    output = Output.open(path, manifest, args.overwrite)
-    if output.finished:
-        return
-    for row in rows:
-        if not output.has(row["prompt_id"]):
-            output.write(row)
-    output.finish([row["prompt_id"] for row in rows], counts)
+    formats.write_rows(path, manifest, ((row, None) for row in rows), counts, args.overwrite)
 
 
 def check_all_answered(args: Outputs, prompts: str, answered: RowFile[Sample]) -> None:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -167,9 +167,9 @@ def read_dataset(source: str, out: str, split: str | None = None) -> None:
     carried as `source_messages`. A second pair under one prompt_id gets the id "ID#2"; a row that
     repeats another is merged. Raises UserError.
     """
-    shards = Shards(source, split)
+    shards, counts = Shards(source, split), Counter()
 
-    def pairs(counts: Counter) -> Iterator[tuple[Fields, str | None]]:
+    def pairs() -> Iterator[tuple[Fields, str | None]]:
         seen: dict[str, str] = {}
         for where, source_row in shards.rows(("prompt", "chosen", "rejected")):
             counts["in"] += 1
@@ -185,7 +185,8 @@ def read_dataset(source: str, out: str, split: str | None = None) -> None:
             seen[row["prompt_id"]] = digest
             yield row, reason
 
-    _write(out, Manifest("from-parquet", {"split": shards.split}, shards.inputs(), {}), pairs)
+    manifest = Manifest("from-parquet", {"split": shards.split}, shards.inputs(), {})
+    write_rows(out, manifest, pairs(), counts)
 
 
 def read_prompts_dataset(
@@ -201,9 +202,9 @@ def read_prompts_dataset(
         raise UserError(f"--first is {first}: rows are counted from 0")
     if last is not None and last <= first:
         raise UserError(f"--last is {last}: it must be above --first, which is {first}")
-    shards = Shards(source, split)
+    shards, counts = Shards(source, split), Counter()
 
-    def prompts(counts: Counter) -> Iterator[tuple[Fields, str | None]]:
+    def prompts() -> Iterator[tuple[Fields, str | None]]:
         seen: dict[str, str] = {}  # prompt_id → sha256 of the prompt
         for where, source_row in islice(shards.rows(("prompt",)), first, last):
             counts["in"] += 1
@@ -221,29 +222,29 @@ def read_prompts_dataset(
             raise UserError(f"{source}, split {shards.split} has no row {first} (--first)")
 
     arguments = {"split": shards.split, "first": first, "last": last}
-    _write(out, Manifest("prompts-from-parquet", arguments, shards.inputs(), {}), prompts)
+    manifest = Manifest("prompts-from-parquet", arguments, shards.inputs(), {})
+    write_rows(out, manifest, prompts(), counts)
 
 
-def _write(
-    out: str, manifest: Manifest, rows: Callable[[Counter], Iterator[tuple[Fields, str | None]]]
+def write_rows(
+    out: str,
+    manifest: Manifest,
+    rows: Iterable[tuple[Fields, str | None]],
+    counts: Counter,
+    overwrite: bool = False,
 ) -> None:
-    """Write what `rows(counts)` yields, which adds to the counts: (row, why it is set aside or
-    None). Its prompt_ids differ."""
-    output = Output.open(out, manifest)
+    """Write `rows`: (row, why it is set aside or None), whose prompt_ids differ. counts: of the
+    rows, complete once they are all made."""
+    output = Output.open(out, manifest, overwrite)
     if output.finished:
         return
-    counts: Counter = Counter()
     order: list[str] = []
     with stop_signal() as check_stop:
-        for row, reason in rows(counts):
+        for row, reason in rows:
             check_stop()
             order.append(row["prompt_id"])
-            if output.has(row["prompt_id"]):
-                continue
-            if reason is None:
-                output.write(row)
-            else:
-                output.set_aside(row, reason)
+            if not output.has(row["prompt_id"]):
+                output.write(row) if reason is None else output.set_aside(row, reason)
     output.finish(order, counts)
 
 
