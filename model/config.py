@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from etils import epath
 
 from model.weights import FLOAT32, check_positive, check_whole, is_number, read_json
-from sharding.errors import UserError
+from sharding.errors import UserError, at
 
 # Keys that change neither the forward pass nor the training: no dropout is applied here, as in
 # TRL's DPOTrainer, and `pretraining_tp` only cuts a product into parts.
@@ -123,10 +123,8 @@ def read_config(folder: str) -> DecoderConfig:
         raise UserError(f"{folder}: config.json is missing: give the folder of a downloaded model")
     generation = path.parent / "generation_config.json"
     hf, generation = read_json(path), read_json(generation) if generation.exists() else None
-    try:
+    with at(path):
         return from_hf(hf, generation)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def from_hf(hf: dict, generation: dict | None = None) -> DecoderConfig:

@@ -38,7 +38,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from sharding.errors import UserError, first_line
+from sharding.errors import UserError, at, first_line
 
 # Part of every tokenizer's identity: how it cuts this text, not only its vocabulary.
 PROBE = "Hello, world!  [INST] déjà  vu\n\n\tx = 3.14159;  ﬁn① 你好 😀 </s> it's   2024"
@@ -183,9 +183,8 @@ class ChatTokenizer:
                 "again"
             ) from error
         try:
-            return cls(tokenizer, eos_ids, tokenizer_model if has_model else None)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from None
+            with at(folder):
+                return cls(tokenizer, eos_ids, tokenizer_model if has_model else None)
         except BaseException as error:
             if not _is_of_tokenizers(error):
                 raise

@@ -1,11 +1,23 @@
 """The one error for the caller's mistake, raised wherever the mistake is known."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """The caller's mistake: one line that says what, where and how to mend it. Exit code 2."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+@contextlib.contextmanager
+def at(place: str) -> Iterator[None]:
+    """Put the place of a mistake before the UserError that is raised within."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def printable(text: str) -> str:

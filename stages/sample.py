@@ -26,7 +26,7 @@ from etils import epy
 from tqdm import tqdm
 
 from sharding import processes
-from sharding.errors import UserError, check_least
+from sharding.errors import UserError, at, check_least
 from stages.files.output import Manifest, an_input, read_lineage
 from stages.files.paths import check_distinct
 from stages.files.rows import Prompt, read
@@ -109,10 +109,8 @@ def main(args: Args) -> None:
     token_ids: dict[str, bytes] = {}  # int32, the least memory
 
     def tokenise(row: Prompt) -> None:
-        try:
+        with at(row.where):
             ids = tokenizer.prompt_ids(row.messages)
-        except UserError as error:
-            raise UserError(f"{row.where}: {error}") from error
         token_ids[row.prompt_id] = np.array(ids, np.int32).tobytes()
 
     prompts = read(args.prompts, Prompt, each=tokenise)
