@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Iterator
 
+LARGEST = 1e100  # the largest score or log-prob in a row: sums of their squares are finite
+
 
 class UserError(ValueError):
     """The caller's mistake: one line that says what, where and how to mend it. Exit code 2."""

@@ -19,8 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Generic, Self, TypeVar
 
-from model.rankers.ranking import LARGEST
-from sharding.errors import UserError
+from sharding.errors import LARGEST, UserError
 from stages.files.paths import is_remote, open_input, text_sha256
 
 Fields = dict  # a row as JSON has it
