@@ -151,6 +151,7 @@ class PairRM:
         self._files, self._dtype = open_folder(folder), jnp.dtype(dtype)
         self.config, self.identity = self._files.config, self._files.identity
         self.layout = Layout(self._files.tokenizer, self.config)
+        self.encode = self.layout.encode
         self.mesh = make_mesh(-1, 1, 1) if mesh is None else mesh
         device = self.mesh.devices.flat[0]
         self._on_cpu = device.platform == "cpu"
@@ -161,9 +162,6 @@ class PairRM:
     def params(self) -> dict:
         """The parameters, loaded at the first `logits`."""
         return load(self._files, replicated(self.mesh), self._dtype)
-
-    def encode(self, source: str, candidates: list[str]) -> Encoded:
-        return self.layout.encode(source, candidates)
 
     def logits(
         self, comparisons: list[Comparison], done: Callable[[int], None] = lambda n: None

@@ -4,7 +4,6 @@ python -m stages.evaluate kl --checkpoint C --samples runs/me/samples.jsonl --ou
 """
 
 import dataclasses
-import math
 from collections import Counter
 from functools import partial
 from itertools import islice
@@ -14,7 +13,8 @@ import numpy as np
 from etils import epy
 from tqdm import tqdm
 
-from model.packing import Sequence, pack
+from model.batches import Batcher
+from model.packing import Sequence
 from sharding import processes
 from sharding.errors import UserError, check_least
 from stages.evaluate.winrates import standard_error
@@ -177,7 +177,10 @@ def compute(
     its answers under --checkpoint. All prompts share the batches, so that a restart changes no bit.
     Raises UserError for NaN."""
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(len(meshes.list_devices()), config))
-    most = max(args.batch_size, max(len(p.logprobs) for p in prompts))
+    widest = max(len(p.logprobs) for p in prompts)
+    most = max(args.batch_size, widest)
+    shards = meshes.batch_shards(mesh)
+    batcher = Batcher(0, len(prompts), most // widest, rows="packed", shards=shards)
     dtype = jnp.dtype(args.dtype)
     with jax.set_mesh(mesh), stop_signal() as check_stop:
         params = checkpoint.load(args.checkpoint, mesh)[1]
@@ -188,12 +191,12 @@ def compute(
 
         batches = [
             indices
-            for indices in _batches(prompts, most)
+            for indices in batcher.cut(prompts, range(len(prompts)))
             if any(prompts[i].prompt_id in left for i in indices)
         ]
         for indices in tqdm(batches, desc="kl", unit=" batches", disable=not processes.is_first()):
-            batch = pack([prompts[i].sequence for i in indices], meshes.batch_shards(mesh))
-            values = response_logprobs(params, meshes.put_batch(mesh, batch))
+            batch = meshes.put_batch(mesh, batcher.pack(prompts, indices))
+            values = response_logprobs(params, batch)
             values = np.asarray(jax.device_get(values))
             ends = np.cumsum([len(prompts[i].logprobs) for i in indices])
             if not np.isfinite(values[: ends[-1]]).all():
@@ -205,14 +208,6 @@ def compute(
                 if prompts[i].prompt_id in left:
                     output.write({"prompt_id": prompts[i].prompt_id, "logprobs": mine.tolist()})
             processes.all_check(check_stop, STOPPED_TOGETHER)
-
-
-def _batches(prompts: list[Answered], most: int) -> list[list[int]]:
-    """Indices of prompts, in batches of about equally many tokens: few shapes to compile."""
-    by_length = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].sequence), i))
-    widest = max(len(p.logprobs) for p in prompts)
-    count = math.ceil(len(prompts) / max(1, most // widest))
-    return [by_length[m::count] for m in range(count)]
 
 
 def estimate(prompts: list[Answered], theirs: list[np.ndarray]) -> dict:
