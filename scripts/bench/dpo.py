@@ -13,7 +13,7 @@ from scripts.bench import machine
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
 
-    from model import checkpoint, packing
+    from model import batches, checkpoint, packing, train
     from scripts.bench import training_pieces
     from sharding import mesh as meshes
 
@@ -126,15 +126,14 @@ class Ours(machine.Worker):
         """Compile each batch's shape. What the steps compute: operations and padding; the mean
         log-probs of the first batch."""
         logps, *_ = [self._step(batch) for batch in self.batches]
-        shapes, c = self.training.trainer.params, self.training.config
-        layers = sum(np.prod(x.shape) for x in jax.tree.leaves(shapes["layers"]))
-        tokens = np.array([np.sum(batch["copies"][..., 0] >= 0) for batch in self.batches])
-        responses = np.array([np.sum(batch["owners"] >= 0) for batch in self.batches])
+        micro = [batches.MicroBatch([], batch, {}) for batch in self.batches]
+        speed = partial(train.speed, self.training.trainer.params, seconds=1)
+        # Forward and backward for the step, and forward for the reference: a third more.
+        flops = [4 / 3 * speed([batch])["model_flops_per_second"] for batch in micro]
         return {
-            # Forward for the reference, and forward and backward for the step.
-            "flops": 8.0 * (tokens * float(layers) + responses * c.vocab_size * c.hidden_size),
+            "flops": np.array(flops),
             "logps": [float(np.mean(x)) for x in logps],
-            "padding": 1 - tokens[1:].sum() / sum(b["tokens"].size for b in self.batches[1:]),
+            "padding": speed(micro[1:])["padding"],
         }
 
     def step(self, number: int) -> tuple[float]:

@@ -128,12 +128,11 @@ def curves(run: gather.Run) -> list[str]:
         lines, before = [], 0
         for model in run.models:
             for metric, style in metrics.items():
-                label = model.name if style == "-" else "_"
                 for name, line in ((metric, style), (f"eval_{metric}", "o")):
                     rows = [row for row in model.metrics if name in row]
                     x, y = [before + row["step"] for row in rows], [row[name] for row in rows]
                     if rows:
-                        label = "_" if line == "o" else label
+                        label = model.name if line == "-" else "_"
                         lines.append((label, colour(model.name), line, x, y))
             before += max((row["step"] for row in model.metrics), default=0)
         if lines:

@@ -68,9 +68,6 @@ class Answered:
     sequence: Sequence  # the responses include the EOS that ended them
     logprobs: list[float]
 
-    def tokens(self) -> int:
-        return sum(map(len, self.sequence.responses))
-
 
 def main(args: Kl) -> None:
     # ------------------------------------------------------------------------------ inputs
@@ -216,7 +213,7 @@ def estimate(prompts: list[Answered], theirs: list[np.ndarray]) -> dict:
     prompt's answers."""
     answers = np.array([len(p.logprobs) for p in prompts], float)
     ahead = np.array([np.sum(np.array(p.logprobs) - q) for p, q in zip(prompts, theirs)])
-    tokens = np.array([p.tokens() for p in prompts], float)
+    tokens = np.array([sum(map(len, p.sequence.responses)) for p in prompts], float)
 
     def ratio(units: np.ndarray) -> tuple[float, float | None]:
         rate = ahead.sum() / units.sum()

@@ -12,7 +12,7 @@ from stages.files.paths import local_path, make_folder, try_lock
 def lock(path: str) -> Iterator[None]:
     """Hold `path`, a folder or file to be written, against other processes of this machine.
 
-    Raises Busy where another process holds it. The lock is a file beside `path`, gone at the
+    Raises UserError where another process holds it. The lock is a file beside `path`, gone at the
     end; a killed process holds nothing.
     """
     file = f"{local_path(path)}.lock{MARK}"
