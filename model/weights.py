@@ -159,20 +159,17 @@ def check_links(folder: str, files: Iterable[str]) -> None:
     inside = [root]
     if os.path.basename(os.path.dirname(root)) == "snapshots":
         inside.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
-    templates = os.path.join(folder, "additional_chat_templates")
-    for entry in (
-        *os.scandir(folder),
-        *(os.scandir(templates) if os.path.isdir(templates) else ()),
-    ):
-        if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, pattern) for pattern in files):
+    path = epath.Path(folder)
+    for file in (*path.iterdir(), *path.glob("additional_chat_templates/*")):
+        if file.is_dir() or not any(fnmatch.fnmatch(file.name, pattern) for pattern in files):
             continue
-        target = os.path.realpath(entry.path)
+        target = os.path.realpath(file)
         if not any(os.path.commonpath([target, place]) == place for place in inside):
             raise UserError(
-                f"{entry.path} is a link to {target}, out of its folder: put the file in its place"
+                f"{file} is a link to {target}, out of its folder: put the file in its place"
             )
-        if os.path.exists(target) and not entry.is_file():
-            raise UserError(f"{entry.path} is no regular file: put the file in its place")
+        if os.path.exists(target) and not os.path.isfile(target):
+            raise UserError(f"{file} is no regular file: put the file in its place")
 
 
 def _copied(src: str, files: list[str]) -> str:
