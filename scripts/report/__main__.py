@@ -136,7 +136,7 @@ def curves(run: gather.Run) -> list[str]:
                         lines.append((label, colour(model.name), line, x, y))
             before += max((row["step"] for row in model.metrics), default=0)
         if lines:
-            drawn.append(plots.lines(title, "optimizer step", lines, level))
+            drawn.append(plots.lines(title, lines, level))
     return drawn
 
 
