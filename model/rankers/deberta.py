@@ -35,7 +35,7 @@ from sharding.mesh import by_rows
 
 Params = dict
 
-# HF name → our path, HF's axes, our axes (model/weights.py).
+# HF name → our path, HF's axes, our axes (model/tensors.py).
 TABLE = {
     "embeddings.word_embeddings.weight": ("embed", "v d", "v d"),
     "embeddings.LayerNorm.weight": ("embed_norm", "d", "d"),

@@ -33,16 +33,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from model.buckets import bucket
 from model.rankers import deberta, deberta_tpu
-from model.weights import (
-    Slot,
-    check_tensors,
-    local_folder,
-    local_model,
-    read_json,
-    stored_tensors,
-    table_slots,
-    weight_files,
-)
+from model.tensors import Slot, check_tensors, stored_tensors, table_slots
+from model.weights import local_folder, local_model, read_json, weight_files
 from sharding.errors import UserError, first_line
 from sharding.mesh import batch_shards, constrain, make_mesh, put_batch, replicated
 
