@@ -178,20 +178,15 @@ def requests_of(
         except ValueError as error:
             output.set_aside(row.fields, str(error))
             continue
-        yield request_of(row)
-
-
-def request_of(row: Sample) -> Request:
-    """What a ranker is asked about a row."""
-    return Request(
-        where=row.where,
-        prompt_id=row.prompt_id,
-        prompt=row.prompt,
-        messages=row.messages,
-        responses=row.texts,
-        finish_reasons=[response.finish_reason for response in row.responses],
-        row=row.fields,
-    )
+        yield Request(
+            where=row.where,
+            prompt_id=row.prompt_id,
+            prompt=row.prompt,
+            messages=row.messages,
+            responses=row.texts,
+            finish_reasons=[response.finish_reason for response in row.responses],
+            row=row.fields,
+        )
 
 
 def rank_all(

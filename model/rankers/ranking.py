@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Callable
 
 Done = Callable[[int], None]
-LARGEST = 1e100  # the largest score: sums of squares of such scores are finite
 
 
 @dataclasses.dataclass
