@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 
 import jax
@@ -153,10 +154,14 @@ class PairRM:
         self.layout = Layout(self._files.tokenizer, self.config)
         self.mesh = make_mesh(-1, 1, 1) if mesh is None else mesh
         device = self.mesh.devices.flat[0]
-        self._on_cpu, self._kernel = (
-            device.platform == "cpu",
-            deberta_tpu.runs_on(device.device_kind),
-        )
+        self._on_cpu = device.platform == "cpu"
+        self._kernel = deberta_tpu.runs_on(device.device_kind)
+        if device.platform == "tpu" and not self._kernel:
+            print(
+                f"PairRM is slow on a {device.device_kind}, which looks up every pair of tokens: "
+                "use a TPU v5 or newer, which has a kernel for it, or try --device host",
+                file=sys.stderr,
+            )
         self.tokens_per_batch = tokens_per_batch or (1024 if self._on_cpu else 16384)
 
     @functools.cached_property
