@@ -12,9 +12,10 @@ from functools import cached_property
 import numpy as np
 from etils import epath
 
+from model.weights import read_json
 from scripts.report import graph
 from stages.evaluate.winrates import standard_error
-from stages.files.rows import Fields, json_rows, parse_json, read_json
+from stages.files.rows import Fields, json_rows, parse_json
 
 Z = 1.959964  # 97.5% quantile of the normal distribution
 

@@ -19,8 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Generic, Self, TypeVar
 
-from etils import epath
-
 from model.rankers.ranking import LARGEST
 from sharding.errors import UserError
 from stages.files.paths import is_remote, open_input, text_sha256
@@ -331,14 +329,6 @@ def parse_json(text: str | bytes, **options):
     if level:
         raise ValueError("nested too deep")
     return value
-
-
-def read_json(path, mend: str):
-    """What a file of JSON holds. Raises UserError that ends with `mend`."""
-    try:
-        return parse_json(epath.Path(path).read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}): {mend}") from None
 
 
 def json_line(fields: Fields) -> bytes:
