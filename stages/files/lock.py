@@ -8,6 +8,11 @@ from model.disk import MARK
 from stages.files.paths import local_path, make_folder, try_lock
 
 
+def lock_file(path: str) -> str:
+    """Where the lock of `path` lies."""
+    return f"{local_path(path)}.lock{MARK}"
+
+
 @contextlib.contextmanager
 def lock(path: str) -> Iterator[None]:
     """Hold `path`, a folder or file to be written, against other processes of this machine.
@@ -15,7 +20,7 @@ def lock(path: str) -> Iterator[None]:
     Raises Busy where another process holds it. The lock is a file beside `path`, gone at the
     end; a killed process holds nothing.
     """
-    file = f"{local_path(path)}.lock{MARK}"
+    file = lock_file(path)
     make_folder(os.path.dirname(file) or ".")
     while True:
         opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)

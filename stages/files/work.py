@@ -21,7 +21,7 @@ from etils import epath, epy
 from model import checkpoint, checkpoint_writing, disk
 from sharding import processes
 from sharding.errors import UserError
-from stages.files.lock import lock
+from stages.files.lock import lock, lock_file
 from stages.files.output import Manifest, refuse_other
 from stages.files.paths import is_remote, local_path, make_folder, write_atomically
 from stages.files.rows import parse_json
@@ -44,8 +44,10 @@ def is_finished(out: str, manifest: Manifest) -> bool:
             f"--out {out} exists and is no checkpoint of this stage: choose another ({error})"
         ) from error
     _refuse_other_run(manifest, made, out, "choose another --out")
-    if processes.is_first():
-        _remove(out)  # killed between the two
+    left = epath.Path(f"{out}.work"), epath.Path(lock_file(out))  # by one that was killed here
+    if processes.is_first() and any(path.exists() for path in left):
+        with contextlib.suppress(UserError), lock(out):
+            _remove(out)
     return True
 
 

@@ -62,7 +62,7 @@ def per_row(sampling, rows: int) -> dict:
     ],
 )
 def test_filters_leave_the_tokens_and_probabilities_that_transformers_leaves(sampling):
-    logits = RNG.normal(0, 3, size=(64, 1000)).astype(np.float32)
+    logits = np.random.default_rng(1).normal(0, 3, size=(64, 1000)).astype(np.float32)
     expected = TemperatureLogitsWarper(sampling.temperature)(None, torch.tensor(logits))
     if sampling.top_k:
         expected = TopKLogitsWarper(sampling.top_k)(None, expected)
@@ -93,7 +93,7 @@ def test_drawn_frequencies_are_the_probabilities():
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
 def test_the_ends_of_the_uniform_range_never_draw_a_filtered_token(uniform):
-    logits = jnp.array(RNG.normal(0, 3, size=(32, 700)), jnp.float32)
+    logits = jnp.array(np.random.default_rng(2).normal(0, 3, size=(32, 700)), jnp.float32)
     settings = per_row(Sampling(temperature=1, top_p=0.7, top_k=20), 32)
     tokens, _ = drawing.draw(logits, jnp.full(32, uniform), settings)
     weights = drawing.filtered_weights(logits, settings)
@@ -126,7 +126,8 @@ def test_cache_and_slots_are_fitted_to_the_answers_in_the_making(monkeypatch):
     monkeypatch.setattr(Sampler, "_resize", spy)
     # The long prompt comes first: once its answers have ended, the cache can be halved.
     lengths = (200, 5, 9, 30, 12, 20)
-    prompts = [(f"p{i}", RNG.integers(14, 300, n).tolist()) for i, n in enumerate(lengths)]
+    rng = np.random.default_rng(7)
+    prompts = [(f"p{i}", rng.integers(14, 300, n).tolist()) for i, n in enumerate(lengths)]
     sampling = Sampling(n=4, temperature=1.0, top_p=1.0, max_new_tokens=70)
     often = {"eos_token_ids": tuple(range(2, 14))}  # so that answers end at different steps
     monkeypatch.setattr(generate, "fewest_slots", lambda *_: 1)
@@ -135,7 +136,7 @@ def test_cache_and_slots_are_fitted_to_the_answers_in_the_making(monkeypatch):
     assert (8, 256, 272) in sizes  # grown, but not beyond the longest possible answer
     assert any(after <= before // 2 for _, before, after in sizes)  # and halved
     # and each answer is what it is alone
-    for prompt in prompts:
+    for prompt in prompts[:3]:
         for one, other in zip(found[prompt[0]], answers(sampling, 1, [prompt], **often)[prompt[0]]):
             assert one.token_ids == other.token_ids and one.finish_reason == other.finish_reason
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)

@@ -19,7 +19,7 @@ from scripts import cards
 from sharding.errors import UserError
 from stages.files import examples as reading
 from stages.files.examples import read_pairs, template_head
-from stages.files.lock import lock
+from stages.files.lock import lock, lock_file
 from stages.files.output import manifest_path
 from stages.files.work import Work
 from tests import tiny
@@ -63,8 +63,13 @@ def test_dpo_starts_at_ln_2_learns_and_writes_a_complete_checkpoint(base, tmp_pa
     assert not (tmp_path / "out.work").exists()
     assert list((tmp_path / "out.log" / "tensorboard").iterdir())
     assert "agree within" in capsys.readouterr().out
+    # What a training leaves that was killed at its very end is removed.
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work/manifest.json").touch()
+    open(lock_file(str(out)), "w").close()
     assert run_dpo(base, out, "--test-pairs", str(base / "pairs.test.jsonl"), "--epochs", "8") == 0
     assert "finished already" in capsys.readouterr().out
+    assert not (tmp_path / "out.work").exists() and not os.path.exists(lock_file(str(out)))
     # The trained checkpoint is a model like any other.
     assert run_sample(base, model=out, out="again.jsonl") == 0
 

@@ -46,7 +46,7 @@ def run(request, tmp_path_factory):
     prompts = [{"prompt": f"{row['prompt']} {i}"} for i in range(4) for row in tiny.PROMPTS]
     tiny.write_jsonl(folder / "prompts.jsonl", prompts)
     (folder / "reward.py").write_text(REWARD)
-    assert run_sample(folder, "--max-new-tokens", "120", "--slots", "28") == 0
+    assert run_sample(folder, "--max-new-tokens", "60", "--slots", "28") == 0
     assert run_rank(folder) == 0
     argv = ["--ranked", str(folder / "ranked.jsonl"), "--out", str(folder / "pairs.jsonl")]
     assert run_main(pairs.main, pairs.Args, argv) == 0

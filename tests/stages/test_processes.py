@@ -122,7 +122,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     tiny.write_checkpoint(folder / "model")
     tiny.write_checkpoint(folder / "other", seed=1)
-    rows = [{"prompt": f"{row['prompt']} {i}"} for i in range(8) for row in tiny.PROMPTS]
+    rows = [{"prompt": f"{row['prompt']} {i}"} for i in range(4) for row in tiny.PROMPTS]
     tiny.write_jsonl(folder / "prompts.jsonl", [*rows, {"prompt": "x" * 400}])
     assert run_main(sample.main, sample.Args, sample_argv(folder, "alone.jsonl")) == 0
     pairs = []
@@ -166,7 +166,7 @@ def test_a_stop_of_one_process_stops_all_and_they_go_on(folder):
         time.sleep(0.02)
     running[1].send_signal(signal.SIGTERM)  # not the one that writes
     assert [process.wait() for process in running] == [75, 75]
-    assert 0 < len(partial.read_bytes().splitlines()) < 80
+    assert 0 < len(partial.read_bytes().splitlines()) < 4 * len(tiny.PROMPTS)
     ended(together("sample", argv))
     same_answers(folder / "stopped.jsonl", folder / "alone.jsonl")
 
