@@ -181,7 +181,7 @@ def test_a_tpu_without_the_kernel_is_warned_of(tiny, capsys):
     assert capsys.readouterr().err == ""
     PairRM(str(tiny), mesh=mesh("TPU v4"))
     (line,) = capsys.readouterr().err.splitlines()
-    assert "PairRM on a TPU v4" in line and "--device host" in line
+    assert "slow on a TPU v4" in line and "--device host" in line
 
 
 @pytest.mark.parametrize(
