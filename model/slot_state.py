@@ -22,16 +22,17 @@ STEPS_PER_CALL = 32  # the most decode steps before the host looks at the answer
 
 def empty(config: DecoderConfig, slots: int, length: int, dtype) -> dict:
     """The state of all slots, none of them in use."""
-    # numpy arrays are the same on every process, whatever devices the mesh has.
     starting = nothing_starts(slots, slots)
-    return {
-        "cache": kv_cache.empty_cache(config, slots, length, dtype),
+    rest = {
         "active": np.zeros(slots, bool),
         "prompt_lengths": starting["lengths"],
         "steps": np.ones(slots, np.int32),  # tokens drawn
         "last": np.zeros(slots, np.int32),  # the token drawn last
         **{name: starting[name] for name in ("keys", "limits", "ignore_eos", "settings")},
     }
+    # Where the programs leave them: for numpy arrays each program would be compiled once more.
+    rest = jax.jit(lambda: _replicated(jax.tree.map(jnp.asarray, rest)))()
+    return rest | {"cache": kv_cache.empty_cache(config, slots, length, dtype)}
 
 
 def nothing_starts(count: int, rows: int) -> dict:

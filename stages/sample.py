@@ -161,10 +161,7 @@ def main(args: Args) -> None:
         with bar, jax.set_mesh(mesh), stop_signal() as check_stop:
             sampler = load_sampler(args, config, tokenizer, sampling, mesh, longest, len(mine), bar)
             start = time.monotonic()
-
-            def check_together() -> None:  # so that all processes stop between the same two calls
-                processes.all_check(check_stop, STOPPED_TOGETHER)
-
+            check_together = processes.loop_check(check_stop, STOPPED_TOGETHER)
             for prompt_id, answers in sampler.run(to_answer(), check_together, answered):
                 ids = np.frombuffer(token_ids[prompt_id], np.int32).tolist()
                 responses = [dataclasses.asdict(answer) for answer in answers]

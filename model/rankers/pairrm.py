@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 
 import jax
@@ -148,6 +149,12 @@ class PairRM:
         device = self.mesh.devices.flat[0]
         self._on_cpu = device.platform == "cpu"
         self._kernel = deberta_tpu.runs_on(device.device_kind)
+        if device.platform == "tpu" and not self._kernel:
+            print(
+                f"PairRM is slow on a {device.device_kind}, which looks up every pair of tokens: "
+                "use a TPU v5 or newer, which has a kernel for it, or try --device host",
+                file=sys.stderr,
+            )
         self.tokens_per_batch = tokens_per_batch or (1024 if self._on_cpu else 16384)
 
     @functools.cached_property

@@ -180,6 +180,7 @@ def compute(
     batcher = Batcher(0, len(prompts), most // widest, rows="packed", shards=shards)
     dtype = jnp.dtype(args.dtype)
     with jax.set_mesh(mesh), stop_signal() as check_stop:
+        check_together = processes.loop_check(check_stop, STOPPED_TOGETHER)
         params = checkpoint.load(args.checkpoint, mesh)[1]
 
         @partial(jax.jit, out_shardings=meshes.replicated(mesh))
@@ -204,7 +205,7 @@ def compute(
             for i, mine in zip(indices, np.split(values[: ends[-1]], ends[:-1])):
                 if prompts[i].prompt_id in left:
                     output.write({"prompt_id": prompts[i].prompt_id, "logprobs": mine.tolist()})
-            processes.all_check(check_stop, STOPPED_TOGETHER)
+            check_together()
 
 
 def estimate(prompts: list[Answered], theirs: list[np.ndarray]) -> dict:
