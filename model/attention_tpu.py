@@ -1,10 +1,14 @@
-"""Attention of one token per row over a KV cache on a TPU, in one kernel that reads only what is
-filled: the blocks behind a row's last key, and before its sliding window, are not fetched.
+"""A KV cache on a TPU, in two kernels that touch only the blocks that they need.
 
-Softmax in one pass, block by block with a running maximum (Dao et al. 2022, Algorithm 1). Keys and
-values lie as in model/kv_cache.py, so neither is transposed.
+`attention` is of one token per row: the blocks behind a row's last key, and before its sliding
+window, are not fetched. Softmax in one pass, block by block with a running maximum (Dao et al.
+2022, Algorithm 1). `merge` writes new keys and values at each row's own position, in place.
 
-Axis letters: b row, k key/value head, r query head of a key head, h head width, s position.
+Keys and values lie as in model/kv_cache.py, so neither is transposed. interpret: run a kernel step
+by step, on any device.
+
+Axis letters: b row, k key/value head, r query head of a key head, h head width, s position, j index
+among a row's new positions.
 """
 
 from functools import partial
@@ -31,12 +35,16 @@ def _block(length: int, bytes_per_position: int) -> int:
 def attention(q_bkrh, k_bkhs, v_bksh, first_b, end_b, interpret: bool = False):
     """(Σ weights·v, the largest score, Σ weights) over the positions first_b … end_b - 1 of each
     row, fp32 [b, k, r, h], [b, k, r] and [b, k, r]; weights are exp(score - largest). Of no
-    positions: (0, -1e30, 0). interpret: run the kernel step by step, on any device."""
+    positions: (0, -1e30, 0)."""
     b, k, r, h = q_bkrh.shape
     length = k_bkhs.shape[-1]
     # A row whose answer has ended may be longer than a cache that was cut since.
     end_b = jnp.minimum(end_b, length)
     block = _block(length, k * h * k_bkhs.dtype.itemsize)
+    if not interpret:  # else the compiler may fetch all of the cache into the chip's own memory
+        k_bkhs, v_bksh = (
+            pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (k_bkhs, v_bksh)
+        )
 
     def place(i, j, first_ref, end_ref):
         # For a block that is not needed, a neighbour that is: it is in place, or comes next.
@@ -120,3 +128,66 @@ def _kernel(
             out_ref[head] = kept_r1 * out_ref[head] + new_rh
             largest_ref[head] = jnp.broadcast_to(largest_r1, largest_ref.shape[1:])
             total_ref[head] = jnp.broadcast_to(total_r1, total_ref.shape[1:])
+
+
+def merge(k_bkhs, v_bksh, k_bkjh, v_bkjh, start_b, interpret: bool = False):
+    """(k_bkhs, v_bksh) with the new keys and values at start_b, start_b + 1, … of each row; what
+    falls beyond the cache is not written. In place, where the caller donates the cache."""
+    b, k, h, length = k_bkhs.shape
+    steps = k_bkjh.shape[2]
+    touched = -(-(steps - 1) // LANES) + 1  # blocks of LANES positions, wherever a row starts
+
+    def place(i, j, start_ref):
+        return jnp.minimum(start_ref[i] // LANES + j, length // LANES - 1)
+
+    def keys(i, j, start_ref):
+        return i, 0, 0, place(i, j, start_ref)
+
+    def values(i, j, start_ref):
+        return i, 0, place(i, j, start_ref), 0
+
+    def row(i, j, _):
+        return i, 0, 0, 0
+
+    def kernel(start_ref, old_k, old_v, new_k, new_v, out_k, out_v):
+        i, j = pl.program_id(0), pl.program_id(1)
+        first = start_ref[i] - place(i, j, start_ref) * LANES
+        # A product with 0 and 1 moves a row by its own distance, and is exact.
+        index_js = jax.lax.broadcasted_iota(jnp.int32, (steps, LANES), 0)
+        moves_js = jax.lax.broadcasted_iota(jnp.int32, (steps, LANES), 1) - first == index_js
+        moves_js = moves_js.astype(jnp.float32).astype(old_k.dtype)
+        dot = partial(
+            jax.lax.dot_general,
+            dimension_numbers=(((0,), (0,)), ((), ())),
+            precision=matmul_precision(old_k.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        for old, out, axis in ((old_k, out_k, 1), (old_v, out_v, 0)):
+            place_xy = jax.lax.broadcasted_iota(jnp.int32, old.shape[1:], axis) - first
+            is_new_xy = (place_xy >= 0) & (place_xy < steps)
+            for head in range(k):
+                if axis == 1:
+                    moved = dot(new_k[head], moves_js)
+                else:
+                    moved = dot(moves_js, new_v[head])
+                out[head] = jnp.where(is_new_xy, moved.astype(old.dtype), old[head])
+
+    of_keys = pl.BlockSpec((None, k, h, LANES), keys)
+    of_values = pl.BlockSpec((None, k, LANES, h), values)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(b, touched),
+            in_specs=[of_keys, of_values, *[pl.BlockSpec((None, k, steps, h), row)] * 2],
+            out_specs=[of_keys, of_values],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_bkhs, v_bksh)],
+        input_output_aliases={1: 0, 2: 1},  # counted with start_b
+        cost_estimate=pl.CostEstimate(
+            flops=4 * b * k * touched * LANES * steps * h,
+            bytes_accessed=4 * b * k * touched * LANES * h * k_bkhs.dtype.itemsize,
+            transcendentals=0,
+        ),
+        interpret=interpret,
+    )(start_b.astype(jnp.int32), k_bkhs, v_bksh, k_bkjh, v_bkjh)

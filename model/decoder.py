@@ -95,17 +95,19 @@ def _matmul(equation, x, w):
 
 
 def _matmul_bwd(equation, saved, ct):
-    """JAX's own gradients, except that in the product for ∂w the narrower operand comes first.
-    XLA's CPU compiler transposes the first operand, fused with the elementwise work before it: for
-    the wide ones that took a tenth of a training step."""
+    """JAX's own gradients, except that in the product for ∂w in fp32 the narrower operand comes
+    first. XLA's CPU compiler transposes the first operand, fused with the elementwise work before
+    it: for the wide ones that took a tenth of a training step. (In bf16 that compiler has no such
+    product whose result is transposed.)"""
     x, w = saved
     operands, out = equation.split("->")
     axes_x, axes_w = operands.split(",")
     precision = matmul_precision(x.dtype)
     grad_x = jnp.einsum(f"{out},{axes_w}->{axes_x}", ct, w.astype(x.dtype), precision=precision)
-    (axes_1, first), (axes_2, second) = sorted(
-        ((axes_x, x), (out, ct)), key=lambda side: side[1].size
-    )
+    sides = (axes_x, x), (out, ct)
+    if x.dtype == jnp.float32:
+        sides = sorted(sides, key=lambda side: side[1].size)
+    (axes_1, first), (axes_2, second) = sides
     axes = "".join(axis for axis in axes_1 + axes_2 if axis in axes_w)
     grad_w = jnp.einsum(
         f"{axes_1},{axes_2}->{axes}",
@@ -124,7 +126,22 @@ def rms_norm(x: jax.Array, weight_d: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) · weight over the last axis; statistics in fp32 (Zhang & Sennrich 2019, Eq. 4)."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * weight_d.astype(x.dtype)
+    return _scaled(x32.astype(x.dtype), weight_d)
+
+
+@jax.custom_vjp
+def _scaled(x, weight_d):
+    return x * weight_d.astype(x.dtype)
+
+
+def _scaled_bwd(saved, ct):
+    """As in `_matmul_bwd`, the weight's gradient is summed in the weight's own dtype."""
+    x, weight_d = saved
+    grad = ct.astype(weight_d.dtype) * x.astype(weight_d.dtype)
+    return ct * weight_d.astype(x.dtype), jnp.sum(grad, axis=tuple(range(x.ndim - 1)))
+
+
+_scaled.defvjp(lambda x, weight_d: (_scaled(x, weight_d), (x, weight_d)), _scaled_bwd)
 
 
 def rope_angles(positions_bt: jax.Array, head_dim: int, theta: float):

@@ -11,7 +11,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from model import attention_tpu
 from model.attention import attention, decode_attention, visible
@@ -24,7 +23,6 @@ from model.decoder import (
     rms_norm,
     rope_angles,
 )
-from model.precision import matmul_precision
 from sharding.mesh import by_axes, constrain, placed
 
 
@@ -253,27 +251,10 @@ def _cached(kv, first_b, end_b, interpret, q_bkrh):
     return by_axes(kernel, axes, (rows, rows[:3], rows[:3]))(q_bkrh, *kv, first_b, end_b)
 
 
-def merged(cache: list, buffer: list, start_b: jax.Array) -> list:
+def merged(cache: list, buffer: list, start_b: jax.Array, interpret: bool = False) -> list:
     """The cache with the buffer's keys and values at start_b, start_b + 1, … of each row. Steps
     that were not taken write what is overwritten before it is read."""
     axes = *CACHE_AXES, BUFFER_AXES, BUFFER_AXES, ("batch",)
-    layer = jax.jit(by_axes(_merged_layer, axes, CACHE_AXES))  # traced and lowered once
+    kernel = partial(attention_tpu.merge, interpret=interpret)
+    layer = jax.jit(by_axes(kernel, axes, CACHE_AXES))  # traced and lowered once
     return [layer(*kv, *recent, start_b) for kv, recent in zip(cache, buffer)]
-
-
-def _merged_layer(k_bkhs, v_bksh, k_bkjh, v_bkjh, start_b):
-    length, steps = k_bkhs.shape[-1], k_bkjh.shape[2]
-    step_bs = jnp.arange(length) - start_b[:, None]
-    is_new_bs = (step_bs >= 0) & (step_bs < steps)
-    # A product with 0 and 1 moves each row by its own distance, and is exact. With one product per
-    # head, and a fixed layout, the compiler does not transpose the whole cache for it and back.
-    moves_bjs = (step_bs[:, None] == jnp.arange(steps)[:, None]).astype(k_bkhs.dtype)
-    moves_bkjs = jnp.broadcast_to(moves_bjs[:, None], (*k_bkjh.shape[:3], length))
-    how = {"precision": matmul_precision(k_bkhs.dtype), "preferred_element_type": k_bkhs.dtype}
-    new_k = jnp.einsum("bkjh,bkjs->bkhs", k_bkjh, moves_bkjs, **how)
-    new_v = jnp.einsum("bkjs,bkjh->bksh", moves_bkjs, v_bkjh, **how)
-    new_k = with_layout_constraint(new_k, Layout(major_to_minor=(0, 1, 2, 3)))
-    return (
-        jnp.where(is_new_bs[:, None, None], new_k, k_bkhs),
-        jnp.where(is_new_bs[:, None, :, None], new_v, v_bksh),
-    )

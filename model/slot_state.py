@@ -190,7 +190,7 @@ def advance(params, state, stop_at_active, steps, *, config, dtype, side_buffer)
 
     _, rest, kv, drawn = jax.lax.while_loop(unfinished, step, (0, rest, kv, drawn))
     if side_buffer:
-        kv = kv_cache.merged(cache, kv, start_b)
+        kv = kv_cache.merged(cache, kv, start_b, interpret=side_buffer == "interpret")
     rest, drawn = _replicated((rest, drawn))
     return rest | {"cache": kv}, drawn
 

@@ -94,8 +94,9 @@ class Program:
         return traced, {"flops": flops, "bytes": inside}
 
     def describe(self, compiles: bool, size: int) -> dict:
-        """{"parts": title → bytes, "flops", "bytes", "cycles", "exchange"} of one device; "refused"
-        if the compiler finds it too large. Without it: no temporaries, cycles, exchange."""
+        """{"parts": title → bytes, "flops", "bytes", "cycles", "exchange"} of one device, and the
+        compiled "text"; "refused" if the compiler finds it too large. Without it: no temporaries,
+        cycles, exchange, text."""
         parts = Counter()
         for title, arrays in (*self.inside.items(), *self.beside.items()):
             parts[title] += table.bytes_per_device(arrays)
@@ -112,7 +113,8 @@ class Program:
             new = memory.output_size_in_bytes - memory.alias_size_in_bytes
             whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
             parts["temporary"] = max(0, whole - work["bytes"])
-            done = compiled_work(compiled.as_text(), size, self.trips)
+            told["text"] = compiled.as_text()
+            done = compiled_work(told["text"], size, self.trips)
             told |= {name: x / self.steps for name, x in done.items()}
         return told
 

@@ -416,6 +416,25 @@ def test_the_kernel_for_tpus_attends_to_what_a_row_has(length, dtype, monkeypatc
     np.testing.assert_allclose(largest[1:], scores[1:].max(-1), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_kernel_for_tpus_writes_each_rows_new_keys_at_its_own_position(dtype):
+    starts, length, steps = [0, 70, 120, 374, 384, 500], 384, 32  # within a block, over an end, …
+    rows = len(starts)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (2, 16, length), (2, length, 16), (2, steps, 16), (2, steps, 16)
+    arrays = [
+        jax.random.normal(key, (rows, *shape)).astype(dtype) for key, shape in zip(keys, shapes)
+    ]
+    k, v = attention_tpu.merge(*arrays, jnp.array(starts), interpret=True)
+    expected_k, expected_v, new_k, new_v = (np.array(x) for x in arrays)
+    for row, start in enumerate(starts):
+        fits = max(0, min(steps, length - start))
+        expected_k[row, :, :, start : start + fits] = np.swapaxes(new_k[row, :, :fits], 1, 2)
+        expected_v[row, :, start : start + fits] = new_v[row, :, :fits]
+    np.testing.assert_array_equal(k, expected_k)
+    np.testing.assert_array_equal(v, expected_v)
+
+
 def test_a_stop_string_is_not_missed_where_its_letters_are_bytes():
     """Byte tokens of a tokenizer that shows a damaged run of them as "\ufffd" throughout."""
     text = "🙂🙂🙂🛑🙂".encode() + b"ab"

@@ -250,8 +250,8 @@ def test_operations_are_those_of_weights_and_attention():
     told = by_shapes(plan_of())
     # A step multiplies 256 slots with every weight, and attends to 6,144 positions.
     step = 2 * 256 * (layers + vocabulary) + 4 * 32 * 32 * 128 * 256 * (6144 + 32)
-    # Once in 32 steps their keys and values are moved into the cache, by a product.
-    step += 2 * 2 * 32 * 8 * 128 * 256 * 6144
+    # Once in 32 steps their keys and values are moved into two blocks of the cache, by a product.
+    step += 2 * 2 * 32 * 8 * 128 * 256 * 256
     assert told["sample: a step"]["flops"] == pytest.approx(step / 4, rel=0.01)
     # 32 pairs of 1,536 tokens: forward, the gradients, and forward again but for a layer's last
     # product, which no gradient needs; the vocabulary's for the responses alone; and attention.
