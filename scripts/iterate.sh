@@ -72,9 +72,9 @@ compare() { # FOLDER OTHER NAME: its held-out answers against OTHER's, and how f
 finish() { # the last model for transformers, and what to know of the run
   [[ -d $run/final-hf ]] || python -m scripts.convert to-hf "$model" "$run/final-hf" "${EXPORT[@]}" \
     --base "$run/start/checkpoint" --results "$it/against_start.json" "$it/kl_to_start.json"
-  python -m scripts.report "$run" --terms | tee "$run/finished.new"
-  echo "The last model: AutoModelForCausalLM.from_pretrained(\"$run/final-hf\")" |
-    tee -a "$run/finished.new"
+  local table; table=$(python -m scripts.report "$run" --terms)
+  tee "$run/finished.new" <<<"$table
+The last model: AutoModelForCausalLM.from_pretrained(\"$run/final-hf\")"
   mv "$run/finished.new" "$run/finished"
 }
 
