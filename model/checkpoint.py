@@ -15,7 +15,7 @@ from etils import epath
 
 from model import decoder
 from model.config import DecoderConfig, read_config
-from model.orbax_settings import orbax
+from model.orbax_settings import load_arrays
 from model.weights import check_links, read_json
 from sharding.errors import UserError, check_scheme, first_line
 
@@ -86,8 +86,7 @@ def load(folder: str, mesh=None) -> tuple[DecoderConfig, decoder.Params]:
 def load_params(folder: str, shapes: decoder.Params, partial: bool = False) -> decoder.Params:
     """The parameters that `shapes` (with shardings) has; partial: it may be a part of the tree."""
     try:
-        with orbax(shapes, partial) as ocp:
-            return ocp.load(epath.Path(folder) / "params", shapes)
+        return load_arrays(epath.Path(folder) / "params", shapes, partial)
     except Exception as error:  # Orbax raises many kinds; all of them mean the folder is damaged
         message = f"checkpoint {folder}: params cannot be read ({first_line(error)})"
         raise UserError(message) from error

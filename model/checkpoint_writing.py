@@ -20,7 +20,7 @@ from model.checkpoint import MANIFEST
 from model.config import DecoderConfig, to_hf
 from model.decoder import Params
 from model.disk import MARK, naming, put_in_place
-from model.orbax_settings import orbax
+from model.orbax_settings import load_arrays, orbax
 from sharding import processes
 from sharding.errors import UserError, first_line
 from sharding.mesh import constrain
@@ -170,8 +170,7 @@ def is_whole_state(folder: epath.Path) -> bool:
 def load_state(folder: str, abstract):
     """Read a training state into the shapes, dtypes and shardings of `abstract`."""
     try:
-        with orbax(abstract) as ocp:
-            return ocp.load(epath.Path(folder), abstract)
+        return load_arrays(epath.Path(folder), abstract)
     except Exception as error:  # as in checkpoint.load
         raise UserError(
             f"{folder} cannot be read ({first_line(error)}): remove it to go on from the state "

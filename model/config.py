@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from model.weights import read_json
-from sharding.errors import UserError
+from model.weights import FLOAT32, check_positive, check_whole, is_number, read_json
+from sharding.errors import UserError, at
 
 # Keys that change neither the forward pass nor the training: no dropout is applied here, as in
 # TRL's DPOTrainer, and `pretraining_tp` only cuts a product into parts.
@@ -43,8 +43,6 @@ CONTEXTS = {"mistral": 131072, "llama": 2048}  # max_position_embeddings where t
 DTYPES = ("float32", "bfloat16", "float16")
 REQUIRED = """vocab_size hidden_size intermediate_size num_hidden_layers
     num_attention_heads""".split()
-LARGEST = {"num_hidden_layers": 10_000}  # of other sizes: whatever an int32 holds
-FLOAT32 = 2.0**-126, 2.0**127
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ class DecoderConfig:
             check_whole(field, getattr(self, field))
         for field in ("rms_norm_eps", "rope_theta"):
             check_positive(field, getattr(self, field))
-        if not _is_number(self.initializer_range) or not 0 <= self.initializer_range <= 1:
+        if not is_number(self.initializer_range) or not 0 <= self.initializer_range <= 1:
             raise UserError(
                 f"initializer_range is {self.initializer_range!r}: it must be a number from 0 to 1"
             )
@@ -118,24 +116,6 @@ class DecoderConfig:
         }
 
 
-def check_whole(name: str, value: object) -> None:
-    """Raise UserError unless a value is a positive whole number that a size can be."""
-    largest = LARGEST.get(name, 2**31 - 1)
-    if type(value) is not int or not 1 <= value <= largest:
-        below = "" if type(value) is not int or value < 1 else f" of at most {largest}"
-        raise UserError(f"{name} is {value!r}: it must be a positive whole number{below}")
-
-
-def check_positive(name: str, value: object) -> None:
-    """Raise UserError unless a value is a number that float32 holds, above 0."""
-    if not _is_number(value) or not FLOAT32[0] <= value <= FLOAT32[1]:
-        raise UserError(f"{name} is {value!r}: it must be a number above 0")
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
-
-
 def read_config(folder: str) -> DecoderConfig:
     """The config of a model's folder: config.json, and generation_config.json if it is there."""
     path = epath.Path(folder) / "config.json"
@@ -143,10 +123,8 @@ def read_config(folder: str) -> DecoderConfig:
         raise UserError(f"{folder}: config.json is missing: give the folder of a downloaded model")
     generation = path.parent / "generation_config.json"
     hf, generation = read_json(path), read_json(generation) if generation.exists() else None
-    try:
+    with at(path):
         return from_hf(hf, generation)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def from_hf(hf: dict, generation: dict | None = None) -> DecoderConfig:
@@ -242,7 +220,7 @@ def _rope_theta(hf: dict) -> float:
         )
     theta = rope.get("rope_theta", hf.get("rope_theta", DecoderConfig.rope_theta))
     # an int beyond the range of floats is refused with the others
-    return float(theta) if _is_number(theta) and abs(theta) <= FLOAT32[1] else theta
+    return float(theta) if is_number(theta) and abs(theta) <= FLOAT32[1] else theta
 
 
 def _sliding_window(hf: dict) -> int | None:

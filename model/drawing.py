@@ -19,11 +19,10 @@ HEAD = 128  # the largest weights of a row, among which nearly every threshold l
 SETTINGS = {"temperature": np.float32, "top_p": np.float32, "top_k": np.int32, "min_p": np.float32}
 
 
-def draw(logits_bv: jax.Array, uniform_b: jax.Array, settings: dict[str, jax.Array], active_b=True):
+def draw(logits_bv: jax.Array, uniform_b: jax.Array, settings: dict[str, jax.Array]):
     """One token per row by inverse CDF: (tokens int32 [b], their unfiltered log-probs fp32 [b]).
 
-    logits_bv: fp32; uniform_b: fp32 in [0, 1); settings: an array [b] for each of SETTINGS;
-    active_b: bool, the rows whose tokens are used (the others' settings cost nothing).
+    logits_bv: fp32; uniform_b: fp32 in [0, 1); settings: an array [b] for each of SETTINGS.
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave every token. Filters in
     transformers' order: temperature, top-k, top-p, min-p (generation/logits_process.py).
     """
@@ -32,7 +31,7 @@ def draw(logits_bv: jax.Array, uniform_b: jax.Array, settings: dict[str, jax.Arr
         return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
 
     def drawn():
-        return _inverse_cdf(filtered_weights(logits_bv, settings, active_b), uniform_b)
+        return _inverse_cdf(filtered_weights(logits_bv, settings), uniform_b)
 
     def nothing():
         return jnp.zeros(logits_bv.shape[0], jnp.int32)
@@ -41,20 +40,16 @@ def draw(logits_bv: jax.Array, uniform_b: jax.Array, settings: dict[str, jax.Arr
         greedy_b = settings["temperature"] == 0
         tokens_b = jnp.where(
             greedy_b,
-            jax.lax.cond(jnp.any(greedy_b & active_b), likeliest, nothing),
-            jax.lax.cond(jnp.all(greedy_b | ~jnp.asarray(active_b)), nothing, drawn),
+            jax.lax.cond(jnp.any(greedy_b), likeliest, nothing),
+            jax.lax.cond(jnp.all(greedy_b), nothing, drawn),
         )
         chosen_b = jnp.take_along_axis(logits_bv, tokens_b[:, None], axis=-1)[:, 0]
         return tokens_b, chosen_b - jax.nn.logsumexp(logits_bv, axis=-1)
 
 
-def filtered_weights(
-    logits_bv: jax.Array, settings: dict[str, jax.Array], active_b=True
-) -> jax.Array:
+def filtered_weights(logits_bv: jax.Array, settings: dict[str, jax.Array]) -> jax.Array:
     """Unnormalised probabilities [b, v]: 1 at the likeliest token, 0 where filtered out."""
-    temperature_b = settings["temperature"]
-    top_k_b = jnp.where(active_b, settings["top_k"], 0)
-    top_p_b = jnp.where(active_b, settings["top_p"], 1.0)
+    temperature_b, top_k_b, top_p_b = (settings[x] for x in ("temperature", "top_k", "top_p"))
     scaled_bv = logits_bv / jnp.where(temperature_b == 0, 1.0, temperature_b)[:, None]
     weights_bv = jnp.exp(scaled_bv - jnp.max(scaled_bv, axis=-1, keepdims=True))
     threshold_b = jax.lax.cond(

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import attention_tpu, decoder, drawing, kv_cache, slot_state
+from model.buckets import coarse_bucket
 from model.config import DecoderConfig
-from model.packing import coarse_bucket
 from model.prompt_rows import PREFILL_PROMPTS, PREFILL_TOKENS, Row, rows_of
 from model.slot_state import STEPS_PER_CALL
 from sharding.errors import UserError

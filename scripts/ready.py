@@ -13,8 +13,8 @@ from pathlib import Path
 import tyro
 
 from model.rankers.opening import open_ranker
+from model.weights import read_json
 from sharding.errors import UserError
-from stages.files.rows import read_json
 from stages.files.run import run_main
 
 

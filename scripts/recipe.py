@@ -28,7 +28,7 @@ from typing import Any, Literal
 import tyro
 from etils import epath
 
-from sharding.errors import UserError
+from sharding.errors import UserError, at
 from stages import dpo, pairs, rank, sample
 from stages.evaluate import kl
 from stages.files.paths import write_atomically
@@ -164,11 +164,9 @@ def read(recipe: str, machine: str = "", environ: Mapping[str, str] = os.environ
     answers = tables["sample"] | tables["evaluate"].get("sample", {})
     tables["evaluate"] = {"kl": {}, **tables["evaluate"], "sample": answers}
     whole = {key: raw[key] for key in needed} | tables
-    try:
+    with at(f"{where}, [rank]"):
         args = rank.Args(raw["ranker"], "", "", **tables["rank"])
         rank.ranker_options(args, rank.is_pairwise(args.ranker))
-    except UserError as error:
-        raise UserError(f"{where}, [rank]: {error}") from None
     made = Recipe(file.stem, **whole, export_dtype=raw.get("export_dtype"), machine=on)
     check_prompts(where, made)
     return made
@@ -291,11 +289,9 @@ def check_values(recipe: Recipe) -> None:
         ("dpo", dpo.checked, dpo.Args("C", "D", "C2"), recipe.dpo),
         ("evaluate.kl", kl.check_flags, kl.Kl("C", "S", "K"), recipe.evaluate["kl"]),
     ):
-        try:
+        with at(f"recipe {recipe.name}, [{name}]"):
             check_numbers(with_flags(args, table))
             check_flags(with_flags(args, table))
-        except UserError as error:
-            raise UserError(f"recipe {recipe.name}, [{name}]: {error}") from None
 
 
 def check_prompts(where: str, recipe: Recipe) -> None:

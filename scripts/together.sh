@@ -73,8 +73,12 @@ wait_for() { # MARK
 # A signal to the whole group stops the stage, which saves its work and gives 75; one to this shell
 # alone stops after the stage.
 trap 'exit 75' INT TERM USR1
-ended() {
+ended() { # the last command
   local code=$?
+  if [[ $code == 1 && $1 =~ ^(cp|mkdir|mktemp|mv|rm|sync|tee)' ' ]]; then
+    echo "error: ${BASH_REMATCH[1]} failed, as it says above: mend that, and run the same command again" >&2
+    code=2
+  fi
   case $code in 130 | 137 | 143) code=75 ;; esac # a stage was killed, or stopped while it started
   [[ $code != 75 ]] || echo "stopped: the same command goes on" >&2
   if [[ -n $alive ]]; then
@@ -84,4 +88,4 @@ ended() {
   [[ -z $begun ]] || rm -f "$begun"
   exit "$code"
 }
-trap ended EXIT
+trap 'ended "$BASH_COMMAND"' EXIT

@@ -1,5 +1,10 @@
 """The one error for the caller's mistake, raised wherever the mistake is known."""
 
+import contextlib
+from collections.abc import Iterator
+
+LARGEST = 1e100  # the largest score or log-prob in a row: sums of their squares are finite
+
 
 class UserError(ValueError):
     """The caller's mistake: one line that says what, where and how to mend it. Exit code 2."""
@@ -8,10 +13,26 @@ class UserError(ValueError):
         return printable(super().__str__())
 
 
+@contextlib.contextmanager
+def at(place: str) -> Iterator[None]:
+    """Put the place of a mistake before the UserError that is raised within."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
 def printable(text: str) -> str:
     """One line, not too long, of what may hold names out of other people's files."""
     text = text if len(text) < 2000 else f"{text[:1500]} … {text[-400:]}"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def check_least(args, **least: int) -> None:
+    """Raise UserError for a flag, a field of `args`, that is set and below its `least` value."""
+    for name, limit in least.items():
+        if (value := getattr(args, name)) is not None and value < limit:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {limit}")
 
 
 def check_scheme(path: str, name: str = "") -> None:

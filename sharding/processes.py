@@ -39,6 +39,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     from jax.experimental import multihost_utils
 
 BEAT = 0.5  # seconds between two signs of life
+ASKING = 1.0  # seconds between two questions to the others whether a loop should stop
 ARRIVAL = 600  # seconds within which all must have come: one may still be installing packages
 GRACE = 6  # beats after which another's death is known, where it made this process fail too
 AGAIN = "run the same command again, on all, to go on"
@@ -165,6 +166,26 @@ def all_check(check: Callable[[], None], of_another: Exception) -> None:
         raised = error
     if any(from_all(raised is not None)):
         raise raised or of_another
+
+
+def loop_check(check: Callable[[], None], of_another: Exception) -> Callable[[], None]:
+    """`all_check` for a loop, to be called each time round, equally often by all processes. It asks
+    the others about every ASKING seconds: together they settle after how many calls."""
+    if _others is None:
+        return check
+    every, left, asked = 1, 1, time.monotonic()
+
+    def check_now_and_then() -> None:
+        nonlocal every, left, asked
+        left -= 1
+        if not left:
+            all_check(check, of_another)
+            now = time.monotonic()
+            mine = min(2 * every, int(every * ASKING / max(now - asked, 1e-3)))
+            every = left = max(1, min(from_all(mine)))
+            asked = now
+
+    return check_now_and_then
 
 
 def agree(text: str) -> bool:

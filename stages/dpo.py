@@ -30,7 +30,7 @@ import numpy as np
 from etils import epy
 
 from sharding import processes
-from sharding.errors import UserError
+from sharding.errors import UserError, check_least
 from stages.files.output import Manifest, an_input, counts_line, read_lineage
 from stages.files.paths import check_distinct, normalised
 from stages.files.provenance import provenance
@@ -288,18 +288,14 @@ def main(args: Args) -> None:
 def checked(args: Args) -> "tuple[Args, losses.Loss, training.Optimization]":
     """(the flags with their paths normalised, the loss, what the optimizer needs). UserError for a
     flag that makes no sense."""
+    check_least(args, epochs=1, batch_size=1, micro_batch_size=1)
+    check_least(args, save_every=0, keep_states=1, eval_every=0)
     for name, ok, rule in (
         ("learning_rate", 0 < args.learning_rate < math.inf, "above 0"),
         ("warmup_ratio", 0 <= args.warmup_ratio <= 1, "between 0 and 1"),
         ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0"),
         ("max_grad_norm", args.max_grad_norm > 0, "above 0"),
-        ("epochs", args.epochs >= 1, "at least 1"),
-        ("batch_size", args.batch_size >= 1, "at least 1"),
-        ("micro_batch_size", args.micro_batch_size >= 1, "at least 1"),
         ("max_prompt_length", 1 <= args.max_prompt_length < args.max_length, "below --max-length"),
-        ("save_every", args.save_every >= 0, "at least 0"),
-        ("keep_states", args.keep_states >= 1, "at least 1"),
-        ("eval_every", args.eval_every >= 0, "at least 0"),
     ):
         if not ok:
             flag = name.replace("_", "-")

@@ -165,20 +165,23 @@ def ranker_options(args: Args, pairwise: bool) -> dict:
 def requests_of(
     samples: RowFile[Sample], left: list[str], output: Output | Elsewhere, pairwise: bool
 ) -> Iterator[Request]:
-    """The rows that are still to be ranked; what cannot be is set aside."""
-    for row in map(samples.__getitem__, left):
+    """The rows that are still to be ranked, for a pairwise ranker also those that are (see
+    Request.is_ranked); what cannot be ranked is set aside."""
+    waiting = set(left)
+    for prompt_id in samples.ids if pairwise else left:
+        row, is_ranked = samples[prompt_id], prompt_id not in waiting
         for name in MADE:
             row.fields.pop(name, None)
-        if not row.responses:
-            output.set_aside(row.fields, "no responses")
-            continue
+        reason = "" if row.responses else "no responses"
         try:
             if pairwise:
                 as_comparison(row.messages, [])
         except ValueError as error:
-            output.set_aside(row.fields, str(error))
-            continue
-        yield request_of(row)
+            reason = reason or str(error)
+        if not reason:
+            yield dataclasses.replace(request_of(row), is_ranked=is_ranked)
+        elif not is_ranked:
+            output.set_aside(row.fields, reason)
 
 
 def request_of(row: Sample) -> Request:
@@ -228,7 +231,7 @@ def rank_all(
 
     with bar, stop_signal() as check_stop:
         if ranker.on_mesh:
-            rank(partial(processes.all_check, check_stop, STOPPED_TOGETHER))
+            rank(processes.loop_check(check_stop, STOPPED_TOGETHER))
         else:
             alone = partial(rank, check_stop) if processes.is_first() else lambda: None
             processes.all_check(alone, STOPPED_TOGETHER)

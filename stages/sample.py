@@ -26,7 +26,7 @@ from etils import epy
 from tqdm import tqdm
 
 from sharding import processes
-from sharding.errors import UserError
+from sharding.errors import UserError, at, check_least
 from stages.files.output import Manifest, an_input, read_lineage
 from stages.files.paths import check_distinct
 from stages.files.rows import Prompt, read
@@ -109,10 +109,8 @@ def main(args: Args) -> None:
     token_ids: dict[str, bytes] = {}  # int32, the least memory
 
     def tokenise(row: Prompt) -> None:
-        try:
+        with at(row.where):
             ids = tokenizer.prompt_ids(row.messages)
-        except UserError as error:
-            raise UserError(f"{row.where}: {error}") from error
         token_ids[row.prompt_id] = np.array(ids, np.int32).tobytes()
 
     prompts = read(args.prompts, Prompt, each=tokenise)
@@ -163,10 +161,7 @@ def main(args: Args) -> None:
         with bar, jax.set_mesh(mesh), stop_signal() as check_stop:
             sampler = load_sampler(args, config, tokenizer, sampling, mesh, longest, len(mine), bar)
             start = time.monotonic()
-
-            def check_together() -> None:  # so that all processes stop between the same two calls
-                processes.all_check(check_stop, STOPPED_TOGETHER)
-
+            check_together = processes.loop_check(check_stop, STOPPED_TOGETHER)
             for prompt_id, answers in sampler.run(to_answer(), check_together, answered):
                 ids = np.frombuffer(token_ids[prompt_id], np.int32).tolist()
                 responses = [dataclasses.asdict(answer) for answer in answers]
@@ -192,10 +187,7 @@ def main(args: Args) -> None:
 
 def checked(args: Args) -> "generate.Sampling":
     """What decides the draws. Raises UserError for a flag that makes no sense."""
-    if args.slots is not None and args.slots < 1:
-        raise UserError(f"--slots is {args.slots}: it must be at least 1")
-    if args.max_prompt_length is not None and args.max_prompt_length < 1:
-        raise UserError(f"--max-prompt-length is {args.max_prompt_length}: it must be at least 1")
+    check_least(args, slots=1, max_prompt_length=1)
     if args.slots is not None and args.cache_memory is not None:
         raise UserError("--slots and --cache-memory say the same thing twice: give one of them")
     if args.cache_memory is not None:

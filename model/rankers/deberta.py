@@ -27,15 +27,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import check_positive, check_whole
 from model.precision import matmul_precision
 from model.rankers import deberta_tpu
+from model.weights import check_positive, check_whole
 from sharding.errors import UserError
 from sharding.mesh import by_rows
 
 Params = dict
 
-# HF name → our path, HF's axes, our axes (model/weights.py).
+# HF name → our path, HF's axes, our axes (model/tensors.py).
 TABLE = {
     "embeddings.word_embeddings.weight": ("embed", "v d", "v d"),
     "embeddings.LayerNorm.weight": ("embed_norm", "d", "d"),

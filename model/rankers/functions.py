@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set, Sized
 from itertools import islice
 from pathlib import Path
 
-from model.rankers.ranking import LARGEST, Done, Ranking, Request
-from sharding.errors import UserError
+from model.rankers.ranking import Done, Ranking, Request
+from sharding.errors import LARGEST, UserError
 
 
 class FunctionRanker:

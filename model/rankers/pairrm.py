@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 
 import jax
@@ -31,18 +32,10 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from model.packing import bucket
+from model.buckets import bucket
 from model.rankers import deberta, deberta_tpu
-from model.weights import (
-    Slot,
-    check_tensors,
-    local_folder,
-    local_model,
-    read_json,
-    stored_tensors,
-    table_slots,
-    weight_files,
-)
+from model.tensors import Slot, check_tensors, stored_tensors, table_slots
+from model.weights import local_folder, local_model, read_json, weight_files
 from sharding.errors import UserError, first_line
 from sharding.mesh import batch_shards, constrain, make_mesh, put_batch, replicated
 
@@ -151,21 +144,23 @@ class PairRM:
         self._files, self._dtype = open_folder(folder), jnp.dtype(dtype)
         self.config, self.identity = self._files.config, self._files.identity
         self.layout = Layout(self._files.tokenizer, self.config)
+        self.encode = self.layout.encode
         self.mesh = make_mesh(-1, 1, 1) if mesh is None else mesh
         device = self.mesh.devices.flat[0]
-        self._on_cpu, self._kernel = (
-            device.platform == "cpu",
-            deberta_tpu.runs_on(device.device_kind),
-        )
+        self._on_cpu = device.platform == "cpu"
+        self._kernel = deberta_tpu.runs_on(device.device_kind)
+        if device.platform == "tpu" and not self._kernel:
+            print(
+                f"PairRM is slow on a {device.device_kind}, which looks up every pair of tokens: "
+                "use a TPU v5 or newer, which has a kernel for it, or try --device host",
+                file=sys.stderr,
+            )
         self.tokens_per_batch = tokens_per_batch or (1024 if self._on_cpu else 16384)
 
     @functools.cached_property
     def params(self) -> dict:
         """The parameters, loaded at the first `logits`."""
         return load(self._files, replicated(self.mesh), self._dtype)
-
-    def encode(self, source: str, candidates: list[str]) -> Encoded:
-        return self.layout.encode(source, candidates)
 
     def logits(
         self, comparisons: list[Comparison], done: Callable[[int], None] = lambda n: None

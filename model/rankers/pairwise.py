@@ -29,18 +29,24 @@ class PairwiseRanker:
         self, requests: Iterable[Request], done: Done
     ) -> Iterator[tuple[Request, Ranking]]:
         """Rankings as they become complete. The order of the prompts changes no ranking."""
-        requests, active = iter(requests), []
+        # Only where a prompt's comparisons are all made at once is it known which shared a batch.
+        in_one_round = self._comparisons == "full"
+        requests = (r for r in requests if in_one_round or not r.is_ranked)
+        active: list[_Active] = []
         while True:
             wanted = [(a.encoded, *pair) for a in active for pair in a.wanted]
             if not self.model.enough(wanted) and (request := next(requests, None)):
                 begun = self._begin(request)
                 if begun.ranking is None:
                     active.append(begun)
-                else:  # nothing to compare
+                elif not request.is_ranked:  # nothing to compare
                     yield request, begun.ranking
                 continue
             if not active:
                 return
+            if all(a.request.is_ranked for a in active):
+                active = []
+                continue
             try:
                 logits = iter(self.model.logits(wanted, done))
             except ValueError as error:
@@ -48,7 +54,7 @@ class PairwiseRanker:
                 raise UserError(f"{first.where} (or soon after it): {error}") from error
             for a in active:
                 a.receive({pair: next(logits) for pair in a.wanted})
-                if a.ranking is not None:
+                if a.ranking is not None and not a.request.is_ranked:
                     yield a.request, a.ranking
             active = [a for a in active if a.ranking is None]
 

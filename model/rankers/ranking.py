@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Callable
 
 Done = Callable[[int], None]
-LARGEST = 1e100  # the largest score: sums of squares of such scores are finite
 
 
 @dataclasses.dataclass
@@ -28,6 +27,9 @@ class Request:
     responses: list[str]
     finish_reasons: list[str]
     row: dict = dataclasses.field(default_factory=dict)  # the caller's own; no ranker reads it
+    # Ranked before a restart: it is not given back. A pairwise ranker still counts it, so that all
+    # other comparisons share a batch with the same ones as without the restart.
+    is_ranked: bool = False
 
 
 @dataclasses.dataclass

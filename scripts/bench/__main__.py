@@ -1,4 +1,14 @@
-"""python -m scripts.bench COMMAND: side_by_side.py lists the commands."""
+"""What this machine does: speed and memory, measured side by side with what users had before.
+
+    python -m scripts.bench rank      PairRM: ours and llm-blender
+    python -m scripts.bench sample    the sampling engine: ours and transformers' generate
+    python -m scripts.bench dpo       training: ours and TRL's DPOTrainer (pip install trl)
+    python -m scripts.bench gemm      the rate of fp32 matrix products
+
+Everything is timed in one run, side by side in turns, since machines are noisy: trust the ratios.
+What a GPU or TPU reaches, measured where only jax is installed: python -m scripts.bench accelerator
+(--help lists its pieces).
+"""
 
 import sys
 
@@ -9,9 +19,13 @@ def main(words: list[str]) -> int:
         from scripts.bench import accelerator
 
         return accelerator.main(words[1:])
-    from scripts.bench import side_by_side  # here: it needs them
+    from scripts.bench import dpo, machine, rank, sample  # here: they need those packages
+    from stages.files.run import run_main
 
-    return side_by_side.command(words)
+    benches = {rank.Rank: rank.bench, sample.Sample: sample.bench, dpo.Dpo: dpo.bench}
+    benches[machine.Gemm] = machine.bench
+    command = rank.Rank | sample.Sample | dpo.Dpo | machine.Gemm
+    return run_main(lambda args: benches[type(args)](args), command, words)
 
 
 if __name__ == "__main__":

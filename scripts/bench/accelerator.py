@@ -187,10 +187,6 @@ class Report:
         machine = self.told["machine"]
         return machine.get("device") or machine.get("card") or "unknown"
 
-    def begin(self, piece: str) -> dict:
-        self.told["pieces"][piece] = {"status": "running", "rows": []}
-        return self.told["pieces"][piece]
-
     def write(self) -> None:
         if self.out is None:
             return
@@ -289,7 +285,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     worker, rates, unusable = None, {}, {}  # kind of process → why it does not come up
     for number, piece in enumerate(wanted):
         begun, (expected, kind) = time.monotonic(), PIECES[piece]
-        found = report.begin(piece)
+        found = report.told["pieces"][piece] = {"status": "running", "rows": []}
         if worker is not None and worker.kind != kind:
             worker.end()
             worker = None

@@ -8,21 +8,12 @@ from functools import partial
 import numpy as np
 from etils import epy
 
-from scripts.bench.machine import (
-    Side,
-    Worker,
-    alpaca_eval,
-    in_turns,
-    report,
-    spread,
-    timed,
-    two_formats,
-)
+from scripts.bench import machine
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
 
-    from model import checkpoint, packing
+    from model import batches, checkpoint, packing, train
     from scripts.bench import training_pieces
     from sharding import mesh as meshes
 
@@ -49,11 +40,11 @@ class Dpo:
 
 
 def bench(args: Dpo) -> None:
-    answers = alpaca_eval("Snorkel-Mistral-PairRM-DPO", "Mistral-7B-Instruct-v0.2")
+    answers = machine.alpaca_eval("Snorkel-Mistral-PairRM-DPO", "Mistral-7B-Instruct-v0.2")
     with tempfile.TemporaryDirectory() as temporary:
-        folder, hf_folder = two_formats(args.checkpoint, temporary)
+        folder, hf_folder = machine.two_formats(args.checkpoint, temporary)
         rows = _rows(answers, folder, args)
-        ours = Side(Ours, folder, rows, args)
+        ours = machine.Side(Ours, folder, rows, args)
         facts = ours.ask("warm")
         prompts, responses = (
             sum(len(row[name]) for row in rows[args.pairs :] for name in names) / args.steps
@@ -69,7 +60,7 @@ def bench(args: Dpo) -> None:
         shares = []
         for name, precompute in (("TRL", False), ("TRL, precomputed", True)):
             # Both sides in memory at a time, a step of each in turn.
-            theirs = Side(Theirs, hf_folder, rows, args, precompute, tuned=args.trl_tuned)
+            theirs = machine.Side(Theirs, hf_folder, rows, args, precompute, tuned=args.trl_tuned)
             sides = {
                 "ours": partial(ours.ask, "step"),
                 name: lambda _, theirs=theirs: theirs.ask("step"),
@@ -77,12 +68,12 @@ def bench(args: Dpo) -> None:
             for warm in sides.values():
                 warm(0)
             steps = range(1, args.steps + 1)
-            results, rates = in_turns("step", steps, sides, gemm=partial(ours.ask, "gemm"))
+            results, rates = machine.in_turns("step", steps, sides, gemm=partial(ours.ask, "gemm"))
             flops, seconds = facts["flops"][1:], {}
             shares += [f / took / rate for f, (took,), rate in zip(flops, results["ours"], rates)]
             for side_name, side in (("ours", ours), (name, theirs)):
                 mean = seconds[side_name] = float(np.mean(results[side_name]))
-                report(
+                machine.report(
                     side_name,
                     side,
                     f"{mean:6.1f} s a step: {args.pairs / mean:.3f} pairs/s",
@@ -105,7 +96,7 @@ def bench(args: Dpo) -> None:
 def _rows(answers: list[tuple[dict, ...]], folder: str, args: Dpo) -> list[dict]:
     """TRL's columns: the first step's pairs, to warm up, and all steps' pairs."""
     tokenizer, rows = checkpoint.open_folder(folder)[1], []
-    for both in spread(answers, args.steps * args.pairs):
+    for both in machine.spread(answers, args.steps * args.pairs):
         prompt = tokenizer.prompt_ids([{"role": "user", "content": both[0]["instruction"]}])
         prompt = prompt[: args.max_length // 2]
         sides = [tokenizer.response_ids(x["output"]) + [tokenizer.end_id] for x in both]
@@ -117,7 +108,7 @@ def _rows(answers: list[tuple[dict, ...]], folder: str, args: Dpo) -> list[dict]
 # ------------------------------------------------------------------------------ the sides
 
 
-class Ours(Worker):
+class Ours(machine.Worker):
     def __init__(self, folder: str, rows: list[dict], args: Dpo):
         config, mesh = checkpoint.load_config(folder), meshes.make_mesh()
         self.training = training_pieces.Training(
@@ -135,19 +126,18 @@ class Ours(Worker):
         """Compile each batch's shape. What the steps compute: operations and padding; the mean
         log-probs of the first batch."""
         logps, *_ = [self._step(batch) for batch in self.batches]
-        shapes, c = self.training.trainer.params, self.training.config
-        layers = sum(np.prod(x.shape) for x in jax.tree.leaves(shapes["layers"]))
-        tokens = np.array([np.sum(batch["copies"][..., 0] >= 0) for batch in self.batches])
-        responses = np.array([np.sum(batch["owners"] >= 0) for batch in self.batches])
+        micro = [batches.MicroBatch([], batch, {}) for batch in self.batches]
+        speed = partial(train.speed, self.training.trainer.params, seconds=1)
+        # Forward and backward for the step, and forward for the reference: a third more.
+        flops = [4 / 3 * speed([batch])["model_flops_per_second"] for batch in micro]
         return {
-            # Forward for the reference, and forward and backward for the step.
-            "flops": 8.0 * (tokens * float(layers) + responses * c.vocab_size * c.hidden_size),
+            "flops": np.array(flops),
             "logps": [float(np.mean(x)) for x in logps],
-            "padding": 1 - tokens[1:].sum() / sum(b["tokens"].size for b in self.batches[1:]),
+            "padding": speed(micro[1:])["padding"],
         }
 
     def step(self, number: int) -> tuple[float]:
-        return timed(self._step, self.batches[number])[:1]
+        return machine.timed(self._step, self.batches[number])[:1]
 
     def _step(self, batch: dict):
         """The reference's log-probs; the update is computed too."""
@@ -159,7 +149,7 @@ class Ours(Worker):
         return jax.device_get(logps)
 
 
-class Theirs(Worker):
+class Theirs(machine.Worker):
     """TRL's own loop, in a thread that each `step` lets go on."""
 
     def __init__(self, folder: str, rows: list[dict], args: Dpo, precompute: bool):
@@ -192,7 +182,7 @@ class Theirs(Worker):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        seconds, self.trainer = timed(
+        seconds, self.trainer = machine.timed(
             lambda: Plain(
                 model=model,
                 args=config,

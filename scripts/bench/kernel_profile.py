@@ -29,12 +29,11 @@ def profiled(run: Callable[[], None], folder: str) -> None:
 def scopes(program_text: str) -> dict[str, str]:
     """Instruction → its scope ("attention/dot_general"), from a compiled program's `as_text()`."""
     pattern = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', re.MULTILINE)
-    return {name: _scope(path) for name, path in pattern.findall(program_text)}
-
-
-def _scope(path: str) -> str:
-    parts = [part for part in path.split("/") if not FRAMES.fullmatch(part)]
-    return "/".join(parts[-3:])
+    scope_of = {}
+    for name, path in pattern.findall(program_text):
+        parts = [part for part in path.split("/") if not FRAMES.fullmatch(part)]
+        scope_of[name] = "/".join(parts[-3:])
+    return scope_of
 
 
 def largest(folder: str, scope_of: dict[str, str], steps: int, count: int = 10) -> list[dict]:

@@ -1,6 +1,7 @@
 """What the side-by-side benchmarks share: texts, a process for each side, turns, and rates."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from etils import epy
@@ -25,6 +27,15 @@ MALLOC = ":".join(
     f"glibc.malloc.{setting}"
     for setting in "hugetlb=1 mmap_max=0 trim_threshold=1000000000000 arena_max=1".split()
 )
+
+
+@dataclasses.dataclass
+class Gemm:
+    """The rate of fp32 matrix products: what the other figures are shares of."""
+
+
+def bench(_: Gemm) -> None:
+    print(f"fp32 GEMM: {gemm_rate() / 1e9:.0f} GFLOP/s")
 
 
 def alpaca_eval(*models: str, instead: str = "") -> list[tuple[dict, ...]]:
@@ -122,34 +133,29 @@ class Side:
     def __init__(self, kind: type[Worker], *args, tuned: bool = True):
         """tuned: with the loop's settings of malloc, where the caller set none."""
         context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, kind, args), daemon=True)
+        self._pool = ProcessPoolExecutor(1, context, _begin, (kind, args))
         tune = tuned and "GLIBC_TUNABLES" not in os.environ
         if tune:
             os.environ["GLIBC_TUNABLES"] = MALLOC  # the new process inherits it
-        self._process.start()
-        other.close()
+        self._pool.submit(int)  # starts the process
         if tune:
             del os.environ["GLIBC_TUNABLES"]
 
     def ask(self, method: str, *args):
-        self._pipe.send((method, args))
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            raise RuntimeError("the process ended; what it printed is above") from None
+        return self._pool.submit(_ask, method, args).result()
 
     def close(self):
-        self._process.terminate()
+        self._pool.shutdown()
 
 
-def _serve(pipe, kind: type[Worker], args: tuple) -> None:
+def _begin(kind: type[Worker], args: tuple) -> None:
+    global _worker
     sys.stdout = sys.stderr  # what libraries print does not mix with the figures
-    worker = kind(*args)
-    with contextlib.suppress(EOFError):  # the other end is closed
-        while True:
-            method, args = pipe.recv()
-            pipe.send(getattr(worker, method)(*args))
+    _worker = kind(*args)
+
+
+def _ask(method: str, args: tuple):
+    return getattr(_worker, method)(*args)
 
 
 def in_turns(

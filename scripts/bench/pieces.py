@@ -18,18 +18,9 @@ import numpy as np
 from model import generate, kv_cache, packing, slot_state
 from model.prompt_rows import PREFILL_TOKENS
 from model.rankers import deberta, deberta_tpu
-from scripts.bench import kernel_profile, shapes
+from scripts.bench import kernel_profile, measuring, shapes
 from scripts.bench.machine import timed
-from scripts.bench.measuring import (
-    DecodeCall,
-    Given,
-    Row,
-    Skip,
-    memory_limit,
-    out_of_memory,
-    product_rate,
-    reason,
-)
+from scripts.bench.measuring import Given, Row, Skip
 from scripts.bench.shapes import Sizes
 from scripts.bench.training_pieces import checkpointing, dpo
 from sharding import chips
@@ -51,7 +42,7 @@ def rates(given: Given) -> Iterator[Row]:
         ("bfloat16 to float32", jnp.bfloat16, jnp.float32, chip and chip.bf16),
         ("float32", jnp.float32, None, chip and chip.fp32),
     ):
-        rate = given.rates[name] = product_rate(given, dtype, out)
+        rate = given.rates[name] = measuring.product_rate(given, dtype, out)
         yield {"name": f"product, {name}", "tflop_per_second": rate / 1e12} | (
             {"share_of_data_sheet": rate / peak} if peak else {}
         )
@@ -63,7 +54,7 @@ def rates(given: Given) -> Iterator[Row]:
 def decode(given: Given) -> Iterator[Row]:
     """Steps of the sampling engine over a nearly full cache."""
     sizes, config = given.sizes, given.sizes.model
-    copy, limit = given.rate("copy"), memory_limit()
+    copy, limit = given.rate("copy"), measuring.memory_limit()
     weights_bytes = 2 * shapes.parameters(config)
     slot_bytes = kv_cache.cache_bytes(config, sizes.length, jnp.bfloat16)
     needed = weights_bytes + sizes.slots[0] * slot_bytes
@@ -84,15 +75,15 @@ def decode(given: Given) -> Iterator[Row]:
             try:
                 yield from _decode_steps(given, params, slots, read_bytes, copy, profile)
             except jax.errors.JaxRuntimeError as error:
-                if not out_of_memory(error):
+                if not measuring.out_of_memory(error):
                     raise
-                yield {"name": name, "failed": reason(error)}
+                yield {"name": name, "failed": measuring.reason(error)}
             took = time.monotonic() - begun
 
 
 def _decode_steps(given: Given, params, slots, read_bytes, copy, profile: bool) -> Iterator[Row]:
     sizes, config, steps = given.sizes, given.sizes.model, slot_state.STEPS_PER_CALL
-    call = DecodeCall(config, params, SAMPLING, slots, sizes.length, jnp.bfloat16)
+    call = measuring.DecodeCall(config, params, SAMPLING, slots, sizes.length, jnp.bfloat16)
     took = [call()]  # the first one warms up
     while len(took) < 6 and given.left() > 2 * steps * took[-1]:
         took.append(call())
@@ -121,7 +112,10 @@ def _decode_steps(given: Given, params, slots, read_bytes, copy, profile: bool) 
                 kernels = kernel_profile.largest(folder, scope_of, steps)
                 yield {"name": f"kernels of a step of {slots} slots", "kernels": kernels}
             except Exception as error:  # a profile is no reason to lose what follows
-                yield {"name": f"kernels of a step of {slots} slots", "failed": reason(error)}
+                yield {
+                    "name": f"kernels of a step of {slots} slots",
+                    "failed": measuring.reason(error),
+                }
 
 
 def prefill(given: Given) -> Iterator[Row]:

@@ -8,19 +8,7 @@ from functools import partial
 import numpy as np
 from etils import epy
 
-from scripts.bench.machine import (
-    Side,
-    Worker,
-    alpaca_eval,
-    best_seconds,
-    gemm_rate,
-    in_turns,
-    read_rate,
-    report,
-    spread,
-    timed,
-    two_formats,
-)
+from scripts.bench import machine
 from sharding.errors import UserError
 from stages.files.rows import Prompt, read
 
@@ -63,15 +51,15 @@ class Sample:
 def bench(args: Sample) -> None:
     prompts = _prompts(args)
     with tempfile.TemporaryDirectory() as temporary:
-        folder, hf_folder = two_formats(args.checkpoint, temporary)
+        folder, hf_folder = machine.two_formats(args.checkpoint, temporary)
         sides = {
-            "ours": Side(Ours, folder, args, prompts),
-            "transformers": Side(Theirs, hf_folder, args, prompts),
+            "ours": machine.Side(Ours, folder, args, prompts),
+            "transformers": machine.Side(Theirs, hf_folder, args, prompts),
         }
         ours, theirs = sides.values()
         first = ours.ask("sample")[0]
         work = {name: lambda _, side=side: side.ask("sample") for name, side in sides.items()}
-        results, _ = in_turns("round", range(args.rounds), work)
+        results, _ = machine.in_turns("round", range(args.rounds), work)
         best = {name: min(done, key=lambda d: d[0] / d[1]) for name, done in results.items()}
         rates = {name: tokens / seconds for name, (seconds, tokens, *_) in best.items()}
         seconds, _, parts = best["ours"]
@@ -81,7 +69,7 @@ def bench(args: Sample) -> None:
         }
         for name, (took, tokens, *_) in best.items():
             rate = f"{rates[name]:.0f} tokens/s ({tokens} in {took:.1f} s)"
-            report(name, sides[name], rate, details[name])
+            machine.report(name, sides[name], rate, details[name])
         theirs.close()
         print(f"ratio {rates['ours'] / rates['transformers']:.2f}")
         told = [f"{name} {took:.1f} s ({calls} calls)" for name, (took, calls) in parts.items()]
@@ -95,11 +83,11 @@ def _prompts(args: Sample) -> list[str]:
     if args.prompts is not None:
         texts = [row.prompt for row in read(args.prompts, Prompt)]
     else:
-        rows = alpaca_eval("gpt4_1106_preview", instead="give --prompts, or ")
+        rows = machine.alpaca_eval("gpt4_1106_preview", instead="give --prompts, or ")
         texts = [row["instruction"] for (row,) in rows]
     if len(texts) < args.count:
         raise UserError(f"{len(texts)} prompts are fewer than --count {args.count}")
-    return spread(texts, args.count)
+    return machine.spread(texts, args.count)
 
 
 def _account(step: dict) -> None:
@@ -125,7 +113,7 @@ def _account(step: dict) -> None:
 # ------------------------------------------------------------------------------ the sides
 
 
-class Ours(Worker):
+class Ours(machine.Worker):
     def __init__(self, folder: str, args: Sample, prompts: list[str]):
         self.config, params = checkpoint.load(folder)
         tokenizer = checkpoint.open_folder(folder)[1]
@@ -146,7 +134,7 @@ class Ours(Worker):
 
     def _watch(self, name: str, function):
         def watched(*args):
-            seconds, result = timed(
+            seconds, result = machine.timed(
                 lambda: (function(*args), jax.block_until_ready(self.sampler.state))[0]
             )
             before, calls = self.parts.get(name, (0.0, 0))
@@ -158,7 +146,7 @@ class Ours(Worker):
     def sample(self) -> tuple[float, int, dict]:
         """(seconds, tokens, {part: (seconds, calls)})."""
         self.parts.clear()
-        seconds, drawn = timed(
+        seconds, drawn = machine.timed(
             lambda: [a for _, each in self.sampler.run(self.prompts) for a in each]
         )
         tokens = sum(len(a.token_ids) + (a.finish_reason == "stop") for a in drawn)
@@ -194,23 +182,27 @@ class Ours(Worker):
         vocabulary = c.vocab_size * c.hidden_size
         scores = 4 * slots * c.num_attention_heads * c.head_dim * c.num_hidden_layers * length
         cached = slots * kv_cache.cache_bytes(c, length)
-        vocabulary_time = best_seconds(logits, head, hidden_bd)
+        vocabulary_time = machine.best_seconds(logits, head, hidden_bd)
         return {
             "slots": slots,
             "length": length,
             "seconds": step,
-            "gemm": gemm_rate(),
-            "read": read_rate(),
+            "gemm": machine.gemm_rate(),
+            "read": machine.read_rate(),
             "parts": {
                 "products with the layers": (products, 2 * slots * weights, 4 * weights),
                 "attention over the cache": (whole - products, scores, cached),
                 "the vocabulary product": (vocabulary_time, 2 * slots * vocabulary, 4 * vocabulary),
-                "drawing": (best_seconds(draw, logits_bv, uniform_b), 0, 4 * logits_bv.size),
+                "drawing": (
+                    machine.best_seconds(draw, logits_bv, uniform_b),
+                    0,
+                    4 * logits_bv.size,
+                ),
             },
         }
 
 
-class Theirs(Worker):
+class Theirs(machine.Worker):
     def __init__(self, folder: str, args: Sample, prompts: list[str]):
         import torch  # here: heavy, and for this side alone
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -14,16 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from model import checkpoint_writing, decoder, losses, packing, train
-from scripts.bench import shapes
+from scripts.bench import measuring, shapes
 from scripts.bench.machine import timed
-from scripts.bench.measuring import (
-    Given,
-    Row,
-    Skip,
-    memory_limit,
-    out_of_memory,
-    reason,
-)
+from scripts.bench.measuring import Given, Row, Skip
 from scripts.bench.shapes import Sizes
 from sharding import chips
 from sharding.mesh import make_mesh, put_batch, replicated
@@ -138,14 +131,14 @@ def checkpointing(given: Given) -> Iterator[Row]:
 
 def dpo(given: Given) -> Iterator[Row]:
     """Steps of DPO on packed pairs; fewer layers where the first try finds no memory."""
-    layers = given.sizes.training_layers or training_layers(given.sizes, memory_limit())
+    layers = given.sizes.training_layers or training_layers(given.sizes, measuring.memory_limit())
     while True:
         try:
             return (yield from _dpo_steps(given, layers))
         except jax.errors.JaxRuntimeError as error:
-            if not out_of_memory(error) or layers == 1 or given.sizes.training_layers:
+            if not measuring.out_of_memory(error) or layers == 1 or given.sizes.training_layers:
                 raise
-            failed = reason(error)
+            failed = measuring.reason(error)
         gc.collect()
         yield {"name": f"{layers} layers", "failed": failed}
         layers = layers * 3 // 4

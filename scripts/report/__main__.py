@@ -19,7 +19,7 @@ import tyro
 from etils import epath
 
 from scripts.report import gather, plots, tables
-from sharding.errors import UserError
+from sharding.errors import check_least
 from stages.files.benchmarks import conversation_key
 from stages.files.paths import write_atomically
 from stages.files.rows import messages_of
@@ -39,8 +39,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    if args.answers < 0:
-        raise UserError(f"--answers is {args.answers}: it must not be negative")
+    check_least(args, answers=0)
     run = gather.read(args.run)
 
     # ---- the terminal
@@ -129,16 +128,15 @@ def curves(run: gather.Run) -> list[str]:
         lines, before = [], 0
         for model in run.models:
             for metric, style in metrics.items():
-                label = model.name if style == "-" else "_"
                 for name, line in ((metric, style), (f"eval_{metric}", "o")):
                     rows = [row for row in model.metrics if name in row]
                     x, y = [before + row["step"] for row in rows], [row[name] for row in rows]
                     if rows:
-                        label = "_" if line == "o" else label
+                        label = model.name if line == "-" else "_"
                         lines.append((label, colour(model.name), line, x, y))
             before += max((row["step"] for row in model.metrics), default=0)
         if lines:
-            drawn.append(plots.lines(title, "optimizer step", lines, level))
+            drawn.append(plots.lines(title, lines, level))
     return drawn
 
 

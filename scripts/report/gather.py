@@ -12,9 +12,10 @@ from functools import cached_property
 import numpy as np
 from etils import epath
 
+from model.weights import read_json
 from scripts.report import graph
 from stages.evaluate.winrates import standard_error
-from stages.files.rows import Fields, json_rows, parse_json, read_json
+from stages.files.rows import Fields, json_rows, parse_json
 
 Z = 1.959964  # 97.5% quantile of the normal distribution
 
@@ -61,10 +62,8 @@ class Model:
     def terms(self) -> dict[str, float]:
         """The mean of each term of the reward, where the reward function gives its terms."""
         each = [terms for row in self.rows for terms in row.get("score_terms", [])]
-        values: dict[str, list[float]] = defaultdict(list)
-        for name, value in (item for terms in each for item in terms.items()):
-            values[name].append(value)
-        return {name: mean(numbers) for name, numbers in values.items()}
+        names = dict.fromkeys(name for terms in each for name in terms)
+        return {name: mean([terms[name] for terms in each if name in terms]) for name in names}
 
     def training(self, name: str) -> float | None:
         """The mean of a training metric over the second half of the steps."""

@@ -15,7 +15,6 @@ from etils import epath
 from sharding.errors import UserError
 from stages.files.output import Manifest, manifest_path, read_manifest
 from stages.files.paths import file_sha256
-from stages.files.provenance import with_roles
 from stages.files.rows import parse_json
 
 # The weights or code that a stage reads itself; its other identities come with its input files.
@@ -50,7 +49,7 @@ def read(run: str) -> list[Node]:
     unknown = []  # what no content of the run is: named by its path alone
     for node in nodes:
         made = node.manifest
-        files = {entry["sha256"]: entry["path"] for entry in with_roles(made.inputs).values()}
+        files = {entry["sha256"]: entry["path"] for entry in made.inputs.values()}
         models = {made.identities.get(name): name for name in READS.get(made.stage, ())}
         for content, name in (files | models).items():
             if content in by_content:

@@ -46,9 +46,9 @@ STYLE = {
 Line = tuple[str, int, str, list[float], list[float]]  # label, colour, matplotlib's style, x, y
 
 
-def lines(title: str, xlabel: str, drawn: list[Line], level: tuple[float, str] | None = None):
-    """Lines over one axis. level: a horizontal line and its meaning. A line of many points is drawn
-    as their moving mean, with the points faint behind it."""
+def lines(title: str, drawn: list[Line], level: tuple[float, str] | None):
+    """Lines over the optimizer's steps. level: a horizontal line and its meaning. A line of many
+    points is drawn as their moving mean, with the points faint behind it."""
     with matplotlib.rc_context(STYLE):
         figure = figures.Figure(figsize=SIZE)
         axes = figure.subplots()
@@ -62,7 +62,7 @@ def lines(title: str, xlabel: str, drawn: list[Line], level: tuple[float, str] |
                 x = x[window - 1 :]
             axes.plot(x, y, style, color=colour, linewidth=1.6, markersize=4, label=label)
         axes.set_title(title)
-        axes.set_xlabel(xlabel)
+        axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         if any(label and label[0] != "_" for label, *_ in drawn) or level:
             figure.legend(loc="outside lower left", ncols=3)

@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-from collections import Counter
 
 import numpy as np
 from etils import epy
@@ -14,8 +13,8 @@ from model.rankers.ranking import Ranking, Request
 from sharding import processes
 from stages import rank
 from stages.evaluate import winrates
-from stages.evaluate.answers import align, generator_of
-from stages.files.benchmarks import ModelOutput, read_difficulties, read_outputs
+from stages.evaluate.answers import read_both
+from stages.files.benchmarks import ModelOutput, read_difficulties
 from stages.files.output import Manifest, an_input
 from stages.files.paths import check_distinct
 from stages.files.together import open_output
@@ -63,10 +62,8 @@ def main(args: Compare) -> None:
     check_distinct({"--ranker": rank.ranker_path(args.ranker)}, {"--out": args.out})
     rank.make_two_devices(args)
     processes.start(args)
-    files = (args.outputs, args.baseline)
-    ours, baseline = (read_outputs(path, args.response) for path in files)
-    counts: Counter = Counter()
-    pairs = align(ours, baseline, files, args.common_only, counts)
+    files = args.outputs, args.baseline
+    pairs, generators, counts = read_both(files, args.response, args.common_only)
     difficulties = read_difficulties(args.difficulty, len(pairs)) if args.difficulty else None
     ranker = opening.open_ranker(args.ranker)
 
@@ -95,7 +92,6 @@ def main(args: Compare) -> None:
     # ------------------------------------------------------------------------------ finish
     if not output.finished:
         rows = {row["prompt_id"]: row for row, _ in output.rows()}
-        generators = [generator_of(ours, files[0]), generator_of(baseline, files[1])]
         content = _summary(args, [rows[key] for key in pairs_by_id], generators, difficulties)
         output.finish_as(content, counts, {k: x for k, x in content.items() if k not in LONG})
         _show(content)

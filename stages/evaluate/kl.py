@@ -4,7 +4,6 @@ python -m stages.evaluate kl --checkpoint C --samples runs/me/samples.jsonl --ou
 """
 
 import dataclasses
-import math
 from collections import Counter
 from functools import partial
 from itertools import islice
@@ -14,9 +13,10 @@ import numpy as np
 from etils import epy
 from tqdm import tqdm
 
-from model.packing import Sequence, pack
+from model.batches import Batcher
+from model.packing import Sequence
 from sharding import processes
-from sharding.errors import UserError
+from sharding.errors import UserError, check_least
 from stages.evaluate.winrates import standard_error
 from stages.files.output import Manifest, Output, an_input, read_lineage
 from stages.files.paths import check_distinct
@@ -68,9 +68,6 @@ class Answered:
     sequence: Sequence  # the responses include the EOS that ended them
     logprobs: list[float]
 
-    def tokens(self) -> int:
-        return sum(map(len, self.sequence.responses))
-
 
 def main(args: Kl) -> None:
     # ------------------------------------------------------------------------------ inputs
@@ -119,11 +116,8 @@ def main(args: Kl) -> None:
     # ------------------------------------------------------------------------------ finish
     if not output.finished:
         logprobs_of = {row["prompt_id"]: row["logprobs"] for row, _ in output.rows()}
-        drawn_with = {
-            name: value
-            for name, value in (lineage.arguments if lineage else {}).items()
-            if name in PLAIN
-        }
+        arguments = lineage.arguments if lineage else {}
+        drawn_with = {name: arguments[name] for name in PLAIN if name in arguments}
         content = estimate(prompts, [np.array(logprobs_of[p.prompt_id]) for p in prompts]) | {
             "checkpoint": args.checkpoint,
             "samples": args.samples,
@@ -141,10 +135,7 @@ def main(args: Kl) -> None:
 
 
 def check_flags(args: Kl) -> None:
-    for name in ("batch_size", "prompts"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    check_least(args, batch_size=1, prompts=1)
 
 
 # The sampler's settings that draw from the model's own distribution.
@@ -165,8 +156,6 @@ def _tokens_of(row: Sample, tokenizer, config) -> Answered | str:
         where = f"{row.where}, responses[{i}]"
         for name, kind in (("token_ids", list), ("logprob", (int, float))):
             field(row.fields["responses"][i], name, kind, where)
-        if not math.isfinite(response.logprob):
-            raise UserError(f"{where}: field 'logprob' is {response.logprob}: correct the line")
         response.check_ids(where, vocabulary=vocabulary)
         responses.append(response.with_end(response.token_ids, tokenizer.end_id))
         recorded.append(float(response.logprob))
@@ -185,9 +174,13 @@ def compute(
     its answers under --checkpoint. All prompts share the batches, so that a restart changes no bit.
     Raises UserError for NaN."""
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(len(meshes.list_devices()), config))
-    most = max(args.batch_size, max(len(p.logprobs) for p in prompts))
+    widest = max(len(p.logprobs) for p in prompts)
+    most = max(args.batch_size, widest)
+    shards = meshes.batch_shards(mesh)
+    batcher = Batcher(0, len(prompts), most // widest, rows="packed", shards=shards)
     dtype = jnp.dtype(args.dtype)
     with jax.set_mesh(mesh), stop_signal() as check_stop:
+        check_together = processes.loop_check(check_stop, STOPPED_TOGETHER)
         params = checkpoint.load(args.checkpoint, mesh)[1]
 
         @partial(jax.jit, out_shardings=meshes.replicated(mesh))
@@ -196,12 +189,12 @@ def compute(
 
         batches = [
             indices
-            for indices in _batches(prompts, most)
+            for indices in batcher.cut(prompts, range(len(prompts)))
             if any(prompts[i].prompt_id in left for i in indices)
         ]
         for indices in tqdm(batches, desc="kl", unit=" batches", disable=not processes.is_first()):
-            batch = pack([prompts[i].sequence for i in indices], meshes.batch_shards(mesh))
-            values = response_logprobs(params, meshes.put_batch(mesh, batch))
+            batch = meshes.put_batch(mesh, batcher.pack(prompts, indices))
+            values = response_logprobs(params, batch)
             values = np.asarray(jax.device_get(values))
             ends = np.cumsum([len(prompts[i].logprobs) for i in indices])
             if not np.isfinite(values[: ends[-1]]).all():
@@ -212,15 +205,7 @@ def compute(
             for i, mine in zip(indices, np.split(values[: ends[-1]], ends[:-1])):
                 if prompts[i].prompt_id in left:
                     output.write({"prompt_id": prompts[i].prompt_id, "logprobs": mine.tolist()})
-            processes.all_check(check_stop, STOPPED_TOGETHER)
-
-
-def _batches(prompts: list[Answered], most: int) -> list[list[int]]:
-    """Indices of prompts, in batches of about equally many tokens: few shapes to compile."""
-    by_length = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].sequence), i))
-    widest = max(len(p.logprobs) for p in prompts)
-    count = math.ceil(len(prompts) / max(1, most // widest))
-    return [by_length[m::count] for m in range(count)]
+            check_together()
 
 
 def estimate(prompts: list[Answered], theirs: list[np.ndarray]) -> dict:
@@ -229,7 +214,7 @@ def estimate(prompts: list[Answered], theirs: list[np.ndarray]) -> dict:
     prompt's answers."""
     answers = np.array([len(p.logprobs) for p in prompts], float)
     ahead = np.array([np.sum(np.array(p.logprobs) - q) for p, q in zip(prompts, theirs)])
-    tokens = np.array([p.tokens() for p in prompts], float)
+    tokens = np.array([sum(map(len, p.sequence.responses)) for p in prompts], float)
 
     def ratio(units: np.ndarray) -> tuple[float, float | None]:
         rate = ahead.sum() / units.sum()

@@ -17,7 +17,7 @@ from typing import Literal
 from etils import epy
 
 from sharding import processes
-from sharding.errors import UserError
+from sharding.errors import UserError, check_least
 from stages import rank, sample
 from stages.evaluate.judge import official_command
 from stages.files.benchmarks import conversation_key, local_file, read_instructions
@@ -25,8 +25,9 @@ from stages.files.output import Manifest, Output, an_input, read_manifest
 from stages.files.paths import check_distinct
 from stages.files.rows import Prompt, Ranked, RowFile, Sample, read
 
-with epy.lazy_imports():  # loaded at its first use, so that --help answers at once
+with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     from model.rankers import opening
+    from stages.files import formats
 
 
 @dataclasses.dataclass
@@ -151,8 +152,7 @@ BEST_OF_N = {"full": "full", "bubble": "best"}
 def _check(args: Outputs) -> None:
     if not args.out.endswith(".json"):
         raise UserError(f"--out {args.out}: give the name of a .json file")
-    if args.best_of < 1:
-        raise UserError(f"--best-of is {args.best_of}: it must be at least 1")
+    check_least(args, best_of=1)
     if (args.best_of > 1) != (args.ranker is not None):
         raise UserError("--best-of 2 or more and --ranker go together")
 
@@ -163,13 +163,7 @@ def write_prompts(args: Outputs, path: str) -> None:
     counts: Counter = Counter()
     rows = read_instructions(file, counts)
     manifest = Manifest("evaluate outputs: prompts", {}, {"benchmark": an_input(file)}, {})
-    output = Output.open(path, manifest, args.overwrite)
-    if output.finished:
-        return
-    for row in rows:
-        if not output.has(row["prompt_id"]):
-            output.write(row)
-    output.finish([row["prompt_id"] for row in rows], counts)
+    formats.write_rows(path, manifest, ((row, None) for row in rows), counts, args.overwrite)
 
 
 def check_all_answered(args: Outputs, prompts: str, answered: RowFile[Sample]) -> None:

@@ -52,8 +52,8 @@ def standard_error(values: np.ndarray) -> float | None:
     return float(stats.sem(values)) if len(values) > 1 else None
 
 
-def bootstrap_interval(values: np.ndarray, seed: int, level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of the mean over RESAMPLES bootstrap samples."""
+def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+    """The 95% percentile interval of the mean over RESAMPLES bootstrap samples."""
     if len(values) < 2:
         return float(values[0]), float(values[0])
     interval = stats.bootstrap(
@@ -61,7 +61,7 @@ def bootstrap_interval(values: np.ndarray, seed: int, level: float = 0.95) -> tu
         np.mean,
         n_resamples=RESAMPLES,
         batch=500,  # all samples at once are 64 MB at AlpacaEval's size
-        confidence_level=level,
+        confidence_level=0.95,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval

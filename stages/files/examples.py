@@ -12,7 +12,7 @@ import numpy as np
 
 from model.packing import Sequence
 from model.tokenizer import ChatTokenizer
-from sharding.errors import UserError
+from sharding.errors import UserError, at
 from stages.files import rows
 from stages.files.rows import Pair, Response, RowFile, field
 
@@ -119,10 +119,8 @@ def _prompt_ids(pair: Pair, tokenizer: ChatTokenizer, vocabulary: int) -> list[i
         ids = field(pair.fields, "prompt_token_ids", list, pair.where)
         rows.check_token_ids(ids, "prompt_token_ids", pair.where, vocabulary)
         return ids
-    try:
+    with at(pair.where):
         return tokenizer.prompt_ids(pair.messages)
-    except UserError as error:
-        raise UserError(f"{pair.where}: {error}") from error
 
 
 def _response_ids(response: Response, tokenizer: ChatTokenizer) -> list[int]:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from etils import epath, epy
 
 from model.disk import MARK, naming
-from sharding.errors import UserError
+from sharding.errors import UserError, first_line
 from stages.files.lock import lock
 from stages.files.output import Manifest, Output, an_input
 from stages.files.paths import (
@@ -130,10 +130,21 @@ def split_facts(directory: str) -> list[dict]:
     for file in (epath.Path(directory) / "data").glob(f"*{FILE_END}"):
         try:
             with file.open("rb") as opened:
-                facts.append(_facts(file, pq.ParquetFile(opened)))
+                parquet = pq.ParquetFile(opened)
+                data = (parquet.schema_arrow.metadata or {}).get(PROVENANCE)
+                facts.append(
+                    {
+                        "name": file.name.removesuffix(FILE_END),
+                        "path": f"data/{file.name}",
+                        "rows": parquet.metadata.num_rows,
+                        "bytes": file.stat().length,
+                        "num_bytes": sum(batch.nbytes for batch in parquet.iter_batches()),
+                        "data": None if data is None else parse_json(data),
+                    }
+                )
         except (pa.ArrowException, ValueError, OSError) as error:  # the last: of its thrift
             raise UserError(
-                f"{file} cannot be read ({_line(error)}): remove it, or copy it again"
+                f"{file} cannot be read ({first_line(error)}): remove it, or copy it again"
             ) from None
 
     def place(split: dict) -> tuple:
@@ -141,18 +152,6 @@ def split_facts(directory: str) -> list[dict]:
         return (int(number) if number.isdecimal() else 0, kind != "train", kind, number)
 
     return sorted(facts, key=place)
-
-
-def _facts(file: epath.Path, parquet: pq.ParquetFile) -> dict:
-    data = (parquet.schema_arrow.metadata or {}).get(PROVENANCE)
-    return {
-        "name": file.name.removesuffix(FILE_END),
-        "path": f"data/{file.name}",
-        "rows": parquet.metadata.num_rows,
-        "bytes": file.stat().length,
-        "num_bytes": sum(batch.nbytes for batch in parquet.iter_batches()),
-        "data": None if data is None else parse_json(data),
-    }
 
 
 # ---------------------------------------------------------------------- reading
@@ -168,9 +167,9 @@ def read_dataset(source: str, out: str, split: str | None = None) -> None:
     carried as `source_messages`. A second pair under one prompt_id gets the id "ID#2"; a row that
     repeats another is merged. Raises UserError.
     """
-    shards = Shards(source, split)
+    shards, counts = Shards(source, split), Counter()
 
-    def pairs(counts: Counter) -> Iterator[tuple[Fields, str | None]]:
+    def pairs() -> Iterator[tuple[Fields, str | None]]:
         seen: dict[str, str] = {}
         for where, source_row in shards.rows(("prompt", "chosen", "rejected")):
             counts["in"] += 1
@@ -186,7 +185,8 @@ def read_dataset(source: str, out: str, split: str | None = None) -> None:
             seen[row["prompt_id"]] = digest
             yield row, reason
 
-    _write(out, Manifest("from-parquet", {"split": shards.split}, shards.inputs(), {}), pairs)
+    manifest = Manifest("from-parquet", {"split": shards.split}, shards.inputs(), {})
+    write_rows(out, manifest, pairs(), counts)
 
 
 def read_prompts_dataset(
@@ -202,9 +202,9 @@ def read_prompts_dataset(
         raise UserError(f"--first is {first}: rows are counted from 0")
     if last is not None and last <= first:
         raise UserError(f"--last is {last}: it must be above --first, which is {first}")
-    shards = Shards(source, split)
+    shards, counts = Shards(source, split), Counter()
 
-    def prompts(counts: Counter) -> Iterator[tuple[Fields, str | None]]:
+    def prompts() -> Iterator[tuple[Fields, str | None]]:
         seen: dict[str, str] = {}  # prompt_id → sha256 of the prompt
         for where, source_row in islice(shards.rows(("prompt",)), first, last):
             counts["in"] += 1
@@ -222,29 +222,29 @@ def read_prompts_dataset(
             raise UserError(f"{source}, split {shards.split} has no row {first} (--first)")
 
     arguments = {"split": shards.split, "first": first, "last": last}
-    _write(out, Manifest("prompts-from-parquet", arguments, shards.inputs(), {}), prompts)
+    manifest = Manifest("prompts-from-parquet", arguments, shards.inputs(), {})
+    write_rows(out, manifest, prompts(), counts)
 
 
-def _write(
-    out: str, manifest: Manifest, rows: Callable[[Counter], Iterator[tuple[Fields, str | None]]]
+def write_rows(
+    out: str,
+    manifest: Manifest,
+    rows: Iterable[tuple[Fields, str | None]],
+    counts: Counter,
+    overwrite: bool = False,
 ) -> None:
-    """Write what `rows(counts)` yields, which adds to the counts: (row, why it is set aside or
-    None). Its prompt_ids differ."""
-    output = Output.open(out, manifest)
+    """Write `rows`: (row, why it is set aside or None), whose prompt_ids differ. counts: of the
+    rows, complete once they are all made."""
+    output = Output.open(out, manifest, overwrite)
     if output.finished:
         return
-    counts: Counter = Counter()
     order: list[str] = []
     with stop_signal() as check_stop:
-        for row, reason in rows(counts):
+        for row, reason in rows:
             check_stop()
             order.append(row["prompt_id"])
-            if output.has(row["prompt_id"]):
-                continue
-            if reason is None:
-                output.write(row)
-            else:
-                output.set_aside(row, reason)
+            if not output.has(row["prompt_id"]):
+                output.write(row) if reason is None else output.set_aside(row, reason)
     output.finish(order, counts)
 
 
@@ -295,25 +295,22 @@ class Shards:
         where a file cannot be read, or a row lacks a column of `needed`."""
         place, number = f"{self.source}, split {self.split}", 0
         for file in self.files:
-            rows = self._read(file)
-            while True:
-                try:
-                    row = next(rows)
-                except StopIteration:
-                    break
-                except Exception as error:  # Parquet, CSV and JSON readers raise many kinds
-                    raise UserError(
-                        f"{place}: {os.path.basename(file)} cannot be read ({_line(error)}): "
-                        "correct it, or copy it again"
-                    ) from None
-                number += 1
-                missing = [name for name in needed if name not in row]
-                if missing:
-                    raise UserError(
-                        f"{place}, row {number} ({os.path.basename(file)}): no column "
-                        f"{', '.join(missing)}, but {', '.join(row)}"
-                    )
-                yield f"{place}, row {number}", row
+            try:
+                for row in self._read(file):
+                    number += 1
+                    if missing := [name for name in needed if name not in row]:
+                        raise UserError(
+                            f"{place}, row {number} ({os.path.basename(file)}): no column "
+                            f"{', '.join(missing)}, but {', '.join(row)}"
+                        )
+                    yield f"{place}, row {number}", row
+            except UserError:
+                raise
+            except Exception as error:  # Parquet, CSV and JSON readers raise many kinds
+                raise UserError(
+                    f"{place}: {os.path.basename(file)} cannot be read ({first_line(error)}): "
+                    "correct it, or copy it again"
+                ) from None
 
     def _read(self, file: str) -> Iterator[dict]:
         self.builder.config.data_files = {self.name: [file]}
@@ -334,11 +331,7 @@ def _why_not_opened(source: str, config: str, error: Exception) -> str:
         problem = f"has no config {config!r}" if config else "has several configs"
         names = ", ".join(configs)
         return f"{source} {problem}: give --split CONFIG/SPLIT with one of the configs {names}"
-    return f"{source} is neither a folder with a dataset nor one on the hub ({_line(error)})"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or repr(error)
+    return f"{source} is neither a folder with a dataset nor one on the hub ({first_line(error)})"
 
 
 # ---------------------------------------------------------------------- values and rows

@@ -17,7 +17,7 @@ def lock_file(path: str) -> str:
 def lock(path: str) -> Iterator[None]:
     """Hold `path`, a folder or file to be written, against other processes of this machine.
 
-    Raises Busy where another process holds it. The lock is a file beside `path`, gone at the
+    Raises UserError where another process holds it. The lock is a file beside `path`, gone at the
     end; a killed process holds nothing.
     """
     file = lock_file(path)

@@ -49,9 +49,12 @@ class Manifest:
     results: dict = dataclasses.field(default_factory=dict)  # what the stage measured
     seconds: float | None = None  # the last sitting's; a stopped stage has more of them
 
+    def __post_init__(self) -> None:
+        self.inputs = with_roles(self.inputs)
+
     def key(self) -> dict:
         """What must agree for two runs to be the same run. Paths do not matter, roles do."""
-        inputs = {role: sha256_of(entry) for role, entry in self.inputs.items()}
+        inputs = {role: entry["sha256"] for role, entry in self.inputs.items()}
         key = {"stage": self.stage, "arguments": self.arguments, "inputs": inputs}
         return json.loads(json.dumps(key | {"identities": self.identities}))
 
@@ -64,9 +67,13 @@ def an_input(path: str, sha256: str | None = None) -> dict:
     return {"path": str(path), "sha256": sha256 or file_sha256(path)}
 
 
-def sha256_of(entry: dict | str) -> str:
-    """The sha256 of an input. Manifests of earlier versions have it alone, under the path."""
-    return entry if isinstance(entry, str) else entry["sha256"]
+def with_roles(inputs: dict) -> dict[str, dict]:
+    """A manifest's inputs, role → {"path", "sha256"}. Earlier versions wrote path → sha256: there
+    the path stands for the role."""
+    return {
+        role: entry if isinstance(entry, dict) else {"path": role, "sha256": entry}
+        for role, entry in inputs.items()
+    }
 
 
 def manifest_path(path: str) -> str:
@@ -77,14 +84,17 @@ def read_manifest(path: str) -> Manifest | None:
     """The manifest beside the file `path`; None where there is none (a user's own file)."""
     check_scheme(path)
     file = epath.Path(manifest_path(path))
-    if not file.exists():
-        return None
+    return parse_manifest(file, "restore it, or delete it") if file.exists() else None
+
+
+def parse_manifest(file: epath.Path, mend: str) -> Manifest:
+    """The manifest in a file. Raises UserError that ends with `mend`."""
     try:
         manifest = Manifest(**parse_json(file.read_bytes()))
         manifest.key()
         return manifest
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file}: not a manifest ({error}): restore it, or delete it") from None
+        raise UserError(f"{file}: not a manifest ({error}): {mend}") from None
 
 
 def read_lineage(path: str, sha256: str | None = None) -> Manifest | None:
@@ -106,7 +116,7 @@ def say_if_edited(path: str, manifest: Manifest, sha256: str | None = None) -> N
 def refuse_other(ours: Manifest, theirs: Manifest, path: str, mend: str | None = None) -> None:
     """Raise UserError, naming every difference, unless both manifests describe the same run."""
     ours_key, theirs_key = ours.key(), theirs.key()
-    if any(isinstance(entry, str) for entry in theirs.inputs.values()):  # by path, of no role
+    if theirs.inputs and all(entry["path"] == x for x, entry in theirs.inputs.items()):  # no roles
         for key in (ours_key, theirs_key):
             key["inputs"] = sorted(key["inputs"].values())
     if differences := _differences(ours_key, theirs_key):
@@ -219,18 +229,13 @@ class Output:
             except UserError:
                 if not overwrite:
                     raise
-        elif not self._holds_our_rows():
+        elif not begins(self.partial, b'{"row": '):
             raise UserError(
                 f"{self.partial} is in the way, and not of this project: move it, or choose "
                 "another --out"
             )
         self._file.seek(self._file.truncate(0))
         self.manifest.write(manifest_path(self.partial))
-
-    def _holds_our_rows(self) -> bool:
-        """Whether the partial file is empty or begins as ours do, if in a line that was cut off."""
-        with open(self.partial, "rb") as file:
-            return b'{"row": '.startswith(file.read(8))
 
     def _resume(self) -> None:
         """Read what is there; a line cut off by a kill is dropped, and its row made again."""
@@ -360,6 +365,12 @@ class Output:
 def _is_at(file, path: str) -> bool:
     """Whether the open file is the one that lies at `path` now."""
     return os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+
+
+def begins(path: str, start: bytes) -> bool:
+    """Whether a file is empty or begins so, if in a line that was cut off."""
+    with open(path, "rb") as file:
+        return start.startswith(file.read(len(start)))
 
 
 def counts_line(counts: dict[str, int]) -> str:

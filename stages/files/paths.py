@@ -61,10 +61,6 @@ def check_distinct(inputs: dict[str, str], outputs: dict[str, str]) -> None:
             taken[_identity(written)] = (flag, path)
 
 
-class Busy(UserError):
-    """Another process is writing the same file."""
-
-
 # What stages/files/output.py writes beside a file.
 MANIFEST = ".manifest.json"
 BESIDE = (MANIFEST, ".set_aside.jsonl", ".partial", ".partial.manifest.json")
@@ -128,11 +124,11 @@ def text_sha256(text: str) -> str:
 
 
 def try_lock(file, path: str) -> None:
-    """Lock the open `file`; raise Busy, which names `path`, where another process has locked it."""
+    """Lock the open `file`; raise UserError where another process has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise Busy(f"{path} is being written by another process: wait for it") from None
+        raise UserError(f"{path} is being written by another process: wait for it") from None
     except OSError:
         pass  # a file system without locks
 

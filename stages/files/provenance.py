@@ -25,30 +25,20 @@ def provenance(path: str, sha256: str | None = None) -> list[Entry]:
     if (manifest := read_manifest(path)) is None:
         return []
     sha256 = sha256 or file_sha256(path)
-    inputs = with_roles(manifest.inputs)
     edited = manifest.results.get("sha256", sha256) != sha256
     entry = {"file": short_name(path), "sha256": sha256, "edited": edited}
     entry |= dataclasses.asdict(manifest)
     entry["inputs"] = {
         short_name(role): made_of | {"path": short_name(made_of["path"])}
-        for role, made_of in inputs.items()
+        for role, made_of in manifest.inputs.items()
     }
     del entry["seconds"]
     entries = [entry]
-    for made_of in inputs.values():
+    for made_of in manifest.inputs.values():
         file, content = made_of["path"], made_of["sha256"]
         if not on_hub(file) and epath.Path(file).exists() and file_sha256(file) == content:
             entries += provenance(file, content)
     return entries
-
-
-def with_roles(inputs: dict) -> dict[str, dict]:
-    """A manifest's inputs, role → {"path", "sha256"}. Earlier versions wrote path → sha256: there
-    the path stands for the role."""
-    return {
-        role: entry if isinstance(entry, dict) else {"path": role, "sha256": entry}
-        for role, entry in inputs.items()
-    }
 
 
 def short_name(path: str) -> str:

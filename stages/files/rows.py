@@ -19,10 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Generic, Self, TypeVar
 
-from etils import epath
-
-from model.rankers.ranking import LARGEST
-from sharding.errors import UserError
+from sharding.errors import LARGEST, UserError
 from stages.files.paths import is_remote, open_input, text_sha256
 
 Fields = dict  # a row as JSON has it
@@ -82,6 +79,8 @@ class Response:
             for name, kind in kinds.items()
             if fields.get(prefix + name) is not None
         }
+        if abs(values.get("logprob", 0)) > LARGEST:  # an int of many digits, say
+            raise UserError(f"{where}: field '{prefix}logprob' is beyond {LARGEST:g}: correct it")
         values["finish_reason"] = finish_reason(fields, where, f"{prefix}finish_reason")
         response = cls(field(fields, "text", str, where), **values)
         response.check_ids(where, prefix)
@@ -331,14 +330,6 @@ def parse_json(text: str | bytes, **options):
     if level:
         raise ValueError("nested too deep")
     return value
-
-
-def read_json(path, mend: str):
-    """What a file of JSON holds. Raises UserError that ends with `mend`."""
-    try:
-        return parse_json(epath.Path(path).read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}): {mend}") from None
 
 
 def json_line(fields: Fields) -> bytes:

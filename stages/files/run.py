@@ -10,6 +10,7 @@ import locale
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -40,6 +41,7 @@ class Stopped(Exception):
 
 
 AGAIN = "run the same command again to go on"
+UNREAD = 128 + signal.SIGPIPE  # the exit code of whoever prints what nobody reads
 STOPPED_TOGETHER = Stopped("stopped with the other processes, the work is saved")
 
 
@@ -50,7 +52,14 @@ def run_main(main: Callable, args_type: type, argv: list[str] | None = None, sev
     fails, the others end with it.
     """
     settle_streams()
-    args = tyro.cli(args_type, args=argv, description=sys.modules[main.__module__].__doc__)
+    try:
+        args = tyro.cli(args_type, args=argv, description=sys.modules[main.__module__].__doc__)
+    except (SystemExit, BrokenPipeError):  # after --help
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+        if _is_stdout_unread():
+            raise SystemExit(UNREAD) from None
+        raise
     # A signal ends the command at once, except in the loops, which save their work first.
     previous = {n: signal.signal(n, signal.default_int_handler) for n in SIGNALS}
     code, text = 0, ""
@@ -60,6 +69,7 @@ def run_main(main: Callable, args_type: type, argv: list[str] | None = None, sev
                 settle_environment()
                 check_numbers(args)
                 main(args)
+                sys.stdout.flush()
         except Stopped as stop:  # in all processes together
             code, text = 75, f"{stop}: {AGAIN}"
             os.sync()  # rows are not waited for one by one
@@ -76,7 +86,7 @@ def run_main(main: Callable, args_type: type, argv: list[str] | None = None, sev
             # The process that this command line began is at its end, and another signal changes
             # nothing of how it ends.
             signal.signal(number, old if argv is not None else lambda *_: os._exit(code))
-    if text:
+    if text and code != UNREAD:  # other tools, too, end without a word
         print(text, file=sys.stderr)
     return code
 
@@ -147,12 +157,25 @@ def _told(error: BaseException) -> tuple[int, str]:
     """The exit code of a command that an exception ended, and what to say."""
     if isinstance(error, KeyboardInterrupt):
         return 75, f"stopped: {AGAIN}"
+    if isinstance(error, BrokenPipeError) and _is_stdout_unread():
+        return UNREAD, "nobody reads what it prints"
     if isinstance(error, UserError):
         return 2, f"error: {error}"
     if isinstance(error, OSError) and error.errno in REFUSED_BY_DISK:
         path = f"{error.filename}: " if error.filename else ""
         return 2, f"error: {path}{error.strerror}: make room or give another path"
     return 1, "".join(traceback.format_exception(error)).rstrip()
+
+
+def _is_stdout_unread() -> bool:
+    """Whether stdout is a pipe whose reader has gone (`… | head -1`). Then it becomes /dev/null,
+    since Python writes the rest at its end."""
+    poll = select.poll()
+    poll.register(1, 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
 
 
 @contextlib.contextmanager

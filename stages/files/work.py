@@ -22,9 +22,8 @@ from model import checkpoint, checkpoint_writing, disk
 from sharding import processes
 from sharding.errors import UserError
 from stages.files.lock import lock, lock_file
-from stages.files.output import Manifest, refuse_other
+from stages.files.output import Manifest, begins, parse_manifest, refuse_other
 from stages.files.paths import is_remote, local_path, make_folder, write_atomically
-from stages.files.rows import parse_json
 
 with epy.lazy_imports():  # slow: it imports torch where that is installed
     from tensorboardX import event_file_writer, proto
@@ -98,18 +97,13 @@ class Work:
         for folder in (self.folder, epath.Path(self.log_folder)):
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder} is in the way: choose another --out, or move it")
-        for name, begins in LOGGED.items():
+        for name, start in LOGGED.items():
             file = self.log_folder / name
-            if file.exists() and not _begins(file, begins):
+            if file.exists() and not (file.is_file() and begins(str(file), start)):
                 raise UserError(f"{file} is not of this stage: choose another --out, or move it")
         file, states = self.folder / "manifest.json", self.states()
         if file.exists():
-            try:
-                made = Manifest(**parse_json(file.read_bytes()))
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{file} is damaged ({error}): remove {self.folder} to begin anew"
-                ) from None
+            made = parse_manifest(file, f"remove {self.folder} to begin anew")
             if states:
                 _refuse_other_run(manifest, made, str(self.folder), f"remove {self.folder}")
         elif self.folder.exists() and any(self.folder.iterdir()):
@@ -228,15 +222,6 @@ def _remove(out: str) -> None:
     folder = epath.Path(f"{out}.work")
     if (folder / "manifest.json").exists():
         folder.rmtree()
-
-
-def _begins(file: Path, begins: bytes) -> bool:
-    """Whether the file is empty or begins so, if in a line that was cut off."""
-    if not file.is_file():
-        return False
-    with open(file, "rb") as opened:
-        start = opened.read(len(begins))
-    return begins.startswith(start)
 
 
 def _copy(source: epath.PathLike, target: epath.PathLike) -> None:

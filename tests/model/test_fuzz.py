@@ -23,8 +23,8 @@ from model.config import DecoderConfig, from_hf, read_config, to_hf
 from model.gguf import read_gguf
 from model.gguf_file import read_file
 from model.gguf_tokenizer import build
+from model.tensors import stored_tensors
 from model.tokenizer import ChatTokenizer
-from model.weights import stored_tensors
 from sharding.errors import UserError
 from tests import tiny
 from tests.fuzzing import cases, changed, damaged, refusal

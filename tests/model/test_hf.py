@@ -294,14 +294,19 @@ def test_code_in_a_folder_is_not_run_and_keys_left_out_are_named_once(tmp_path, 
 LINKED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
+def link_out(file, outside):
+    """Make `file` a link to a file in the folder `outside`: itself, or one that is new."""
+    target = outside / file.name
+    if file.exists():
+        file.rename(target)
+    else:
+        target.write_text("secret")
+    file.symlink_to(target)
+
+
 @pytest.mark.parametrize("name", [*LINKED, "README.md", "merges.txt", "model.safetensors"])
 def test_from_hf_follows_no_link_out_of_the_folder(tmp_path, source, name):
-    file = Path(source) / name
-    if file.exists():
-        file.rename(tmp_path / name)
-    else:
-        (tmp_path / name).write_text("secret")
-    file.symlink_to(tmp_path / name)
+    link_out(Path(source) / name, tmp_path)
     with pytest.raises(UserError, match=rf"{name} is a link to .*, out of its folder"):
         convert.main(convert.FromHf(source, str(tmp_path / "C")))
     assert not (tmp_path / "C").exists()
@@ -309,12 +314,7 @@ def test_from_hf_follows_no_link_out_of_the_folder(tmp_path, source, name):
 
 @pytest.mark.parametrize("name", [*LINKED, "special_tokens_map.json", "merges.txt"])
 def test_to_hf_copies_no_link_s_target_from_outside(tmp_path, model, name):
-    file = Path(model) / name
-    if file.exists():
-        file.rename(tmp_path / name)
-    else:
-        (tmp_path / name).write_text("secret")
-    file.symlink_to(tmp_path / name)
+    link_out(Path(model) / name, tmp_path)
     with pytest.raises(UserError, match=rf"{name} is a link to .*, out of its folder"):
         convert.main(convert.ToHf(model, str(tmp_path / "D")))
     assert not (tmp_path / "D").exists()

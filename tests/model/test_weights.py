@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from etils import epath
 
-from model.weights import check_links, local_folder, stored_tensors, weight_files, write_tensors
+from model.tensors import stored_tensors, write_tensors
+from model.weights import check_links, local_folder, weight_files
 from sharding.errors import UserError
 
 

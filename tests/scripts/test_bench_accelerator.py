@@ -295,7 +295,7 @@ def test_training_goes_on_with_fewer_layers_where_memory_runs_out(monkeypatch):
         yield {"name": f"{layers} layers"}
 
     monkeypatch.setattr(training_pieces, "_dpo_steps", steps)
-    monkeypatch.setattr(training_pieces, "memory_limit", lambda: int(73.3 * 2**30))
+    monkeypatch.setattr(measuring, "memory_limit", lambda: int(73.3 * 2**30))
     full = measuring.Given(shapes.Sizes(), time.monotonic() + 9, {})
     names = [row["name"] for row in training_pieces.dpo(full)]
     assert names == ["15 layers", "11 layers", "8 layers"]

@@ -430,3 +430,11 @@ def test_a_shell_gets_the_flags_word_by_word(own):
     assert words[:5] == ["--n", "4", "--stop-strings", "it's $HOME", "try"]
     assert words[5:9] == ["elsewhere/try", "1 2", "4", "prompts.jsonl"]
     assert shlex.split(done.stdout)  # every quote is closed
+
+
+def test_a_flag_for_gpus_that_repeat_every_bit_is_added_to_the_recipe_s(own):
+    flags = "--xla_gpu_deterministic_ops=true"
+    done = shown(SNORKEL, "gpu-8x80gb", XLA_FLAGS=flags)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("export XLA_FLAGS=")]
+    assert line.endswith(f"scheduler=true {flags}'")
+    assert done.returncode == 0, done.stderr  # and XLA knows it

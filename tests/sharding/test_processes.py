@@ -1,6 +1,7 @@
 """How processes of one run end together: real ones, over CPU collectives."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,8 +34,16 @@ def main(args: processes.Flags):
             time.sleep(100)
     if what == "stop":
         with run.stop_signal() as check:
-            while True:
-                processes.all_check(check, run.STOPPED_TOGETHER)
+            asked, from_all = [], processes.from_all
+            processes.from_all = lambda value: (asked.append(value), from_all(value))[1]
+            check, calls = processes.loop_check(check, run.STOPPED_TOGETHER), 0
+            try:
+                while True:
+                    calls += 1
+                    check()
+                    time.sleep(0.002 + 0.001 * args.process_id)
+            finally:
+                print(f"{calls} calls, {len(asked)} questions", file=sys.stderr, flush=True)
     processes.wait()
 
 sys.exit(run.run_main(main, processes.Flags, several=processes))
@@ -170,9 +179,14 @@ def test_a_signal_ends_one_that_waits_for_the_others_to_come(begin):
 
 def test_a_signal_within_a_loop_stops_all_between_two_steps(begin):
     processes = together(begin("stop", "stop", "stop"))
+    time.sleep(4)
     processes[1].send_signal(signal.SIGTERM)
+    counted = {next(line for line in p.stderr if " calls, " in line) for p in processes}
     for code, line in ends(processes, within=20):
         assert code == 75 and "the work is saved: run the same command again" in line
+    (counted,) = counted  # all between the same two calls
+    calls, questions = (int(number) for number in re.findall(r"\d+", counted))
+    assert calls > 300 and questions < calls / 5
 
 
 def test_flags_and_environment_say_who_this_is(monkeypatch):

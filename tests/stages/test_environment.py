@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import typing
@@ -118,6 +119,22 @@ def test_closed_streams_are_no_files_of_the_stage(base, tmp_path):
     assert {row["prompt_id"] for row in rows} <= {
         row["prompt_id"] for row in tiny.read_jsonl(base / "ranked.jsonl")
     }
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("argv", ["--help", "--ranked {base}/ranked.jsonl --out {out}"])
+def test_a_command_whose_output_nobody_reads_ends_quietly(base, tmp_path, argv, buffered):
+    argv = argv.format(base=base, out=tmp_path / "p.jsonl").split()
+    with subprocess.Popen(
+        [sys.executable, "-m", "stages.pairs", *argv],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": buffered},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize(

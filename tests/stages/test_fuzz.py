@@ -102,6 +102,14 @@ def folder():
         yield Path(path)
 
 
+@contextmanager
+def written(data):
+    """(a file of this content, one to write beside it)."""
+    with folder() as place:
+        (place / "in.jsonl").write_bytes(data)
+        yield place / "in.jsonl", place / "out.jsonl"
+
+
 def ends(command, *args) -> bool:
     """Whether it does its work; else it refuses in one line, and every other exception is a bug."""
     try:
@@ -182,9 +190,7 @@ def tokenizer(tmp_path_factory):
 @cases(40)
 @given(data=jsonl(PROMPTS))
 def test_fuzz_prompts(tokenizer, data):
-    with folder() as place:
-        path, out = place / "in.jsonl", place / "out.jsonl"
-        path.write_bytes(data)
+    with written(data) as (path, out):
         if check_read(path, rows.Prompt):
             for row in rows.read(str(path), rows.Prompt):
                 ends(tokenizer.prompt_ids, row.messages)
@@ -195,13 +201,11 @@ def test_fuzz_prompts(tokenizer, data):
 @cases(40)
 @given(data=jsonl(SAMPLES))
 def test_fuzz_samples(tokenizer, data):
-    with folder() as place:
-        path, out = place / "in.jsonl", place / "out.jsonl"
-        path.write_bytes(data)
+    with written(data) as (path, out):
         if check_read(path, rows.Sample):
             for row in rows.read(str(path), rows.Sample):
                 ends(kl._tokens_of, row, tokenizer, tiny.config())
-        if ends(rank.main, rank.Args(f"{place}/reward.py:reward", str(path), str(out))):
+        if ends(rank.main, rank.Args(f"{path.parent}/reward.py:reward", str(path), str(out))):
             check_written(path, out, {"prompt", "messages", "topic", "responses"})
             assert check_read(out, rows.Ranked)
 
@@ -209,9 +213,7 @@ def test_fuzz_samples(tokenizer, data):
 @cases(40)
 @given(data=jsonl(RANKED), penalty=st.sampled_from([0.0, 0.5]))
 def test_fuzz_ranked(data, penalty):
-    with folder() as place:
-        path, out = place / "in.jsonl", place / "out.jsonl"
-        path.write_bytes(data)
+    with written(data) as (path, out):
         check_read(path, rows.Ranked)
         if ends(pairs.main, pairs.Args(str(path), str(out), length_penalty=penalty)):
             check_written(path, out, {"topic", "comparisons", "prompt_token_ids"})
@@ -221,9 +223,7 @@ def test_fuzz_ranked(data, penalty):
 @cases(40)
 @given(data=jsonl(PAIRS))
 def test_fuzz_pairs(tokenizer, data):
-    with folder() as place:
-        path = place / "in.jsonl"
-        path.write_bytes(data)
+    with written(data) as (path, _):
         check_read(path, rows.Pair)
         made, aside = [], []
 
@@ -235,9 +235,9 @@ def test_fuzz_pairs(tokenizer, data):
             assert len(examples) + len(aside) == len(file)
             for example in examples:
                 assert example.win_probability is None or 0 <= example.win_probability <= 1
-        if ends(formats.write_split, str(path), str(place / "hub"), "train"):
-            (written,) = (place / "hub/data").glob("*.parquet")
-            assert pq.read_metadata(written).num_rows == len(lines_of(data))
+        if ends(formats.write_split, str(path), str(path.parent / "hub"), "train"):
+            (parquet,) = (path.parent / "hub/data").glob("*.parquet")
+            assert pq.read_metadata(parquet).num_rows == len(lines_of(data))
 
 
 # ------------------------------------------------------------- benchmark files, annotations

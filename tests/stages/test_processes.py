@@ -355,7 +355,7 @@ def test_the_divergence_is_computed_by_all(folder, processes):
     given = ["--checkpoint", f"{folder}/other", "--samples", f"{folder}/alone.jsonl"]
     alone, one = evaluated(folder, "kl", "kl.1.json", *given)
     found, several = evaluated(folder, "kl", f"kl.{processes}.json", *given, processes=processes)
-    assert found["n"] == alone["n"] > 100 and several.counts == one.counts
+    assert found["n"] == alone["n"] > 50 and several.counts == one.counts
     assert found["kl_per_token"] == pytest.approx(alone["kl_per_token"], abs=1e-5)
     assert found["standard_error"] == pytest.approx(alone["standard_error"], abs=1e-5)
 

@@ -90,6 +90,15 @@ def test_a_malformed_side_of_a_pair_is_named(chosen, message):
         rows.Pair({"prompt": "hi", "chosen": chosen, "rejected": talk("hi", "b")}, "here")
 
 
+@pytest.mark.parametrize("logprob", [-(10**400), -1e200])
+def test_a_log_prob_that_no_sum_holds_is_named(logprob):
+    row = {"prompt": "hi", "responses": [{"text": "a", "logprob": logprob}]}
+    with pytest.raises(
+        UserError, match=r"^here, responses\[0\]: field 'logprob' is beyond 1e\+100"
+    ):
+        rows.Sample(row, "here")
+
+
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
     path = jsonl(tmp_path / "p.jsonl", {"prompt": "one"}, {"prompt": "two"})
     prompts = rows.read(str(path), rows.Prompt)

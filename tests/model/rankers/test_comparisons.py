@@ -1,12 +1,14 @@
 """Which answers are compared, what the comparisons are made into, and what a run reports."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from model.rankers.blender import import_blender
 from model.rankers.comparisons import Report, aggregate, strategy
-from model.rankers.pairwise import as_comparison
-from model.rankers.ranking import Ranking
+from model.rankers.pairwise import PairwiseRanker, as_comparison
+from model.rankers.ranking import Ranking, Request
 
 
 def run(kind, texts, logit, aggregation="max_logits", prompt_id="p"):
@@ -163,3 +165,49 @@ def test_best_finds_the_best_alone_in_an_eighth_of_sixteens_comparisons():
     # The same answer twice is best twice; one alone is best.
     assert run("best", ["a", "b", "b"], lambda i, j: float(i - j))[0].scores == [0.0, 1.0, 1.0]
     assert run("best", ["a"], None)[0].scores == [1.0]
+
+
+class Counts:
+    """Stands for a PairRM whose batches are full with seven comparisons, and keeps what was
+    computed together."""
+
+    identity, on_mesh = "counts", False
+
+    def __init__(self):
+        self.computed = []
+
+    def encode(self, source, candidates):
+        return source
+
+    def enough(self, comparisons):
+        return len(comparisons) >= 7
+
+    def logits(self, comparisons, done):
+        self.computed.append([(source, *pair) for source, *pair in comparisons])
+        return [float(i - j) for _, i, j in comparisons]
+
+
+@pytest.mark.parametrize("ranked", [0, 2, 3, 5, 9])
+def test_after_a_restart_comparisons_share_a_batch_with_the_same_ones(ranked):
+    requests = [
+        Request(
+            where=f"line {i}",
+            prompt_id=str(i),
+            prompt=str(i),
+            messages=[{"role": "user", "content": str(i)}],
+            responses=[f"{i} {j}" for j in range(1 + i % 4)],
+            finish_reasons=["stop"] * (1 + i % 4),
+            is_ranked=i < ranked,
+        )
+        for i in range(10)
+    ]
+    unbroken, again = Counts(), Counts()
+    everything = [dataclasses.replace(request, is_ranked=False) for request in requests]
+    assert len([*PairwiseRanker(unbroken, "full", "max_logits").rank_all(everything, None)]) == 10
+    ours = [*PairwiseRanker(again, "full", "max_logits").rank_all(requests, None)]
+    assert {request.prompt_id for request, _ in ours} == {str(i) for i in range(ranked, 10)}
+    assert again.computed == unbroken.computed[-len(again.computed) :]
+    assert (len(again.computed) < len(unbroken.computed)) == (ranked >= 3)
+    # Where the later comparisons depend on the earlier ones, those that are ranked are left out.
+    best = PairwiseRanker(Counts(), "best", "max_logits").rank_all(requests, None)
+    assert {request.prompt_id for request, _ in best} == {str(i) for i in range(ranked, 10)}

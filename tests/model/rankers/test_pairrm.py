@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,18 @@ def test_the_encoder_with_that_kernel_gives_the_same_hidden_states(tiny, monkeyp
 def test_the_kernel_is_for_tpus_that_can_roll_with_a_stride():
     kinds = ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "TPU v4", "NVIDIA H100", "cpu")
     assert [deberta_tpu.runs_on(kind) for kind in kinds] == [True] * 4 + [False] * 3
+
+
+def test_a_tpu_without_the_kernel_is_warned_of(tiny, capsys):
+    def mesh(kind):
+        chip = SimpleNamespace(platform="tpu", device_kind=kind)
+        return SimpleNamespace(devices=np.array([chip]))
+
+    PairRM(str(tiny), mesh=mesh("TPU v5"))
+    assert capsys.readouterr().err == ""
+    PairRM(str(tiny), mesh=mesh("TPU v4"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "slow on a TPU v4" in line and "--device host" in line
 
 
 @pytest.mark.parametrize(
