@@ -101,7 +101,7 @@ class DecodeCall:
             self.state["cache"][layer] = tuple(random.normal(x.shape, x.dtype) for x in kv)
         self.limit = sampling.max_new_tokens
         for name, column in self.state["settings"].items():
-            column[:] = getattr(sampling, name)
+            self.state["settings"][name] = jnp.full_like(column, getattr(sampling, name))
         self.state = self._from_the_start()
         self.compiling, self.program = timed(
             lambda: slot_state.advance.lower(
