@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from orbax.checkpoint import v1 as ocp
 
+SMALL = 2**18  # elements of a chunk that is sooner read again than moved
+
 
 @contextlib.contextmanager
 def orbax(tree, partial: bool = False) -> Iterator[ModuleType]:
@@ -63,7 +65,9 @@ def load_arrays(folder: epath.Path, shapes, partial: bool = False):
 
         def to_read(path, x):
             chunk = chunks.get(keystr(path, simple=True))
-            return x.update(sharding=_whole_chunks(x.shape, x.sharding, chunk)) if chunk else x
+            if chunk is None or np.prod(chunk) < SMALL:
+                return x
+            return x.update(sharding=_whole_chunks(x.shape, x.sharding, chunk))
 
         leaves, tree = jax.tree.flatten(ocp.load(folder, tree_map_with_path(to_read, shapes)))
     for i, x in enumerate(jax.tree.leaves(shapes)):

@@ -148,7 +148,7 @@ def test_one_that_is_silent_is_named_after_the_timeout(begin, monkeypatch):
         assert line.startswith("process 1 (") and "silent for 4 s" in line
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [pytest.param(0, marks=pytest.mark.heavy), 1])
 def test_one_that_fails_keeps_its_code_and_is_named(begin, place):
     for what, code, others in (("bug", 1, 75), ("mistake", 2, 2)):
         words = ["wait", "sleep"]

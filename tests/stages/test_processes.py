@@ -350,7 +350,7 @@ def test_processes_on_one_mesh_judge_what_one_judges(ranked, processes):
     assert found == alone and several.counts == one.counts
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=heavy)])
+@pytest.mark.parametrize("processes", [pytest.param(n, marks=heavy) for n in (2, 4)])
 def test_the_divergence_is_computed_by_all(folder, processes):
     given = ["--checkpoint", f"{folder}/other", "--samples", f"{folder}/alone.jsonl"]
     alone, one = evaluated(folder, "kl", "kl.1.json", *given)
