@@ -19,6 +19,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
 
 import httpx2
+import tenacity
 from tqdm import tqdm
 
 from sharding.errors import UserError, check_least
@@ -276,34 +277,55 @@ def ask(
         ) from None
 
 
+class RequestFailed(Exception):
+    """A request failed; `again`: it may be sent again, after `retry_after` seconds where the server
+    asks for that."""
+
+    def __init__(self, problem: str, again: bool, retry_after: float | None = None):
+        super().__init__(problem)
+        self.again, self.retry_after = again, retry_after
+
+
 def _post(args: Judge, client: httpx2.Client, body: dict, stopping: threading.Event) -> dict:
-    """The server's reply as JSON. UserError once sending it again is of no use; CancelledError
-    where `stopping` is set before the request is sent."""
+    """The server's reply as JSON. UserError once retrying is of no use; CancelledError where
+    `stopping` is set before the request is sent."""
     url = f"{args.endpoint.rstrip('/')}/chat/completions"
-    for attempt in range(args.retries + 1):
+
+    def once() -> dict:
         if stopping.is_set():
             raise CancelledError
-        pause = min(FIRST_PAUSE * 2 ** min(attempt, 30), LONGEST_PAUSE)
         try:
             response = client.post(url, json=body)
             if response.status_code == 200:
                 return response.json()
-            problem = f"HTTP {response.status_code}: {' '.join(response.text.split())[:200]}"
-            if response.status_code not in RETRIED:
-                break
-            if (asked := retry_after(response.headers)) is not None:
-                pause = asked
         except (httpx2.HTTPError, ValueError, RecursionError) as error:  # no network, no JSON
-            problem = repr(error)
-        if pause > LONGEST_RETRY_AFTER:
-            problem += f" (Retry-After: {pause:.0f} seconds)"
-            break
-        if attempt < args.retries:
-            stopping.wait(pause)
-    raise UserError(
-        f"{url}: {problem}: what was judged is kept, and the same command goes on once the "
-        "endpoint, --model and OPENAI_API_KEY are right"
+            raise RequestFailed(repr(error), again=True) from error
+        problem = f"HTTP {response.status_code}: {' '.join(response.text.split())[:200]}"
+        asked = retry_after(response.headers)
+        if asked is not None and asked > LONGEST_RETRY_AFTER:
+            raise RequestFailed(f"{problem} (Retry-After: {asked:.0f} seconds)", again=False)
+        raise RequestFailed(problem, response.status_code in RETRIED, asked)
+
+    growing = tenacity.wait_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        asked = state.outcome.exception().retry_after
+        return growing(state) if asked is None else asked
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, RequestFailed) and e.again),
+        stop=tenacity.stop_after_attempt(args.retries + 1),
+        wait=pause,
+        sleep=tenacity.sleep_using_event(stopping),
+        reraise=True,
     )
+    try:
+        return retrying(once)
+    except RequestFailed as error:
+        raise UserError(
+            f"{url}: {error}: what was judged is kept, and the same command goes on once the "
+            "endpoint, --model and OPENAI_API_KEY are right"
+        ) from None
 
 
 def retry_after(headers) -> float | None:
