@@ -314,7 +314,7 @@ def signal_group(loop: subprocess.Popen, number: int) -> None:
 
 TIMES = "seconds train_seconds last_sitting host_wait tokens_per_second mfu".split()
 TIMES += ["model_flops_per_second", "peak_memory_gb"]
-LEFT_OUT = r"tensorboard/|_CHECKPOINT_METADATA|^report.html|(^|/)\.\w+$"  # times; marks of a loop
+LEFT_OUT = r"tensorboard/|_CHECKPOINT_METADATA|^report.html|(^|/)\.[\w.]+$"  # times, marks
 PHASES = {r"\.work/state": "training state", r"\.work": "training's folder"}
 PHASES |= {r"checkpoint\.log": "training log", r"\.reference": "reference log-probs"}
 PHASES |= {"checkpoint": "checkpoint", "final-hf": "export", r"\.partial": "rows in the making"}
