@@ -131,8 +131,9 @@ def _kernel(
 
 
 def merge(k_bkhs, v_bksh, k_bkjh, v_bkjh, start_b, interpret: bool = False):
-    """(k_bkhs, v_bksh) with the new keys and values at start_b, start_b + 1, … of each row; what
-    falls beyond the cache is not written. In place, where the caller donates the cache."""
+    """(k_bkhs, v_bksh) with the new keys and values [b, k, j, h], of the same dtype, at start_b,
+    start_b + 1, … (int [b]) of each row; what falls beyond the cache is not written. In place,
+    where the caller donates the cache. The cache's length is a multiple of LANES."""
     b, k, h, length = k_bkhs.shape
     steps = k_bkjh.shape[2]
     touched = -(-(steps - 1) // LANES) + 1  # blocks of LANES positions, wherever a row starts

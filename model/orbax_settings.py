@@ -1,4 +1,4 @@
-"""Orbax, set to hold little beside the arrays and to read nothing twice. Imported here alone."""
+"""Orbax, set to hold little and to read nothing large twice. Imported here alone."""
 
 import contextlib
 import logging

@@ -17,7 +17,7 @@ from etils import epath
 
 from sharding.errors import UserError, first_line
 
-LARGEST = {"num_hidden_layers": 10_000}  # of other sizes: whatever an int32 holds
+LARGEST_SIZES = {"num_hidden_layers": 10_000}  # of others: whatever an int32 holds
 FLOAT32 = 2.0**-126, 2.0**127
 
 
@@ -104,7 +104,7 @@ def read_json(path: epath.Path, mend: str = "download it again") -> dict:
 
 def check_whole(name: str, value: object) -> None:
     """Raise UserError unless a value is a positive whole number that a size can be."""
-    largest = LARGEST.get(name, 2**31 - 1)
+    largest = LARGEST_SIZES.get(name, 2**31 - 1)
     if type(value) is not int or not 1 <= value <= largest:
         below = "" if type(value) is not int or value < 1 else f" of at most {largest}"
         raise UserError(f"{name} is {value!r}: it must be a positive whole number{below}")

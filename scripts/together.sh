@@ -75,7 +75,7 @@ wait_for() { # MARK
 trap 'exit 75' INT TERM USR1
 ended() { # the last command
   local code=$?
-  if [[ $code == 1 && $1 =~ ^(cp|mkdir|mktemp|mv|rm|sync|tee)' ' ]]; then
+  if [[ $code == 1 && $1 =~ ^(cp|echo|mkdir|mktemp|mv|rm|sync|tee)' ' ]]; then
     echo "error: ${BASH_REMATCH[1]} failed, as it says above: mend that, and run the same command again" >&2
     code=2
   fi

@@ -48,7 +48,11 @@ COUNT, KILL, TERM, FULL, SHORT, FSYNC = range(6)  # as in torture.c
 # What happens, and the exit codes that the loop may then give; -9: it was killed.
 KINDS = {"kill": (KILL, {-9}), "term": (TERM, {75}), "term_twice": (TERM, {75})}
 KINDS |= {"full": (FULL, {2}), "short": (SHORT, {0}), "fsync": (FSYNC, {2}), "clock": (KILL, {-9})}
-KINDS |= {"two_copies": (KILL, {-9, 2}), "read_only": (KILL, {-9}), "processes": (KILL, {-9, 75})}
+KINDS |= {
+    "two_copies": (KILL, {-9, 2, 0}),
+    "read_only": (KILL, {-9}),
+    "processes": (KILL, {-9, 75}),
+}
 OPS = {"fsync": ["fsync"], "full": ["open", "write", "mkdir", "fsync", "rename"]}
 MONTH = 30 * 86400
 

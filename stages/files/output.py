@@ -69,7 +69,9 @@ def an_input(path: str, sha256: str | None = None) -> dict:
 
 def with_roles(inputs: dict) -> dict[str, dict]:
     """A manifest's inputs, role → {"path", "sha256"}. Earlier versions wrote path → sha256: there
-    the path stands for the role."""
+    the path stands for the role. TypeError: they are no such table."""
+    if not isinstance(inputs, dict):
+        raise TypeError(f"its inputs are {inputs!r}")
     return {
         role: entry if isinstance(entry, dict) else {"path": role, "sha256": entry}
         for role, entry in inputs.items()

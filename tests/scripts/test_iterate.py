@@ -249,7 +249,9 @@ def test_the_others_wait_for_process_0_and_end_as_it_ends(tmp_path):
     assert not list(tmp_path.glob(".process_1*"))
 
 
-@pytest.mark.parametrize("command", ["mv {}/none x", "echo | tee {}/none/x", "mkdir {}/none/x"])
+@pytest.mark.parametrize(
+    "command", ["mv {}/none x", "echo | tee {}/none/x", "mkdir {}/none/x", "echo >{}/none/x"]
+)
 def test_a_file_that_the_loop_cannot_write_is_one_line(tmp_path, command):
     work = f"work() {{ {command.format(tmp_path)}; }}"
     code, said = end(part(tmp_path, 0, work, "once $run/done work"))

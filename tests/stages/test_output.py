@@ -424,7 +424,9 @@ def test_unusable_paths_are_named(capsys, prompts, tmp_path):
 
 
 def test_a_broken_manifest_is_named(capsys, prompts, out):
-    for content in ("{", "[]", '{"stage": "x"}', "\xff", "[" * 100_000, "\0", ""):
+    whole = {"stage": "x", "arguments": {}, "identities": {}}
+    no_inputs = (json.dumps(whole | {"inputs": x}) for x in ([], None, 1, {"a": {}}, ["a"]))
+    for content in ("{", "[]", '{"stage": "x"}', "\xff", "[" * 100_000, "\0", "", *no_inputs):
         Path(f"{prompts}.manifest.json").write_text(content, encoding="latin-1")
         code, _, stderr = run(capsys, prompts, out)
         assert code == 2 and "not a manifest" in stderr
