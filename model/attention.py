@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from model.precision import matmul_precision
+from model.precision import product
 
 
 def visible(
@@ -174,13 +174,7 @@ _blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 
 def _product(a_bkrx: jax.Array, b_bkxy: jax.Array) -> jax.Array:
     """The matrix product of each row and head, in fp32: [b, k, r, y]."""
-    return jnp.einsum(
-        "bkrx,bkxy->bkry",
-        a_bkrx,
-        b_bkxy,
-        precision=matmul_precision(a_bkrx.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    return product("bkrx,bkxy->bkry", a_bkrx, b_bkxy, a_bkrx.dtype)
 
 
 def _product_of_few_rows(a_bkrx: jax.Array, b_bkxy: jax.Array) -> jax.Array:

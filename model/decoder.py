@@ -13,15 +13,18 @@ Axis letters: b batch, t position, d width, n query head, k key/value head, h he
 f MLP width, v vocabulary, l layer. Mirrors transformers' modeling_mistral.py.
 """
 
+import math
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from model.config import DecoderConfig
-from model.precision import matmul_precision
+from model.precision import Precision, product
 from sharding.mesh import constrain, placed
 
 Params = dict
@@ -80,46 +83,82 @@ def abstract(config: DecoderConfig, mesh=None, dtype=jnp.float32) -> Params:
     return nnx.to_pure_dict(shapes)
 
 
+def stored_in(params: Params, precision: Precision) -> Params:
+    """The parameters as sampling stores them: matrices in the dtype of computation, norms as what
+    they scale."""
+
+    def cast(path, x):
+        is_norm = "norm" in path[-1].key
+        return x.astype(precision.activations if is_norm else precision.operands)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 # ------------------------------------------------------------------------------- pieces
 
 
-def matmul(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """einsum in x's dtype: fp32 master weights are rounded to bf16 where x is bf16. Their gradient
-    comes in their own dtype: it is not rounded before the devices' shares of it are summed."""
-    return checkpoint_name(_matmul(equation, x, w), "product")
+def matmul(equation: str, x: jax.Array, w: jax.Array, operands) -> jax.Array:
+    """model/precision.py's product of activations and a weight, in x's dtype. The weight's gradient
+    comes in its own dtype: it is not rounded before the devices' shares of it are summed."""
+    return checkpoint_name(_matmul(equation, x, w, operands), "product")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(equation, x, w):
-    return jnp.einsum(equation, x, w.astype(x.dtype), precision=matmul_precision(x.dtype))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _matmul(equation, x, w, operands):
+    return product(equation, x, w, operands).astype(x.dtype)
 
 
-def _matmul_bwd(equation, saved, ct):
-    """JAX's own gradients, except that in the product for ∂w in fp32 the narrower operand comes
-    first. XLA's CPU compiler transposes the first operand, fused with the elementwise work before
-    it: for the wide ones that took a tenth of a training step. (In bf16 that compiler has no such
-    product whose result is transposed.)"""
+def _matmul_fwd(equation, x, w, operands):
+    return _matmul(equation, x, w, operands), (x, w)
+
+
+def _matmul_bwd(equation, operands, saved, ct):
+    """JAX's own gradients; the cotangent is an operand too, and rounded as such."""
     x, w = saved
-    operands, out = equation.split("->")
-    axes_x, axes_w = operands.split(",")
-    precision = matmul_precision(x.dtype)
-    grad_x = jnp.einsum(f"{out},{axes_w}->{axes_x}", ct, w.astype(x.dtype), precision=precision)
-    sides = (axes_x, x), (out, ct)
-    if x.dtype == jnp.float32:
+    axes_x, axes_w, out = re.split(",|->", equation)
+    grad_x = product(f"{out},{axes_w}->{axes_x}", ct, w, operands).astype(x.dtype)
+    if operands == x.dtype:
+        grad_w = _weight_gradient((axes_x, x), (out, ct), axes_w, operands)
+    else:
+        grad_w = _weight_gradient_of_rows((axes_x, x), (out, ct), axes_w, operands)
+    return grad_x, grad_w.astype(w.dtype)
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+def _weight_gradient(x, ct, axes_w, operands):
+    """∂w of (axes, array) of the activations and of the cotangent. In fp32 the narrower one comes
+    first: XLA's CPU compiler transposes the first operand, fused with the elementwise work before
+    it, and for the wide ones that took a tenth of a training step. (In bf16 that compiler has no
+    such product whose result is transposed.)"""
+    sides = (x, ct)
+    if operands == jnp.float32:
         sides = sorted(sides, key=lambda side: side[1].size)
     (axes_1, first), (axes_2, second) = sides
     axes = "".join(axis for axis in axes_1 + axes_2 if axis in axes_w)
-    grad_w = jnp.einsum(
-        f"{axes_1},{axes_2}->{axes}",
-        first,
-        second,
-        precision=precision,
-        preferred_element_type=w.dtype,
+    grad_w = product(f"{axes_1},{axes_2}->{axes}", first, second, operands)
+    return jnp.einsum(f"{axes}->{axes_w}", grad_w)
+
+
+def _weight_gradient_of_rows(x, ct, axes_w, operands):
+    """∂w as one product of two matrices, which XLA's CPU compiler hands to the hardware's bf16
+    products only in this form: the first operand transposed before, and not within, the product."""
+    (axes_x, x), (axes_ct, ct) = x, ct
+    rows = "".join(axis for axis in axes_x if axis in axes_ct)
+    wide, narrow = (
+        jnp.einsum(f"{axes}->{rows}{''.join(a for a in axes if a not in rows)}", y)
+        for axes, y in ((axes_x, x.astype(operands)), (axes_ct, ct.astype(operands)))
     )
-    return grad_x, jnp.einsum(f"{axes}->{axes_w}", grad_w)
-
-
-_matmul.defvjp(lambda equation, x, w: (_matmul(equation, x, w), (x, w)), _matmul_bwd)
+    count = math.prod(x.shape[axes_x.index(axis)] for axis in rows)
+    x_rd, ct_rf = wide.reshape(count, -1), narrow.reshape(count, -1)
+    rows_of_d = Layout((0, 1))
+    x_dr = with_layout_constraint(x_rd.T, rows_of_d)
+    grad_df = with_layout_constraint(product("dr,rf->df", x_dr, ct_rf, operands), rows_of_d)
+    size = {a: n for axes, y in ((axes_x, x), (axes_ct, ct)) for a, n in zip(axes, y.shape)}
+    axes = "".join(a for a in axes_x + axes_ct if a not in rows)
+    grad_w = grad_df.reshape([size[a] for a in axes])
+    return jnp.einsum(f"{axes}->{axes_w}", grad_w)
 
 
 def rms_norm(x: jax.Array, weight_d: jax.Array, eps: float) -> jax.Array:
@@ -159,25 +198,26 @@ def apply_rope(x_btnh: jax.Array, cos, sin) -> jax.Array:
     return rotated.astype(x_btnh.dtype)
 
 
-def block(w: Params, config: DecoderConfig, x_btd: jax.Array, rope, attend):
+def block(w: Params, config: DecoderConfig, x_btd: jax.Array, rope, attend, operands):
     """One layer: (x_btd, kept), where `attend(q_btnh, k_btkh, v_btkh)` gives (out_btnh, kept)."""
+    multiply = partial(matmul, operands=operands)
     with jax.named_scope("attention"):
         y_btd = rms_norm(x_btd, w["attn_norm"], config.rms_norm_eps)
-        q_btnh = apply_rope(matmul("btd,dnh->btnh", y_btd, w["q"]), *rope)
-        k_btkh = apply_rope(matmul("btd,dkh->btkh", y_btd, w["k"]), *rope)
-        v_btkh = matmul("btd,dkh->btkh", y_btd, w["v"])
+        q_btnh = apply_rope(multiply("btd,dnh->btnh", y_btd, w["q"]), *rope)
+        k_btkh = apply_rope(multiply("btd,dkh->btkh", y_btd, w["k"]), *rope)
+        v_btkh = multiply("btd,dkh->btkh", y_btd, w["v"])
         q_btnh = constrain(q_btnh, "batch", "length", "heads", "head_dim")
         out_btnh, kept = attend(q_btnh, k_btkh, v_btkh)
         # As one axis e: over two axes (n, h), XLA's CPU compiler transposes the weights each call.
         out_bte = out_btnh.reshape(*out_btnh.shape[:2], -1)
-        x_btd = x_btd + matmul("bte,ed->btd", out_bte, w["o"].reshape(-1, w["o"].shape[-1]))
+        x_btd = x_btd + multiply("bte,ed->btd", out_bte, w["o"].reshape(-1, w["o"].shape[-1]))
         x_btd = constrain(x_btd, "batch", "length", "act_embed")
     with jax.named_scope("mlp"):
         y_btd = rms_norm(x_btd, w["mlp_norm"], config.rms_norm_eps)
-        gate_btf = matmul("btd,df->btf", y_btd, w["gate"])
-        up_btf = matmul("btd,df->btf", y_btd, w["up"])
+        gate_btf = multiply("btd,df->btf", y_btd, w["gate"])
+        up_btf = multiply("btd,df->btf", y_btd, w["up"])
         hidden_btf = constrain(jax.nn.silu(gate_btf) * up_btf, "batch", "length", "mlp")
-        x_btd = x_btd + matmul("btf,fd->btd", hidden_btf, w["down"])
+        x_btd = x_btd + multiply("btf,fd->btd", hidden_btf, w["down"])
     return constrain(x_btd, "batch", "length", "act_embed"), kept
 
 
@@ -192,16 +232,10 @@ def cache_layout(k_btkh: jax.Array, v_btkh: jax.Array):
     return jnp.transpose(k_btkh, (0, 2, 3, 1)), jnp.transpose(v_btkh, (0, 2, 1, 3))
 
 
-def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
+def logits(
+    params: Params, config: DecoderConfig, hidden: jax.Array, operands=jnp.float32
+) -> jax.Array:
     """fp32 logits [..., v] of final hidden states [..., d]."""
     if config.tie_word_embeddings:
-        equation, w = "...d,vd->...v", params["embed"]
-    else:
-        equation, w = "...d,dv->...v", params["unembed"]
-    return jnp.einsum(
-        equation,
-        hidden,
-        w.astype(hidden.dtype),
-        precision=matmul_precision(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
+        return product("...d,vd->...v", hidden, params["embed"], operands)
+    return product("...d,dv->...v", hidden, params["unembed"], operands)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from model.attention import attention, visible
 from model.config import DecoderConfig
 from model.decoder import Params, block, cache_layout, embed, rms_norm, rope_angles
+from model.precision import FLOAT32, Precision
 from sharding.mesh import constrain
 
 Remat = Literal["none", "full"]
@@ -23,7 +24,7 @@ def forward(
     params: Params,
     config: DecoderConfig,
     batch: dict[str, jax.Array],
-    dtype=jnp.float32,
+    precision: Precision = FLOAT32,
     remat: Remat = "none",
 ) -> jax.Array:
     """Final hidden states [b, t, d] (after the last norm) of a batch: the arrays of
@@ -42,9 +43,9 @@ def forward(
         return fold(attention(q, *cache_layout(k, v), seen_uss), *places), None
 
     def body(x_btd, w):
-        return block(w, config, x_btd, rope, attend)[0], None
+        return block(w, config, x_btd, rope, attend, precision.operands)[0], None
 
-    x_btd = embed(params, batch["tokens"], dtype)
+    x_btd = embed(params, batch["tokens"], precision.activations)
     keep = {"none": jax.checkpoint_policies.save_only_these_names("product"), "full": None}
     # Within a scan nothing else could be merged with what is computed again.
     body = jax.checkpoint(body, policy=keep[remat], prevent_cse=False)

@@ -26,12 +26,12 @@ from functools import partial
 from itertools import islice
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from model import attention_tpu, decoder, drawing, kv_cache, slot_state
 from model.buckets import coarse_bucket
 from model.config import DecoderConfig
+from model.precision import FLOAT32, Precision
 from model.prompt_rows import PREFILL_PROMPTS, PREFILL_TOKENS, Row, rows_of
 from model.slot_state import STEPS_PER_CALL
 from sharding.errors import UserError
@@ -168,11 +168,11 @@ class Sampler:
         sampling: Sampling,
         slots: int,
         longest_prompt: int,
-        dtype=jnp.float32,
+        precision: Precision = FLOAT32,
     ):
         self.config, self.sampling, self.decode_text = config, sampling, decode_text
         self.params = kv_cache.unstack_layers(params)
-        self.slots, self.dtype = slots, dtype
+        self.slots, self.precision = slots, precision
         self.group = min(sampling.n, slots)  # answers that share one prefill, as a rule
         self.longest_prompt = longest_prompt
         platform = jax.default_backend()
@@ -190,7 +190,7 @@ class Sampler:
         self.shards = batch_shards(jax.sharding.get_abstract_mesh())
         self.fewest = fewest_slots(config, slots // self.shards) * self.shards
         self.prefill_tokens = PREFILL_TOKENS * (1 if self.on_cpu else 4)
-        how = {"config": config, "dtype": dtype}
+        how = {"config": config, "precision": precision}
         prefill, start = slot_state.BY_PARTS if self.on_cpu else slot_state.WHOLE
         self._prefill, self._start = partial(prefill, **how), partial(start, config=config)
         self._advance = partial(slot_state.advance, **how, side_buffer=side_buffer)
@@ -395,7 +395,7 @@ class Sampler:
         self.state = None  # before there is another
         self.rows = self.slots
         self.length = self._cache_length(self.longest_prompt + STEPS_PER_CALL)
-        self.state = slot_state.empty(self.config, self.rows, self.length, self.dtype)
+        self.state = slot_state.empty(self.config, self.rows, self.length, self.precision)
 
     def _cache_length(self, needed: int) -> int:
         # Below 128, compiling another length costs more than it saves.

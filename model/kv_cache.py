@@ -23,6 +23,7 @@ from model.decoder import (
     rms_norm,
     rope_angles,
 )
+from model.precision import FLOAT32, Precision
 from sharding.mesh import by_axes, constrain, placed
 
 
@@ -55,7 +56,7 @@ def prefill(
     tokens: jax.Array,
     positions: jax.Array | None = None,
     prompts: jax.Array | None = None,
-    dtype=jnp.float32,
+    precision: Precision = FLOAT32,
 ):
     """(final hidden states [b, t, d], after the last norm, of whole sequences; [(k_bkht, v_bkth) of
     each layer]).
@@ -66,9 +67,9 @@ def prefill(
     called for all layers, which is quicker when lengths vary.
     """
     rope, seen_bts = _rope_and_mask(config, tokens, positions, prompts)
-    x_btd, cache = embed(params, tokens, dtype), []
+    x_btd, cache = embed(params, tokens, precision.activations), []
     for w in params["layers"]:
-        x_btd, kv = _prefill_layer(w, config, x_btd, rope, seen_bts)
+        x_btd, kv = _prefill_layer(w, config, x_btd, rope, seen_bts, precision.operands)
         cache.append(kv)
     return rms_norm(x_btd, params["final_norm"], config.rms_norm_eps), cache
 
@@ -83,13 +84,13 @@ def _rope_and_mask(config: DecoderConfig, tokens_bt, positions_bt, prompts_bt):
     return rope, visible(positions_bt, positions_bt, allowed_bts, config.sliding_window)
 
 
-@partial(jax.jit, static_argnames="config")
-def _prefill_layer(w: Params, config: DecoderConfig, x_btd, rope, seen_bts):
+@partial(jax.jit, static_argnames=("config", "operands"))
+def _prefill_layer(w: Params, config: DecoderConfig, x_btd, rope, seen_bts, operands):
     def attend(q_btnh, k_btkh, v_btkh):
         kv = cache_layout(k_btkh, v_btkh)
         return attention(q_btnh, *kv, seen_bts), kv
 
-    return block(w, config, x_btd, rope, attend)
+    return block(w, config, x_btd, rope, attend, operands)
 
 
 # Logical axes of a layer's keys and values.
@@ -135,7 +136,7 @@ def decode(
     cache: list,
     tokens_b: jax.Array,
     positions_b: jax.Array,
-    dtype=jnp.float32,
+    precision: Precision = FLOAT32,
 ):
     """One token per row, written into the cache at its row's position: (hidden_bd after the last
     norm, cache).
@@ -155,19 +156,22 @@ def decode(
         )
         return attention(q_btnh, k, v, seen_bts), (k, v)
 
-    return _one_token(params, config, attend, cache, tokens_b, positions_b, dtype)
+    return _one_token(params, config, attend, cache, tokens_b, positions_b, precision)
 
 
-def _one_token(params: Params, config: DecoderConfig, attend, kept, tokens_b, positions_b, dtype):
+def _one_token(
+    params: Params, config: DecoderConfig, attend, kept, tokens_b, positions_b, precision
+):
     """(hidden_bd after the last norm, what is kept of each layer), with `attend` as `decoder.block`
     takes it, given what is kept of a layer first."""
     rope = rope_angles(positions_b[:, None], config.head_dim, config.rope_theta)
 
     @jax.jit  # traced and lowered once for all layers
     def layer(w, x_btd, of_layer):
-        return block(w, config, x_btd, rope, partial(attend, of_layer))
+        attend_layer = partial(attend, of_layer)
+        return block(w, config, x_btd, rope, attend_layer, precision.operands)
 
-    x_btd, new = embed(params, tokens_b[:, None], dtype), []
+    x_btd, new = embed(params, tokens_b[:, None], precision.activations), []
     for w, of_layer in zip(params["layers"], kept):
         x_btd, of_layer = layer(w, x_btd, of_layer)
         new.append(of_layer)
@@ -211,7 +215,7 @@ def decode_beside(
     tokens_b: jax.Array,
     start_b: jax.Array,
     step: jax.Array,
-    dtype=jnp.float32,
+    precision: Precision = FLOAT32,
     interpret: bool = False,
 ):
     """As `decode`, but the token is written into the side buffer: (hidden_bd, buffer).
@@ -240,7 +244,7 @@ def decode_beside(
         return decode_attention(q_btnh, cached, recent), (k_bkjh, v_bkjh)
 
     kept = [(kv, *recent) for kv, recent in zip(cache, buffer)]
-    return _one_token(params, config, attend, kept, tokens_b, positions_b, dtype)
+    return _one_token(params, config, attend, kept, tokens_b, positions_b, precision)
 
 
 def _cached(kv, first_b, end_b, interpret, q_bkrh):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from model import decoder
 from model.config import DecoderConfig
 from model.forward import Remat, forward
-from model.precision import matmul_precision
+from model.precision import FLOAT32, Precision, product
 from sharding.mesh import batch_shards, constrain
 
 CHUNK = 256  # tokens per device whose logits are held: 50 MB of fp32 at 49,152 words
@@ -27,7 +27,7 @@ def response_logprobs(
     config: DecoderConfig,
     batch: dict[str, jax.Array],
     responses: int,
-    dtype=jnp.float32,
+    precision: Precision = FLOAT32,
     remat: Remat = "none",
 ) -> jax.Array:
     """log π(response | prompt), summed over tokens, fp32 [responses]; 0 for a response that the
@@ -36,11 +36,13 @@ def response_logprobs(
     batch: the arrays of model/packing.py. The vocabulary product is computed for response tokens
     only. Sums, not means, as in Rafailov et al. 2023.
     """
-    hidden_btd = forward(params, config, batch, dtype, remat)
+    hidden_btd = forward(params, config, batch, precision, remat)
     hidden_btd = jnp.take_along_axis(hidden_btd, batch["predictors"][..., None], axis=1)
     hidden_btd = constrain(hidden_btd, "batch", "length", "act_embed")
     longest = jnp.max(jnp.sum(batch["owners"] >= 0, axis=1))
-    logprobs_bt = token_logprobs(params, config, hidden_btd, batch["targets"], longest)
+    logprobs_bt = token_logprobs(
+        params, config, hidden_btd, batch["targets"], longest, precision.operands
+    )
     # A masked sum and not a scatter, which would give other bits from run to run on a GPU.
     mine_btn = batch["owners"][..., None] == jnp.arange(responses)
     return jnp.sum(jnp.where(mine_btn, logprobs_bt[..., None], 0.0), axis=(0, 1))
@@ -54,7 +56,9 @@ def chunk_length(rows: int, length: int, mesh) -> int:
     return min(length, max(1, tokens // rows))
 
 
-def token_logprobs(params, config, hidden_btd, targets_bt, longest) -> jax.Array:
+def token_logprobs(
+    params, config, hidden_btd, targets_bt, longest, operands=jnp.float32
+) -> jax.Array:
     """log softmax of the logits at the targets, fp32 [b, t]. Only the first `longest` tokens (an
     int32) of each row are sure to be computed; values behind them may be 0.
 
@@ -67,16 +71,16 @@ def token_logprobs(params, config, hidden_btd, targets_bt, longest) -> jax.Array
     hidden_btd = jnp.pad(hidden_btd, ((0, 0), (0, behind), (0, 0)))
     targets_bt = jnp.pad(targets_bt, ((0, 0), (0, behind)))
     w_dv = params["embed"].T if config.tie_word_embeddings else params["unembed"]
-    return _chunked(step, w_dv, hidden_btd, targets_bt, -(-longest // step))[:, :t]
+    return _chunked(step, operands, w_dv, hidden_btd, targets_bt, -(-longest // step))[:, :t]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(step: int, w_dv, hidden_btd, targets_bt, chunks):
-    return _chunked_fwd(step, w_dv, hidden_btd, targets_bt, chunks)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(step: int, operands, w_dv, hidden_btd, targets_bt, chunks):
+    return _chunked_fwd(step, operands, w_dv, hidden_btd, targets_bt, chunks)[0]
 
 
-def _chunked_fwd(step, w32_dv, hidden_btd, targets_bt, chunks):
-    w_dv = _gathered(w32_dv, hidden_btd.dtype)
+def _chunked_fwd(step, operands, w32_dv, hidden_btd, targets_bt, chunks):
+    w_dv = _gathered(w32_dv, operands)
 
     def one_chunk(i, found):
         logits_bsv = _logits(w_dv, _chunk(hidden_btd, i, step))
@@ -93,10 +97,10 @@ def _chunked_fwd(step, w32_dv, hidden_btd, targets_bt, chunks):
     return logprobs_bt, (w32_dv, hidden_btd, targets_bt, chunks, logsum_bt)
 
 
-def _chunked_bwd(step, kept, grad_bt):
+def _chunked_bwd(step, operands, kept, grad_bt):
     w32_dv, hidden_btd, targets_bt, chunks, logsum_bt = kept
     dtype, words = hidden_btd.dtype, jnp.arange(w32_dv.shape[1])
-    w_dv = _gathered(w32_dv, dtype)
+    w_dv = _gathered(w32_dv, operands)
 
     def one_chunk(i, found):
         grad_w_dv, grad_hidden_btd = found
@@ -104,10 +108,10 @@ def _chunked_bwd(step, kept, grad_bt):
         softmax_bsv = jnp.exp(_logits(w_dv, hidden_bsd) - _chunk(logsum_bt, i, step)[..., None])
         is_target_bsv = _chunk(targets_bt, i, step)[..., None] == words
         grad_bsv = _chunk(grad_bt, i, step)[..., None] * (is_target_bsv - softmax_bsv)
-        grad_bsv = constrain(grad_bsv.astype(dtype), "batch", "length", "vocab")
-        grad_hidden_bsd = _product("bsv,dv->bsd", grad_bsv, w_dv)
+        grad_bsv = constrain(grad_bsv.astype(operands), "batch", "length", "vocab")
+        grad_hidden_bsd = product("bsv,dv->bsd", grad_bsv, w_dv, operands)
         return (
-            grad_w_dv + _product("bsd,bsv->dv", hidden_bsd, grad_bsv),
+            grad_w_dv + product("bsd,bsv->dv", hidden_bsd, grad_bsv, operands),
             jax.lax.dynamic_update_slice_in_dim(
                 grad_hidden_btd, grad_hidden_bsd.astype(dtype), i * step, 1
             ),
@@ -132,10 +136,5 @@ def _chunk(x_bt: jax.Array, i, step: int) -> jax.Array:
 
 
 def _logits(w_dv, hidden_bsd) -> jax.Array:
-    return constrain(_product("bsd,dv->bsv", hidden_bsd, w_dv), "batch", "length", "vocab")
-
-
-def _product(equation: str, a, b) -> jax.Array:
-    return jnp.einsum(
-        equation, a, b, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32
-    )
+    logits_bsv = product("bsd,dv->bsv", hidden_bsd, w_dv, w_dv.dtype)
+    return constrain(logits_bsv, "batch", "length", "vocab")

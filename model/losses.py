@@ -19,6 +19,7 @@ import numpy as np
 from model.config import DecoderConfig
 from model.forward import Remat
 from model.logprobs import response_logprobs
+from model.precision import Precision
 from sharding.errors import UserError
 
 Name = Literal["sigmoid", "robust", "ipo", "hinge", "sppo", "sigmoid_norm", "simpo"]
@@ -148,22 +149,22 @@ def implicit_rewards(pi_b: jax.Array, ref_b: jax.Array, beta: float) -> jax.Arra
 
 
 def pair_logprobs(
-    params, batch, *, config: DecoderConfig, pairs: int, dtype, remat: Remat = "none"
+    params, batch, *, config: DecoderConfig, pairs: int, precision: Precision, remat: Remat = "none"
 ) -> tuple[jax.Array, jax.Array]:
     """(chosen_b, rejected_b), fp32 [pairs]: summed log-probs of a micro-batch of up to `pairs`
     pairs. Its sequences (model/packing.py) have two responses each, first the chosen one."""
-    logprobs_n = response_logprobs(params, config, batch, 2 * pairs, dtype, remat)
+    logprobs_n = response_logprobs(params, config, batch, 2 * pairs, precision, remat)
     return logprobs_n[0::2], logprobs_n[1::2]
 
 
 def pair_loss(
-    params, batch, *, loss: Loss, config: DecoderConfig, dtype, remat: Remat = "none"
+    params, batch, *, loss: Loss, config: DecoderConfig, precision: Precision, remat: Remat = "none"
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(losses, metrics), fp32 [b] each, of a micro-batch: the loss function of a DPO training.
     The batch holds, beside the tokens, the fields of `Pairs` that are not the policy's."""
     pairs = len(batch["weights"])
     chosen_b, rejected_b = pair_logprobs(
-        params, batch, config=config, pairs=pairs, dtype=dtype, remat=remat
+        params, batch, config=config, pairs=pairs, precision=precision, remat=remat
     )
     p = Pairs(chosen_b, rejected_b, *(batch[name] for name in Pairs._fields[2:]))
     values = pair_values(loss, p)

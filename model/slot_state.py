@@ -15,12 +15,13 @@ import numpy as np
 
 from model import decoder, drawing, kv_cache
 from model.config import DecoderConfig
+from model.precision import Precision
 from sharding.mesh import constrain
 
 STEPS_PER_CALL = 32  # the most decode steps before the host looks at the answers
 
 
-def empty(config: DecoderConfig, slots: int, length: int, dtype) -> dict:
+def empty(config: DecoderConfig, slots: int, length: int, precision: Precision) -> dict:
     """The state of all slots, none of them in use."""
     starting = nothing_starts(slots, slots)
     rest = {
@@ -32,7 +33,7 @@ def empty(config: DecoderConfig, slots: int, length: int, dtype) -> dict:
     }
     # Where the programs leave them: for numpy arrays each program would be compiled once more.
     rest = jax.jit(lambda: _replicated(jax.tree.map(jnp.asarray, rest)))()
-    return rest | {"cache": kv_cache.empty_cache(config, slots, length, dtype)}
+    return rest | {"cache": kv_cache.empty_cache(config, slots, length, precision.activations)}
 
 
 def nothing_starts(count: int, rows: int) -> dict:
@@ -54,12 +55,13 @@ def nothing_starts(count: int, rows: int) -> dict:
     }
 
 
-def arrays_held(config: DecoderConfig, mesh, slots: int, length: int, dtype=jnp.float32) -> dict:
+def arrays_held(config: DecoderConfig, mesh, slots: int, length: int, precision: Precision) -> dict:
     """{title: arrays} that a sampler holds, as shapes with their shardings: parameters in the dtype
     of computation, and a cache of `slots` rows with `length` positions each."""
-    keys, values = zip(*kv_cache.abstract_cache(config, mesh, slots, length, dtype))
+    kept = kv_cache.abstract_cache(config, mesh, slots, length, precision.activations)
+    keys, values = zip(*kept)
     return {
-        "parameters": decoder.abstract(config, mesh, dtype),
+        "parameters": decoder.abstract(config, mesh, precision.operands),
         "cache": {"keys": list(keys), "values": list(values)},
     }
 
@@ -69,16 +71,17 @@ def _replicated(tree):
     return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
 
 
-def _prefill(params, row, ends_p, *, config, dtype):
+def _prefill(params, row, ends_p, *, config, precision):
     """(keys and values per layer, the logits [p, v] of the first tokens) of a row of prompts, whose
     last tokens are at `ends_p`."""
-    hidden_1td, kv = kv_cache.prefill(params, config, **row, dtype=dtype)
-    return kv, _logits(params, hidden_1td, ends_p, config=config)
+    hidden_1td, kv = kv_cache.prefill(params, config, **row, precision=precision)
+    operands = precision.operands
+    return kv, _logits(params, hidden_1td, ends_p, config=config, operands=operands)
 
 
-@partial(jax.jit, static_argnames="config")
-def _logits(params, hidden_1td, ends_p, *, config):
-    return decoder.logits(params, config, hidden_1td[0, ends_p])
+@partial(jax.jit, static_argnames=("config", "operands"))
+def _logits(params, hidden_1td, ends_p, *, config, operands):
+    return decoder.logits(params, config, hidden_1td[0, ends_p], operands)
 
 
 def _start(state, row_kv, logits_pv, starting, *, config):
@@ -96,7 +99,7 @@ def _start(state, row_kv, logits_pv, starting, *, config):
 # longer than calling; elsewhere whole.
 BY_PARTS = _prefill, _start
 WHOLE = (
-    jax.jit(_prefill, static_argnames=("config", "dtype")),
+    jax.jit(_prefill, static_argnames=("config", "precision")),
     jax.jit(_start, static_argnames="config", donate_argnames="state"),
 )
 
@@ -131,8 +134,8 @@ def _first_tokens(state, logits_pv, starting, *, config):
     return (*_replicated((state, tokens_g, logprobs_g)),)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "side_buffer"), donate_argnames="state")
-def advance(params, state, stop_at_active, steps, *, config, dtype, side_buffer):
+@partial(jax.jit, static_argnames=("config", "precision", "side_buffer"), donate_argnames="state")
+def advance(params, state, stop_at_active, steps, *, config, precision, side_buffer):
     """(the state, {"tokens", "logprobs": [b, STEPS_PER_CALL]}) after tokens were drawn in all
     active slots, until at most `stop_at_active` of them are left, or `steps` times (at most
     STEPS_PER_CALL).
@@ -150,7 +153,9 @@ def advance(params, state, stop_at_active, steps, *, config, dtype, side_buffer)
         "tokens": jnp.zeros((b, STEPS_PER_CALL), jnp.int32),
         "logprobs": jnp.zeros((b, STEPS_PER_CALL), jnp.float32),
     }
-    kv = kv_cache.empty_side_buffer(config, b, STEPS_PER_CALL, dtype) if side_buffer else cache
+    kv = cache
+    if side_buffer:
+        kv = kv_cache.empty_side_buffer(config, b, STEPS_PER_CALL, precision.activations)
 
     def unfinished(carry):
         i, rest, _, _ = carry
@@ -168,13 +173,14 @@ def advance(params, state, stop_at_active, steps, *, config, dtype, side_buffer)
                 rest["last"],
                 start_b,
                 i,
-                dtype,
+                precision,
                 interpret=side_buffer == "interpret",
             )
         else:
             positions_b = rest["prompt_lengths"] + rest["steps"] - 1
-            hidden_bd, kv = kv_cache.decode(params, config, kv, rest["last"], positions_b, dtype)
-        logits_bv = decoder.logits(params, config, hidden_bd)
+            tokens_b = rest["last"]
+            hidden_bd, kv = kv_cache.decode(params, config, kv, tokens_b, positions_b, precision)
+        logits_bv = decoder.logits(params, config, hidden_bd, precision.operands)
         uniform_b = drawing.uniforms(rest["keys"], rest["steps"])
         tokens_b, logprobs_b = drawing.draw(logits_bv, uniform_b, settings)
         drawn = {

@@ -39,10 +39,10 @@ from stages.files.run import STOPPED_TOGETHER, run_main, stop_signal
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
-    import jax.numpy as jnp
 
     from model import batches, checkpoint, checkpoint_writing, decoder, gates, logprobs, losses
     from model import train as training
+    from model.precision import precision_of
     from sharding import mesh as meshes
     from sharding import table
     from stages.files import examples as reading
@@ -180,15 +180,17 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------------------ mesh, model, optimizer
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(len(meshes.list_devices()), config))
-    shapes, dtype = decoder.abstract(config, mesh), jnp.dtype(args.dtype)
+    shapes = decoder.abstract(config, mesh)
+    precision = precision_of(args.dtype, mesh.devices.flat[0].platform)
     batcher = batches.Batcher(
         args.seed, args.batch_size, args.micro_batch_size, args.rows, meshes.batch_shards(mesh)
     )
     total_steps = args.epochs * batcher.steps_per_epoch(train)
-    pair_loss = partial(losses.pair_loss, loss=loss, config=config, dtype=dtype, remat=args.remat)
+    model = {"config": config, "precision": precision}
+    pair_loss = partial(losses.pair_loss, loss=loss, **model, remat=args.remat)
     trainer = training.Trainer(pair_loss, optimization, total_steps, shapes)
     pair_logprobs = jax.jit(
-        partial(losses.pair_logprobs, config=config, pairs=args.micro_batch_size, dtype=dtype),
+        partial(losses.pair_logprobs, **model, pairs=args.micro_batch_size),
         out_shardings=meshes.replicated(mesh),
     )
     longest = batcher.pack(train, batcher.cut(train, range(len(train)))[0])

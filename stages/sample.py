@@ -35,9 +35,9 @@ from stages.files.together import open_output
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
-    import jax.numpy as jnp
 
-    from model import checkpoint, generate, kv_cache, slot_state
+    from model import checkpoint, decoder, generate, kv_cache, slot_state
+    from model.precision import precision_of
     from sharding import chips, table
     from sharding import mesh as meshes
 
@@ -209,19 +209,18 @@ def load_sampler(args: Args, config, tokenizer, sampling, mesh, longest: int, pr
     """The engine (generate.Sampler) with the checkpoint's weights, for so many prompts. longest:
     tokens of the longest one."""
     params = checkpoint.load(args.checkpoint, mesh)[1]
-    dtype = jnp.dtype(args.dtype)
-    if dtype != jnp.float32:
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    precision = precision_of(args.dtype, mesh.devices.flat[0].platform)
+    params = decoder.stored_in(params, precision)
     unit = generate.cache_unit(mesh.devices.flat[0].platform)
     length = generate.round_up(longest + args.max_new_tokens, unit)
-    slot_bytes = kv_cache.cache_bytes(config, length, dtype)
+    slot_bytes = kv_cache.cache_bytes(config, length, precision.activations)
     if config.num_key_value_heads % mesh.shape["tensor"]:  # the heads are not cut, but copied
         slot_bytes *= mesh.shape["tensor"]
     slots = min(processes.from_all(count_slots(args, mesh, slot_bytes, args.n * prompts)))
     bar.write(f"{slots} slots, a KV cache of at most {slots * slot_bytes / 1e9:.2f} GB")
     tell = table.table if args.shardings else table.summary
-    bar.write(tell(mesh, slot_state.arrays_held(config, mesh, slots, length, dtype)))
-    return generate.Sampler(config, params, tokenizer.decode, sampling, slots, longest, dtype)
+    bar.write(tell(mesh, slot_state.arrays_held(config, mesh, slots, length, precision)))
+    return generate.Sampler(config, params, tokenizer.decode, sampling, slots, longest, precision)
 
 
 def count_slots(args: Args, mesh, slot_bytes: int, answers: int) -> int:

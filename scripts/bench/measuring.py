@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from model import slot_state
-from model.precision import matmul_precision
+from model.precision import matmul_precision, precision_of
 from scripts.bench import shapes
 from scripts.bench.machine import timed
 from scripts.bench.shapes import Sizes
@@ -96,7 +96,8 @@ class DecodeCall:
 
     def __init__(self, config, params, sampling, slots: int, length: int, dtype):
         self.params, self.slots, self.length = params, slots, length
-        self.state, random = slot_state.empty(config, slots, length, dtype), shapes.Random()
+        precision = precision_of(dtype)
+        self.state, random = slot_state.empty(config, slots, length, precision), shapes.Random()
         for layer, kv in enumerate(self.state["cache"]):
             self.state["cache"][layer] = tuple(random.normal(x.shape, x.dtype) for x in kv)
         self.limit = sampling.max_new_tokens
@@ -110,7 +111,7 @@ class DecodeCall:
                 jnp.int32(0),
                 jnp.int32(slot_state.STEPS_PER_CALL),
                 config=config,
-                dtype=jnp.dtype(dtype),
+                precision=precision,
                 side_buffer="tpu" if jax.default_backend() == "tpu" else None,
             ).compile()
         )

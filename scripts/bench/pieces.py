@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import generate, kv_cache, packing, slot_state
+from model.precision import precision_of
 from model.prompt_rows import PREFILL_TOKENS
 from model.rankers import deberta, deberta_tpu
 from scripts.bench import kernel_profile, measuring, shapes
@@ -122,7 +123,7 @@ def prefill(given: Given) -> Iterator[Row]:
     """Rows of prompts, as the sampling engine packs them: several short prompts, one long one."""
     config, bf16 = given.sizes.model, given.rate("bfloat16")
     params = shapes.Random().weights(shapes.unstacked(config), jnp.bfloat16)
-    run = partial(slot_state.WHOLE[0], config=config, dtype=jnp.dtype(jnp.bfloat16))
+    run = partial(slot_state.WHOLE[0], config=config, precision=precision_of(jnp.bfloat16))
     for tokens in given.sizes.prefill:
         count = 4 if tokens <= PREFILL_TOKENS else 1
         length = tokens // count

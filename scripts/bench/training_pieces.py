@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from model import checkpoint_writing, decoder, losses, packing, train
+from model.precision import precision_of
 from scripts.bench import measuring, shapes
 from scripts.bench.machine import timed
 from scripts.bench.measuring import Given, Row, Skip
@@ -28,7 +29,7 @@ class Training:
     def __init__(self, config, pairs: int, dtype, mesh, load=None):
         """load: gives the parameters on a mesh; default: random ones."""
         self.config, self.pairs, self.mesh, self.whole = config, pairs, mesh, replicated(mesh)
-        model = {"config": config, "dtype": dtype}
+        model = {"config": config, "precision": precision_of(dtype)}
         self.logprobs = jax.jit(
             partial(losses.pair_logprobs, pairs=pairs, **model), out_shardings=self.whole
         )

@@ -28,6 +28,7 @@ from jax.sharding import AbstractMesh
 
 from model import decoder, kv_cache, logprobs, losses, packing, slot_state, train
 from model.config import DecoderConfig
+from model.precision import precision_of
 from model.rankers import deberta, deberta_tpu
 from scripts.bench import shapes
 from scripts.plan import slices
@@ -136,10 +137,10 @@ def _sampler(config, mesh, a) -> tuple[dict, list]:
 
 def decode(config, mesh, a) -> Program:
     """A step of all slots, in a call of as many as there can be."""
-    (params, cache), dtype = _sampler(config, mesh, a), jnp.dtype(a.dtype)
-    state = jax.eval_shape(lambda: slot_state.empty(config, a.slots, a.length, dtype))
+    (params, cache), precision = _sampler(config, mesh, a), precision_of(a.dtype, "accelerator")
+    state = jax.eval_shape(lambda: slot_state.empty(config, a.slots, a.length, precision))
     state = jax.tree.map(lambda x: _whole(mesh, x.shape, x.dtype), state) | {"cache": cache}
-    how = {"config": config, "dtype": dtype, "side_buffer": a.side_buffer}
+    how = {"config": config, "precision": precision, "side_buffer": a.side_buffer}
     advance = jax.jit(partial(slot_state.advance, **how), donate_argnums=1)
     args = (params, state, _whole(mesh, ()), _whole(mesh, ()))
     inside, steps = {"parameters": params, "cache": cache}, slot_state.STEPS_PER_CALL
@@ -153,8 +154,9 @@ def prefill(config, mesh, a) -> Program:
     # The program has no use for the vocabulary's matrix, so the compiler leaves it out.
     unused = {name: x for name, x in params.items() if name == "unembed"}
     used = {name: x for name, x in params.items() if name != "unembed"}
+    precision = precision_of(a.dtype, "accelerator")
     return Program(
-        jax.jit(lambda params, row: kv_cache.prefill(params, config, **row, dtype=a.dtype)),
+        jax.jit(lambda params, row: kv_cache.prefill(params, config, **row, precision=precision)),
         (params, {name: _whole(mesh, (1, a.tokens)) for name in names}),
         {"parameters": used},
         {"parameters": unused, "cache": cache},
@@ -171,7 +173,8 @@ def gradients(config, mesh, a) -> Program:
     batch = meshes.placed_batch(mesh, packed)
     sides = [name for name in losses.Pairs._fields if not name.startswith("pi_")]
     batch |= {name: _whole(mesh, (size,), np.float32) for name in (*sides, "weights")}
-    how = {"config": config, "dtype": jnp.dtype(a.dtype), "remat": a.remat}
+    precision = precision_of(a.dtype, "accelerator")
+    how = {"config": config, "precision": precision, "remat": a.remat}
     loss = partial(losses.pair_loss, loss=losses.Loss(), **how)
     trainer = train.Trainer(loss, _of(train.Optimization, a), 100, params)
     before = params if a.batch_size > size else None

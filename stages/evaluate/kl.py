@@ -26,9 +26,9 @@ from stages.files.together import Elsewhere, open_output
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
-    import jax.numpy as jnp
 
     from model import checkpoint, logprobs
+    from model.precision import precision_of
     from sharding import mesh as meshes
 
 
@@ -178,14 +178,14 @@ def compute(
     most = max(args.batch_size, widest)
     shards = meshes.batch_shards(mesh)
     batcher = Batcher(0, len(prompts), most // widest, rows="packed", shards=shards)
-    dtype = jnp.dtype(args.dtype)
+    precision = precision_of(args.dtype, mesh.devices.flat[0].platform)
     with jax.set_mesh(mesh), stop_signal() as check_stop:
         check_together = processes.loop_check(check_stop, STOPPED_TOGETHER)
         params = checkpoint.load(args.checkpoint, mesh)[1]
 
         @partial(jax.jit, out_shardings=meshes.replicated(mesh))
         def response_logprobs(params, batch):
-            return logprobs.response_logprobs(params, config, batch, most, dtype)
+            return logprobs.response_logprobs(params, config, batch, most, precision)
 
         batches = [
             indices

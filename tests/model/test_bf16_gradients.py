@@ -13,9 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from model import decoder, forward, losses
 from model.packing import Sequence, pack
+from model.precision import FLOAT32, precision_of
 from sharding.mesh import make_mesh
 from tests import tiny
 
+HALF = precision_of(jnp.bfloat16, "accelerator")
 CONFIG = tiny.config(tie_word_embeddings=False, initializer_range=0.05)
 FREQUENT = {5: 4000, 6: 1000, 7: 100}  # token → how often it occurs
 
@@ -25,7 +27,7 @@ def rounded_embed(params, tokens_bt, dtype):
     return params["embed"].astype(dtype)[tokens_bt]
 
 
-def rounded_matmul(equation, x, w):
+def rounded_matmul(equation, x, w, operands):
     """JAX's own gradient, which has the dtype of computation."""
     return jnp.einsum(equation, x, w.astype(x.dtype))
 
@@ -45,9 +47,9 @@ def frequent_batch() -> tuple[dict, int]:
     return packed, len(texts)
 
 
-def logprob_sum(params, packed, dtype, pairs):
+def logprob_sum(params, packed, precision, pairs):
     chosen_b, rejected_b = losses.pair_logprobs(
-        params, packed, config=CONFIG, pairs=pairs, dtype=dtype, remat="full"
+        params, packed, config=CONFIG, pairs=pairs, precision=precision, remat="full"
     )
     return jnp.sum(rejected_b - chosen_b)  # DPO's gradient at its start, up to a factor
 
@@ -56,7 +58,7 @@ def test_the_programs_of_a_bf16_training_scatter_the_embeddings_gradient_in_fp32
     packed, pairs = frequent_batch()
 
     def scattered() -> list[str]:
-        gradient = jax.jit(jax.grad(partial(logprob_sum, dtype=jnp.bfloat16, pairs=pairs)))
+        gradient = jax.jit(jax.grad(partial(logprob_sum, precision=HALF, pairs=pairs)))
         text = gradient.lower(decoder.abstract(CONFIG), packed).as_text()
         found = re.findall(r"stablehlo\.scatter\".*?\}\) : \(tensor<([^>]*)>", text, re.DOTALL)
         return [shape for shape in found if shape.startswith("320x32x")]
@@ -70,13 +72,13 @@ def test_a_frequent_tokens_gradient_is_nearer_to_fp32s_than_a_sum_in_bf16(monkey
     packed, pairs = frequent_batch()
     params = tiny.params(CONFIG)
 
-    def gradient(dtype):
-        gradient = jax.jit(jax.grad(partial(logprob_sum, dtype=dtype, pairs=pairs)))
+    def gradient(precision):
+        gradient = jax.jit(jax.grad(partial(logprob_sum, precision=precision, pairs=pairs)))
         return np.asarray(gradient(params, packed)["embed"])
 
-    exact, ours = gradient(jnp.float32), gradient(jnp.bfloat16)
+    exact, ours = gradient(FLOAT32), gradient(HALF)
     monkeypatch.setattr(forward, "embed", rounded_embed)
-    rounded = gradient(jnp.bfloat16)
+    rounded = gradient(HALF)
     for token in FREQUENT:
         error, rounded_error = (relative(x[token], exact[token]) for x in (ours, rounded))
         assert error < 0.015 and error < rounded_error / 2
@@ -95,7 +97,9 @@ def test_weight_gradients_of_several_devices_are_summed_in_fp32(devices):
     def error(matmul) -> float:
         @partial(jax.jit, in_shardings=(rows,) * 3, out_shardings=rows)
         def gradient(w_df, x_btd, grad_btf):
-            return jax.grad(lambda w: jnp.sum(matmul("btd,df->btf", x_btd, w) * grad_btf))(w_df)
+            return jax.grad(
+                lambda w: jnp.sum(matmul("btd,df->btf", x_btd, w, jnp.bfloat16) * grad_btf)
+            )(w_df)
 
         return relative(gradient(w_df, x_btd, grad_btf), exact)
 

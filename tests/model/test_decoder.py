@@ -13,6 +13,7 @@ import transformers
 from model import decoder, hf, kv_cache
 from model.config import from_hf
 from model.forward import forward
+from model.precision import precision_of
 from sharding.mesh import make_mesh
 from tests import tiny
 
@@ -80,7 +81,7 @@ class Pair:
         return np.asarray(full_logits(self.params, self.config, tokens_bt, valid_bt, **kwargs))
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "remat"))
+@partial(jax.jit, static_argnames=("config", "precision", "remat"))
 def full_logits(params, config, tokens_bt, valid_bt=None, **kwargs):
     batch = tiny.rows_of_one(tokens_bt, valid_bt)
     return decoder.logits(params, config, forward(params, config, batch, **kwargs))
@@ -222,10 +223,11 @@ def test_gradients_equal_those_of_torch():
         np.testing.assert_allclose(found, reference, atol=1e-4 * np.abs(reference).max())
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("name", ["grouped", "llama"])
-def test_bf16_is_near_fp32(name):
+def test_bf16_is_near_fp32(name, platform):
     pair, tokens_bt = make_pair(name), random_tokens(3, 20)
-    rounded = pair.ours(tokens_bt, dtype=jnp.bfloat16)
+    rounded = pair.ours(tokens_bt, precision=precision_of(jnp.bfloat16, platform))
     exact = pair.ours(tokens_bt)
     assert rounded.dtype == np.float32
     assert np.abs(rounded - exact).mean() < 0.05 * exact.std()

@@ -19,6 +19,7 @@ from model.forward import forward
 from model.generate import Sampler, Sampling
 from model.logprobs import response_logprobs
 from model.packing import Sequence, pack
+from model.precision import FLOAT32
 from sharding.mesh import make_mesh
 from tests import tiny
 
@@ -384,7 +385,7 @@ def test_answers_by_a_tpus_programs_are_those_of_a_cpus(window):
     made = []
     for side_buffer in (None, "interpret"):
         sampler = Sampler(config, tiny.params(config), as_text, sampling, 8, longest_prompt=70)
-        how = {"config": config, "dtype": jnp.float32, "side_buffer": side_buffer}
+        how = {"config": config, "precision": FLOAT32, "side_buffer": side_buffer}
         sampler._advance = partial(slot_state.advance, **how)
         made.append(dict(sampler.run(PROMPTS[:4])))
     for prompt_id, answers_of in made[0].items():

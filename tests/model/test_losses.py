@@ -16,6 +16,7 @@ import transformers
 from model import decoder, losses, train
 from model.logprobs import response_logprobs
 from model.packing import Sequence, pack
+from model.precision import FLOAT32
 from sharding.mesh import batch_shards, make_mesh
 from stages import dpo
 from tests import tiny
@@ -33,7 +34,7 @@ OPTIMIZATION = train.Optimization(
 def trainer_of(config, mesh, optimization, steps) -> train.Trainer:
     """A DPO trainer in fp32."""
     loss = losses.Loss("sigmoid", 0.1)
-    loss = partial(losses.pair_loss, loss=loss, config=config, dtype=jnp.float32)
+    loss = partial(losses.pair_loss, loss=loss, config=config, precision=FLOAT32)
     return train.Trainer(loss, optimization, steps, decoder.abstract(config, mesh))
 
 

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from model import decoder, generate, losses, train
 from model.packing import Sequence, pack
+from model.precision import FLOAT32
 from sharding.mesh import batch_shards, make_mesh, put_batch, replicated
 from tests import tiny
 
@@ -122,7 +123,7 @@ def check_training(check: Check) -> None:
     gradients = None
     for optimizer, moments in (("adamw", 2), ("rmsprop", 1)):
         optimization = train.Optimization(1e-3, "constant", 0.0, optimizer, 0.0, 1.0)
-        loss = partial(losses.pair_loss, loss=losses.Loss(), config=CONFIG, dtype=np.float32)
+        loss = partial(losses.pair_loss, loss=losses.Loss(), config=CONFIG, precision=FLOAT32)
         trainer = train.Trainer(loss, optimization, 2, shapes)
         params = jax.device_put(tiny.params(CONFIG), shardings)
         check.parameters("parameters", params)

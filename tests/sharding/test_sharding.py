@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh
 from model import decoder, slot_state, train
 from model.config import DecoderConfig
 from model.packing import Sequence, pack
+from model.precision import precision_of
 from scripts.bench.shapes import MISTRAL_7B
 from sharding import table
 from sharding.errors import UserError
@@ -63,7 +64,9 @@ def test_the_table_of_a_mistral_7b_training_on_four_chips():
 def test_the_table_of_a_sampling_counts_the_cache_and_its_copies():
     config = tiny.config(num_attention_heads=6, num_key_value_heads=3)
     mesh = AbstractMesh((1, 2, 2), MESH_AXES)  # 3 key heads over 2 devices stay whole
-    sections = slot_state.arrays_held(config, mesh, slots=4, length=64, dtype="bfloat16")
+    sections = slot_state.arrays_held(
+        config, mesh, slots=4, length=64, precision=precision_of("bfloat16", "tpu")
+    )
     (keys, values) = table.rows(sections["cache"])
     for row in (keys, values):
         assert (row.count, row.copies, row.dtype) == (2, 2, "bfloat16")
