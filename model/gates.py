@@ -6,8 +6,9 @@ import numpy as np
 
 from sharding.errors import UserError
 
-# Mean over the pairs of |sampler − trainer|, in log-prob per token. Above the first, one of the two
-# may have computed in bfloat16; above the second, model, template or text are not the same.
+# Mean over the pairs of |sampler − trainer|, in log-prob per token. Above the first, rounding to
+# float32 does not explain it, rounding to bfloat16 does; above the second, model, template or text
+# are not the same.
 WARN_DISAGREEMENT, STOP_DISAGREEMENT = 1e-2, 2e-1
 
 
@@ -39,11 +40,14 @@ def check_ln_2(loss: float, dtype: str, beta: float, pairs: int) -> None:
         )
 
 
-def check_sampler(path: str, examples: list, reference_p2: np.ndarray) -> dict[str, float]:
+def check_sampler(
+    path: str, examples: list, reference_p2: np.ndarray, dtype: str, sampled_in: set[str]
+) -> dict[str, float]:
     """The sampler's log-probs must be the trainer's where both have the same model: UserError where
     they differ by far. Returns the largest difference per token.
 
-    examples: pairs of stages/files/examples.py. reference_p2: the trainer's log-probs of them.
+    examples: pairs of stages/files/examples.py. reference_p2: the trainer's log-probs of them,
+    computed in `dtype`. sampled_in: the sampler's dtypes; empty: not known.
     """
     recorded = [i for i, pair in enumerate(examples) if pair.sampled is not None]
     if not recorded:
@@ -62,6 +66,7 @@ def check_sampler(path: str, examples: list, reference_p2: np.ndarray) -> dict[s
             f"{path}: {message}: the *_logprob or *_token_ids fields are not what this model "
             "sampled; sample again, or remove them"
         )
-    if mean > WARN_DISAGREEMENT:
-        print(f"warning: {message} (was one of them computed in bfloat16?)")
+    if mean > WARN_DISAGREEMENT and "bfloat16" not in {dtype, *sampled_in}:
+        why = "although both computed in float32" if sampled_in else "(sampled in bfloat16?)"
+        print(f"warning: {message} {why}")
     return {"sampler_disagreement": float(per_token.max())}

@@ -6,12 +6,10 @@ dtype of computation for sampling and ranking.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-DtypeFlag = Literal["auto", "float32", "bfloat16"]
 
 
 class Precision(NamedTuple):

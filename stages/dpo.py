@@ -31,6 +31,7 @@ from etils import epy
 
 from sharding import processes
 from sharding.errors import UserError, check_least
+from stages.files.dtypes import Dtype, dtypes_of, settle_dtype
 from stages.files.output import Manifest, an_input, counts_line, read_lineage
 from stages.files.paths import check_distinct, normalised
 from stages.files.provenance import provenance
@@ -98,8 +99,10 @@ class Args(processes.Flags):
     """Tokens of a prompt. A longer one loses tokens behind the template's head."""
     seed: int = 0
     """Seed of the order of the pairs."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype of computation; bfloat16 on accelerators. Parameters are always float32."""
+    dtype: Dtype = "auto"
+    """The dtype of computation. auto: bfloat16 on accelerators, and on CPUs that multiply in it
+    (amx_bf16 or avx512_bf16), else float32; a run that goes on keeps the dtype it began with.
+    Parameters are always float32."""
     remat: Literal["none", "full"] = "none"
     """What the backward pass computes again instead of keeping it: elementwise results only, or all
     but each layer's input (a fifth of the memory, a quarter slower). May change when a run goes
@@ -169,6 +172,8 @@ def main(args: Args) -> None:
     for role, file in files.items():
         prefix = "test " if role == "test_pairs" else ""
         manifest.counts |= {f"{prefix}{name}": count for name, count in file.counts.items()}
+    dtype = settle_dtype(manifest, working.read_begun(args.out, manifest))
+    args = dataclasses.replace(args, dtype=dtype)
     if not processes.agree(json.dumps(manifest.key())):
         raise UserError("the processes were given different pairs or checkpoints")
     if working.is_finished(args.out, manifest):
@@ -220,7 +225,10 @@ def main(args: Args) -> None:
         if loss.needs_reference:
             reference_p2 |= reference_logprobs(args, manifest, work, examples, compute)
             if all(on_policy):
-                manifest.results |= gates.check_sampler(args.pairs, train, reference_p2["pairs"])
+                computed_in = args.dtype, dtypes_of(made_of, "sample")
+                manifest.results |= gates.check_sampler(
+                    args.pairs, train, reference_p2["pairs"], *computed_in
+                )
         if not starts_at_reference:
             params = None  # frees them
 

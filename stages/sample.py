@@ -18,7 +18,6 @@ import re
 import sys
 import time
 from collections import Counter
-from typing import Literal
 
 import numpy as np
 from etils import epy
@@ -26,7 +25,8 @@ from tqdm import tqdm
 
 from sharding import processes
 from sharding.errors import UserError, at, check_least
-from stages.files.output import Manifest, an_input, read_lineage
+from stages.files.dtypes import Dtype, settle_dtype
+from stages.files.output import Manifest, an_input, read_begun, read_lineage
 from stages.files.paths import check_distinct
 from stages.files.rows import Prompt, read
 from stages.files.run import STOPPED_TOGETHER, run_main, stop_signal
@@ -74,8 +74,9 @@ class Args(processes.Flags):
     cache_memory: str | None = None
     """Memory for the keys and values of all slots at their longest, over all devices, e.g. 8GiB.
     Default: a quarter of a machine's free memory, four fifths of what accelerators have free."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype of computation; bfloat16 on accelerators."""
+    dtype: Dtype = "auto"
+    """The dtype of computation. auto: bfloat16 on accelerators, and on CPUs that multiply in it
+    (amx_bf16 or avx512_bf16), else float32; a run that goes on keeps the dtype it began with."""
     mesh: tuple[int, int, int] | None = None
     """Devices along data, fsdp, tensor; -1: the rest. Default: along tensor as far as the key heads
     and the MLP divide, the rest along data; along fsdp, every token would collect the weights."""
@@ -135,6 +136,7 @@ def main(args: Args) -> None:
             "chat_template": tokenizer.template_identity,
         },
     )
+    args = dataclasses.replace(args, dtype=settle_dtype(manifest, read_begun(args.out)))
     mine = prompts.ids[first::slices]
     output, left = open_output(args.out, manifest, args.overwrite, mine)
     results = {}

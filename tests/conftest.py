@@ -39,6 +39,15 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="heavy: run with --heavy"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_by_default():
+    """`--dtype auto` is float32 in this process, whatever the CPU has: numbers are compared. Tests
+    that start processes give them `--dtype float32`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.precision.cpu_multiplies_bf16", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     if not DATA.is_dir():

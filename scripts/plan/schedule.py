@@ -46,10 +46,10 @@ class Plan:
 
     def __post_init__(self):
         recipe = self.recipe
-        self.sampling = with_flags(sample.Args("C", "P", "S"), recipe.sample)
-        self.heldout_sampling = with_flags(sample.Args("C", "P", "S"), recipe.evaluate["sample"])
-        self.training = with_flags(dpo.Args("C", "D", "C2"), recipe.dpo)
-        self.kl = with_flags(Kl("C", "S", "O"), recipe.evaluate["kl"])
+        self.sampling = self._args(sample.Args("C", "P", "S"), recipe.sample)
+        self.heldout_sampling = self._args(sample.Args("C", "P", "S"), recipe.evaluate["sample"])
+        self.training = self._args(dpo.Args("C", "D", "C2"), recipe.dpo)
+        self.kl = self._args(Kl("C", "S", "O"), recipe.evaluate["kl"])
         test = with_flags(pairs.Args("K", "D"), recipe.pairs)
         self.test_pairs = test.test_count or round(test.test_fraction * self.prompts)
         self.micro_batches = math.ceil(self.training.batch_size / self.training.micro_batch_size)
@@ -66,6 +66,13 @@ class Plan:
         slots = min(self.sampling.slots or 256, self.prompts * self.sampling.n)
         self.slots = -(-slots // cut) * cut
         self.parameters = sum(x.size for x in jax.tree.leaves(decoder.abstract(self.config)))
+
+    def _args(self, args, table: dict):
+        """A stage's Args with the flags of a recipe's table, and the dtype that "auto" is there: on
+        a CPU float32, in which its efficiencies were measured."""
+        args = with_flags(args, table)
+        auto = "float32" if self.on.chip.name == "cpu" else "bfloat16"
+        return dataclasses.replace(args, dtype=auto if args.dtype == "auto" else args.dtype)
 
     def _filled(self, stage: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
         rest = self.on.size // math.prod(side for side in sizes if side != -1)

@@ -45,6 +45,8 @@ def main(args: Args) -> None:
     # ---- the terminal
     answered = [model for model in run.models if model.rows]
     if answered:
+        if dtypes := tables.computed_in(run.nodes):
+            print(f"{run.name}, {dtypes}:")
         print(tables.in_lines(tables.iterations(answered)))
     if args.terms:
         for line in tables.change_of_terms(answered):
@@ -69,6 +71,7 @@ def main(args: Args) -> None:
     page = environment.get_template("page.html").render(
         run=run,
         tables=tables.page(run),
+        computed_in=tables.computed_in(run.nodes),
         verdict=tables.verdict(run.models),
         plots={"held_out": held_out(run), "trained": trained(run), "curves": curves(run)},
         prompts=len(prompts),

@@ -64,6 +64,19 @@ def in_lines(rows: list[Cells]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*padded))
 
 
+def computed_in(nodes: list[Node]) -> str:
+    """In which dtypes the run sampled and trained; empty where that is not known."""
+    made = [node.manifest for node in nodes if node.manifest]
+    dtypes = {}
+    for stage in ("sample", "dpo"):
+        tables = (manifest.arguments for manifest in made if manifest.stage == stage)
+        if names := sorted({table["dtype"] for table in tables if "dtype" in table}):
+            dtypes[stage] = " and ".join(names)
+    if len({*dtypes.values()}) == 1:
+        return f"computed in {next(iter(dtypes.values()))}"
+    return ", ".join(f"{stage} in {names}" for stage, names in dtypes.items())
+
+
 def verdict(models: list[Model]) -> list[str]:
     """Lines that say whether the newest model is worse than the one before, and which is best."""
     judged = [model for model in models if "start" in model.against]

@@ -7,7 +7,6 @@ import dataclasses
 from collections import Counter
 from functools import partial
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 from etils import epy
@@ -18,7 +17,8 @@ from model.packing import Sequence
 from sharding import processes
 from sharding.errors import UserError, check_least
 from stages.evaluate.winrates import standard_error
-from stages.files.output import Manifest, Output, an_input, read_lineage
+from stages.files.dtypes import Dtype, settle_dtype
+from stages.files.output import Manifest, Output, an_input, read_begun, read_lineage
 from stages.files.paths import check_distinct
 from stages.files.rows import Sample, check_token_ids, field, read
 from stages.files.run import STOPPED_TOGETHER, stop_signal
@@ -52,8 +52,9 @@ class Kl(processes.Flags):
     """Only this many prompts from the start of the file, for a cheap estimate. Default: all."""
     batch_size: int = 32
     """Answers in memory at a time, or those of one prompt if they are more."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype of computation; bfloat16 on accelerators."""
+    dtype: Dtype = "auto"
+    """The dtype of computation. auto: bfloat16 on accelerators, and on CPUs that multiply in it
+    (amx_bf16 or avx512_bf16), else float32; a run that goes on keeps the dtype it began with."""
     mesh: tuple[int, int, int] | None = None
     """Devices along data, fsdp, tensor; -1: the rest. Default: as in stages.dpo."""
     overwrite: bool = False
@@ -106,6 +107,7 @@ def main(args: Kl) -> None:
             "model": checkpoint.identity(args.checkpoint),
         },
     )
+    args = dataclasses.replace(args, dtype=settle_dtype(manifest, read_begun(args.out)))
     ids = [prompt.prompt_id for prompt in prompts]
     output, left = open_output(args.out, manifest, args.overwrite, ids)
 

@@ -21,6 +21,7 @@ from sharding.errors import UserError, check_least
 from stages import rank, sample
 from stages.evaluate.judge import official_command
 from stages.files.benchmarks import conversation_key, local_file, read_instructions
+from stages.files.dtypes import Dtype
 from stages.files.output import Manifest, Output, an_input, read_manifest
 from stages.files.paths import check_distinct
 from stages.files.rows import Prompt, Ranked, RowFile, Sample, read
@@ -69,8 +70,10 @@ class Outputs(processes.Flags):
     """An answer ends after this many tokens."""
     seed: int = 0
     """The seed of sampling."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype of computation in sampling; bfloat16 on accelerators."""
+    dtype: Dtype = "auto"
+    """The dtype of computation in sampling. auto: bfloat16 on accelerators, and on CPUs that
+    multiply in it (amx_bf16 or avx512_bf16), else float32; a run that goes on keeps the dtype it
+    began with."""
     mesh: tuple[int, int, int] | None = None
     """Devices along data, fsdp, tensor; -1: the rest. Default: as in stages.sample."""
     slots: int | None = None

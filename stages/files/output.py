@@ -11,6 +11,7 @@
 Runs without JAX.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -97,6 +98,15 @@ def parse_manifest(file: epath.Path, mend: str) -> Manifest:
         return manifest
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: not a manifest ({error}): {mend}") from None
+
+
+def read_begun(path: str) -> Iterator[Manifest]:
+    """The manifests of the output `path`, of the finished one and of the one in the making, as far
+    as they can be read. Nothing is refused here: `Output.open` does that."""
+    for file in (path, f"{local_path(path)}.partial"):
+        with contextlib.suppress(UserError):
+            if (manifest := read_manifest(file)) and epath.Path(file).exists():
+                yield manifest
 
 
 def read_lineage(path: str, sha256: str | None = None) -> Manifest | None:

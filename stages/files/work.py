@@ -8,6 +8,7 @@ Where OUT is in an object store, the log grows in a local folder and is copied a
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -50,10 +51,25 @@ def is_finished(out: str, manifest: Manifest) -> bool:
     return True
 
 
+def read_begun(out: str, manifest: Manifest) -> Iterator[Manifest]:
+    """The manifests of the training of `out`, of the finished one and of the one in the making, as
+    far as they can be read. Nothing is refused here: `is_finished` and `open_work` do that."""
+    unfinished = epath.Path(f"{out}.work") / "manifest.json"
+    with contextlib.suppress(UserError, TypeError, KeyError, AttributeError):
+        if checkpoint_writing.is_taken(out):
+            yield _without_unknown(Manifest(**checkpoint.read_manifest(out)["origin"]), manifest)
+        elif unfinished.exists():
+            yield _without_unknown(parse_manifest(unfinished, ""), manifest)
+
+
+def _without_unknown(made: Manifest, manifest: Manifest) -> Manifest:
+    """`made` without what earlier versions counted as an argument and changes nothing."""
+    known = {k: v for k, v in made.arguments.items() if k in manifest.arguments}
+    return dataclasses.replace(made, arguments=known)
+
+
 def _refuse_other_run(manifest: Manifest, made: Manifest, path: str, mend: str) -> None:
-    """`refuse_other`, but for what earlier versions counted as an argument and changes nothing."""
-    made.arguments = {k: v for k, v in made.arguments.items() if k in manifest.arguments}
-    refuse_other(manifest, made, path, mend)
+    refuse_other(manifest, _without_unknown(made, manifest), path, mend)
 
 
 @contextlib.contextmanager

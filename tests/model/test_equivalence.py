@@ -50,6 +50,7 @@ def argv(folder, out, *more) -> list[str]:
         "--remat": "none",
         "--learning-rate": "1e-4",
         "--mesh": "1 1 -1",
+        "--dtype": "float32",
     }
     base |= {"--checkpoint": f"{folder}/model", "--pairs": f"{folder}/pairs.jsonl", "--out": out}
     flags = base | dict(zip(more[::2], more[1::2]))

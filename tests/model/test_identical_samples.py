@@ -33,6 +33,8 @@ def start(folder: Path, out: str, *more: str, prompts: str = "prompts.jsonl", de
         "2",
         "--max-new-tokens",
         "40",
+        "--dtype",
+        "float32",
         *more,
     ]
     return subprocess.Popen([sys.executable, "-m", "stages.sample", *argv], env=environment)

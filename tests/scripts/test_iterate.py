@@ -23,9 +23,16 @@ ranker = "{place}/reward.py:reward"
 iterations = 1
 prompts = "{place}/prompts.jsonl"
 heldout = "{place}/prompts.jsonl"
-sample = {{ n = 3, max_new_tokens = 8, temperature = 1, slots = 8 }}
+sample = {{ n = 3, max_new_tokens = 8, temperature = 1, slots = 8, dtype = "float32" }}
 pairs = {{ test_count = 1 }}
-dpo = {{ learning_rate = 1e-3, batch_size = 2, micro_batch_size = 2, warmup_ratio = 0 }}
+[dpo]
+learning_rate = 1e-3
+batch_size = 2
+micro_batch_size = 2
+warmup_ratio = 0
+dtype = "float32"
+[evaluate.kl]
+dtype = "float32"
 [from_environment]
 ITERATIONS = "iterations"
 RANKER = "ranker"

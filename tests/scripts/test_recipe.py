@@ -172,7 +172,7 @@ def test_adamw_on_one_gpu_is_refused_with_the_reason():
         ("n = 4", "n = '4'", 'sample.n is "4": it must be a whole number'),
         ("n = 4", "n = true", "sample.n is true: it must be a whole number"),
         ("n = 4", "mesh = [1, 2]", "sample.mesh is [1, 2]: it must be a list of 3 times a whole"),
-        ("n = 4", "dtype = 'bf16'", "it must be one of float32, bfloat16"),
+        ("n = 4", "dtype = 'bf16'", "it must be one of auto, float32, bfloat16"),
         ('["User:"]', '"User:"', "sample.stop_strings is"),
         ("beta = 0.2", "beta = 'high'", "it must be a number"),
         ("[sample]\nn = 4", "[sample.n]\nn = 4", "sample.n is"),

@@ -16,12 +16,12 @@ python() { "$PYTHON" "$@"; }
 mkdir -p "$it"
 [ -d "$run/start" ] || python -m scripts.convert from-hf "$INPUTS/model" "$run/start"
 python -m stages.sample --checkpoint "$run/start" --prompts "$INPUTS/prompts.jsonl" \\
-  --out "$it/samples.jsonl" --n 2 --max-new-tokens 8 --temperature 1
+  --out "$it/samples.jsonl" --n 2 --max-new-tokens 8 --temperature 1 --dtype float32
 python -m stages.rank --ranker "$INPUTS/reward.py:reward" --samples "$it/samples.jsonl" \\
   --out "$it/ranked.jsonl"
 python -m stages.pairs --ranked "$it/ranked.jsonl" --out "$it/pairs.jsonl"
 python -m stages.dpo --checkpoint "$run/start" --pairs "$it/pairs.jsonl" --out "$it/checkpoint" \\
-  --learning-rate 1e-3 --batch-size 8 --micro-batch-size 8 --save-every 1
+  --learning-rate 1e-3 --batch-size 8 --micro-batch-size 8 --save-every 1 --dtype float32
 [ -d "$run/final-hf" ] || python -m scripts.convert to-hf "$it/checkpoint" "$run/final-hf"
 """
 

@@ -429,7 +429,7 @@ def test_a_full_disk_ends_a_training_with_one_line_and_it_goes_on(base, tmp_path
         "    return save(*args, **more)\n"
         f"writing.{save} = full; sys.exit(run_main(dpo.main, dpo.Args, sys.argv[1:]))"
     )
-    argv = dpo_argv(base, out, "--save-every", "3")
+    argv = dpo_argv(base, out, "--save-every", "3", "--dtype", "float32")
     done = subprocess.run([sys.executable, "-c", limited, *argv], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-2000:]
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error:")]

@@ -66,7 +66,7 @@ def python(argv: str, folder, without: tuple[str, ...] = (), **environ):
 
 
 def test_a_hostile_environment_changes_no_answer(base, tmp_path):
-    flags = "--n 3 --max-new-tokens 12 --temperature 1 --slots 4 --out"
+    flags = "--n 3 --max-new-tokens 12 --temperature 1 --slots 4 --dtype float32 --out"
     argv = f"-m stages.sample --checkpoint {base}/model --prompts {base}/prompts.jsonl {flags}"
     done = python(f"{argv} samples.jsonl", tmp_path, ("TERM",), **HOSTILE)
     assert done.returncode == 0, done.stderr

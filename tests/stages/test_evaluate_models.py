@@ -74,6 +74,8 @@ def argv(folder, out, *more):
         "1",
         "1",
         "4",
+        "--dtype",
+        "float32",
         *more,
     ]
 

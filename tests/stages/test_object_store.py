@@ -203,6 +203,8 @@ def test_a_training_in_a_bucket_stops_on_one_machine_and_ends_on_another(on, tmp
             "1e-3",
             "--save-every",
             "3",
+            "--dtype",
+            "float32",
         ]
         return on(machine, *more, *argv, code=code)
 

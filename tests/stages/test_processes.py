@@ -64,6 +64,8 @@ def sample_argv(folder, out, *more) -> list[str]:
         f"{folder}/prompts.jsonl",
         "--out",
         f"{folder}/{out}",
+        "--dtype",
+        "float32",
         *DRAWS,
         *more,
     ]
@@ -91,6 +93,8 @@ def dpo_argv(folder, out, *more) -> list[str]:
         "128",
         "--max-prompt-length",
         "96",
+        "--dtype",
+        "float32",
         *more,
     ]
 
@@ -353,6 +357,7 @@ def test_processes_on_one_mesh_judge_what_one_judges(ranked, processes):
 @pytest.mark.parametrize("processes", [pytest.param(n, marks=heavy) for n in (2, 4)])
 def test_the_divergence_is_computed_by_all(folder, processes):
     given = ["--checkpoint", f"{folder}/other", "--samples", f"{folder}/alone.jsonl"]
+    given += ["--dtype", "float32"]
     alone, one = evaluated(folder, "kl", "kl.1.json", *given)
     found, several = evaluated(folder, "kl", f"kl.{processes}.json", *given, processes=processes)
     assert found["n"] == alone["n"] > 50 and several.counts == one.counts
@@ -383,6 +388,8 @@ def test_the_answers_to_a_benchmark_are_sampled_by_all(folder):
             "1",
             "--slots",
             "4",
+            "--dtype",
+            "float32",
         ]
 
     tiny.write_jsonl(folder / "benchmark.jsonl", tiny.read_jsonl(folder / "prompts.jsonl")[:10])
