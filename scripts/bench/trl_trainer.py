@@ -88,4 +88,7 @@ class StepByStep(transformers.TrainerCallback):
         self.begun = time.perf_counter()
 
     def on_step_end(self, *_, **__):
-        self.took.put(time.perf_counter() - self.begun)
+        self.seconds = time.perf_counter() - self.begun
+
+    def on_log(self, *_, **__):  # the step's metrics are known then
+        self.took.put(self.seconds)

@@ -1,5 +1,6 @@
 """scripts/bench: both sides of each comparison, with small models."""
 
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,6 @@ GROUPS = [
     [("Why?", ["So.", "No."])],
     [("What is rain?", ["Water.", "I do not know.", "It falls."])],
 ]
-PAIRS = [{"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [9, 8, 7]}] * 4
 
 
 def asked(worker, *args, questions, dtype="float32"):
@@ -51,19 +51,6 @@ def test_pairrm_ranks_and_counts_what_it_did(tmp_path):
     assert 0 < np.abs(half - scores).max() < 0.1 * np.ptp(scores)
 
 
-@pytest.mark.heavy
-def test_llm_blender_ranks_in_float32_and_under_autocast(tmp_path):
-    folder = str(tiny_pairrm.write_pairrm(tmp_path / "pairrm"))
-    scores = {}
-    for kind, dtype in ((rank.Ours, "float32"), *((rank.Theirs, d) for d in machine.BOTH)):
-        ((seconds, count, _, scores[kind, dtype]),) = asked(
-            kind, folder, GROUPS, questions=[("work", 1)], dtype=dtype
-        )
-        assert seconds > 0 and count == 6
-    ours, exact, half = scores.values()
-    assert np.abs(ours - exact).max() < 1e-4 and 1e-4 < np.abs(half - exact).max() < 0.5
-
-
 @pytest.mark.parametrize("dtype", machine.BOTH)
 def test_sampling_counts_its_tokens_and_accounts_for_a_step(folders, dtype):
     args = sample.Sample(n=2, max_new_tokens=8, slots=4)
@@ -86,45 +73,53 @@ def tiny_weights(folder: str) -> list:
     return jax.tree.leaves(checkpoint.load(folder)[1]["layers"])
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("dtype", machine.BOTH)
-def test_transformers_chooses_how_to_generate_and_counts_its_tokens(folders, dtype):
-    args = sample.Sample(n=2, max_new_tokens=8, batches=(6, 2), first_tokens=2)
-    texts = [row["prompt"] for row in tiny.PROMPTS[:3]]
-    questions = [("warm",), ("work", 1), ("way_and_memory",), ("gemm",)]
-    _, (seconds, tokens, _), (way, _), gemm = asked(
-        sample.Theirs, folders[1], args, texts, questions=questions, dtype=dtype
-    )
-    assert seconds > 0 and 6 <= tokens <= 3 * 2 * 8 and gemm > 1e9
-    assert all(name in way for name in ("eager 6", "eager 2", "sdpa 6", "sdpa 2"))
+def check_compared(said: str, *others: str) -> None:
+    """Each side at each precision has its line, and ours stands beside every other."""
+    line = r"^(.+), (float32|bfloat16) +([\d.e+-]+) \w+/s, .*peak [\d.]+ GiB"
+    rates = {(name, d): float(rate) for name, d, rate in re.findall(line, said, re.M)}
+    assert rates.keys() == {(name, d) for name in ("ours", *others) for d in machine.BOTH}
+    row = r"^(.+), (float32|bfloat16)( \(its best\))? +([\d.]+) +([\d.]+)$"
+    rows = re.findall(row, said, re.M)
+    assert {row[:2] for row in rows} == rates.keys() - {("ours", d) for d in machine.BOTH}
+    assert sum(bool(row[2]) for row in rows) == len(others)
+    assert all(f"{lib} {d} " in said for lib in ("JAX", "PyTorch") for d in machine.BOTH)
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("dtype", machine.BOTH)
-def test_training_steps_are_timed_on_both_sides(folders, dtype):
-    args = dpo.Dpo(pairs=2, steps=2)
-    (ours, padding), (seconds, pairs, flops), gemm = asked(
-        dpo.Ours,
-        folders[0],
-        PAIRS,
-        args,
-        questions=[("warm",), ("work", 2), ("gemm",)],
-        dtype=dtype,
-    )
-    assert all(logp < 0 for logp in ours) and 0 <= padding < 1 and gemm > 1e9
-    assert seconds > 0 and pairs == 2 and flops > 0
-    for precompute in (False, True):
-        steps, logps = asked(
-            dpo.Theirs,
-            folders[1],
-            PAIRS,
-            args,
-            precompute,
-            questions=[("work", 0), ("logps",)],
-            dtype=dtype,
-        )
-        assert steps[0] > 0
-        assert logps == pytest.approx(ours, abs=1e-4 if dtype == "float32" else 0.3)
+def test_sampling_is_compared(folders, tmp_path, capsys):
+    prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", tiny.PROMPTS)
+    how = {"count": 3, "n": 2, "max_new_tokens": 8, "slots": 4}
+    how |= {"batches": (6, 2), "first_tokens": 2}
+    sample.bench(sample.Sample(checkpoint=folders[0], prompts=prompts, **how))
+    said = capsys.readouterr().out
+    check_compared(said, "transformers")
+    assert all(f"{kind} {batch} " in said for kind in ("eager", "sdpa") for batch in (6, 2))
+    assert "attention over the cache" in said
+
+
+@pytest.mark.heavy
+def test_ranking_is_compared(tmp_path, capsys):
+    folder = str(tiny_pairrm.write_pairrm(tmp_path / "pairrm"))
+    answers = [{"text": text} for text in ("Water.", "I do not know.", "It falls.")]
+    rows = [{"prompt": text, "responses": answers} for text in ("What is rain?", "And snow?")]
+    samples = tiny.write_jsonl(tmp_path / "samples.jsonl", rows)
+    rank.bench(rank.Rank(ranker=folder, samples=samples, prompts=2))
+    said = capsys.readouterr().out
+    check_compared(said, "llm-blender")
+    apart = {name: float(x) for name, x in re.findall(r"^(.+?)  .* within (.+?) of", said, re.M)}
+    assert apart["ours, float32"] < 1e-4 < apart["ours, bfloat16"] < 0.5
+    assert apart["llm-blender, float32"] == 0 and 1e-4 < apart["llm-blender, bfloat16"] < 0.5
+
+
+@pytest.mark.heavy
+def test_training_is_compared(folders, data, capsys):
+    dpo.bench(dpo.Dpo(checkpoint=folders[0], steps=2, pairs=2, max_length=64))
+    said = capsys.readouterr().out
+    check_compared(said, "TRL", "TRL, precomputed")
+    apart = re.findall(r"^(TRL.*), (float32|bfloat16) .* from ours by (\S+?),", said, re.M)
+    assert len(apart) == 4
+    assert all(float(x) < (1e-3 if dtype == "float32" else 1) for _, dtype, x in apart)
+    assert said.count("% of its GEMM rate") == 2
 
 
 @pytest.mark.heavy
