@@ -84,7 +84,7 @@ def draw(args: Bf16, folder: str, dtype: machine.Dtype, count: int, **how) -> Dr
     order = sorted(prompts, key=int)
     if how["slots"] != args.slots[0]:
         random.Random(0).shuffle(order)
-    answers = dict(side.sampler.run([(i, prompts[i]) for i in order]))
+    answers = dict(side.answers([(i, prompts[i]) for i in order]))
     return [(ids, answers[i]) for i, ids in prompts.items()]
 
 

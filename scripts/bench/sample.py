@@ -1,8 +1,11 @@
 """The sampling engine: ours against transformers' generate, and where each millisecond goes."""
 
 import dataclasses
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 
@@ -11,6 +14,7 @@ from etils import epy
 
 from scripts.bench import machine
 from sharding.errors import UserError
+from stages import sample as stage
 from stages.files.rows import Prompt, read
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
@@ -19,6 +23,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
 
     from model import checkpoint, decoder, drawing, generate, kv_cache, packing, precision
     from scripts.bench import measuring
+    from sharding import mesh as meshes
 
 
 @dataclasses.dataclass
@@ -73,8 +78,8 @@ def bench(args: Sample) -> None:
             if side is not fastest:
                 side.close()
         _, (seconds, _, _, parts) = fastest.turns[-1]
-        told = [f"{name} {took:.1f} s ({calls} calls)" for name, (took, calls) in parts.items()]
-        rest = seconds - sum(took for took, _ in parts.values())
+        told = [f"{name} {took:.1f} s" for name, took in parts.items()]
+        rest = seconds - sum(parts.values())
         print(f"{fastest.title}: {', '.join(told)}, the host's own work {rest:.1f} s")
         _account(fastest.ask("account"))
         fastest.close()
@@ -117,55 +122,73 @@ def _account(step: dict) -> None:
 class Ours(machine.Worker):
     def __init__(self, dtype: machine.Dtype, folder: str, args: Sample, prompts: list[str]):
         super().__init__(dtype)
-        self.precision = precision.precision_of(dtype)
-        self.config, params = checkpoint.load(folder)
-        params = decoder.stored_in(params, self.precision)
-        tokenizer = checkpoint.open_folder(folder)[1]
+        self.precision, self.slots = precision.precision_of(dtype), args.slots
+        self.config, tokenizer = checkpoint.open_folder(folder)
         self.prompts = [
             (str(i), tokenizer.prompt_ids([{"role": "user", "content": text}]))
             for i, text in enumerate(prompts)
         ]
-        self.sampling = generate.Sampling(
-            args.n, args.temperature, args.top_p, max_new_tokens=args.max_new_tokens
+        how = {
+            name: getattr(args, name) for name in ("n", "temperature", "top_p", "max_new_tokens")
+        }
+        flags = stage.Args(
+            checkpoint=folder, prompts="", out="", slots=args.slots, dtype=dtype, **how
         )
-        self.slots, self.longest = args.slots, max(len(ids) for _, ids in self.prompts)
-        self.way, how = f"{self.slots} slots", (self.sampling, self.slots, self.longest)
-        self.parts: dict[str, tuple[float, int]] = {}  # name → seconds, calls
-        self.sampler = generate.Sampler(self.config, params, tokenizer.decode, *how, self.precision)
-        self.sampler.advance = self._watch("decode steps", self.sampler.advance)
-        self.sampler.admit = self._watch("prefill", self.sampler.admit)
+        self.sampling, self.mesh = generate.Sampling(**how), meshes.make_mesh()
+        self.longest, count = max(len(ids) for _, ids in self.prompts), len(self.prompts)
+        what = self.config, tokenizer, self.sampling, self.mesh, self.longest, count
+        with jax.set_mesh(self.mesh):
+            self.samplers = stage.load_samplers(flags, *what, bar=sys.stderr)
+        self.way = f"{self.slots} slots" + " in two parts" * (len(self.samplers) > 1)
+        self.calls: list[tuple[str, float]] = []  # (part of the work, seconds), of all samplers
+        for sampler in self.samplers:
+            sampler.advance = self._watch("decode steps", sampler, sampler.advance)
+            sampler.admit = self._watch("prefill", sampler, sampler.admit)
 
-    def _watch(self, name: str, function):
+    def _watch(self, name: str, sampler, function):
         def watched(*args):
             seconds, result = machine.timed(
-                lambda: (function(*args), jax.block_until_ready(self.sampler.state))[0]
+                lambda: (function(*args), jax.block_until_ready(sampler.state))[0]
             )
-            before, calls = self.parts.get(name, (0.0, 0))
-            self.parts[name] = before + seconds, calls + 1
+            self.calls.append((name, seconds))
             return result
 
         return watched
+
+    def answers(self, prompts: list[tuple[str, list[int]]]) -> Iterator[tuple[str, list]]:
+        with jax.set_mesh(self.mesh):
+            yield from generate.run_side_by_side(self.samplers, prompts)
 
     def warm(self) -> None:
         seconds, *_ = self.work(0)
         self.way += f", the first time {seconds:.0f} s, compiling included"
 
     def work(self, _: int) -> tuple[float, int, None, dict]:
-        """(seconds, tokens, None, {part: (seconds, calls)})."""
-        self.parts.clear()
+        """(seconds, tokens, None, {part: seconds, the mean of the samplers})."""
+        self.calls.clear()
         seconds, drawn = machine.timed(
-            lambda: [a for _, each in self.sampler.run(self.prompts) for a in each]
+            lambda: [answer for _, each in self.answers(self.prompts) for answer in each]
         )
         tokens = sum(len(a.token_ids) + (a.finish_reason == "stop") for a in drawn)
-        return seconds, tokens, None, dict(self.parts)
+        parts = dict.fromkeys((name for name, _ in self.calls), 0.0)
+        for name, took in self.calls:
+            parts[name] += took / len(self.samplers)
+        return seconds, tokens, None, parts
 
     def account(self) -> dict:
         """A decode step and its pieces, name → (seconds, operations of products, bytes read)."""
-        c, slots, params = self.config, self.slots, self.sampler.params
+        c, slots, params = self.config, self.slots, self.samplers[0].params
         operands, activations = self.precision
         length = packing.coarse_bucket(self.longest + self.sampling.max_new_tokens)
-        call = measuring.DecodeCall(c, params, self.sampling, slots, length, operands)
-        step = min(call() for _ in range(3))
+        count = len(self.samplers)
+        calls = [
+            measuring.DecodeCall(c, params, self.sampling, rows, length, operands)
+            for rows in ([] if count == 1 else [slots // count] * count) + [slots]
+        ]
+        call = calls.pop()
+        with ThreadPoolExecutor(count) as pool:  # side by side, as in a run
+            together = [[*pool.map(lambda c: c(), calls or [call])] for _ in range(3)]
+        step = min(map(max, together))
         tokens_b, uniform_b = call.state["last"], jnp.full(slots, 0.5)
         decode = jax.jit(
             partial(kv_cache.decode, config=c, precision=self.precision), donate_argnames="cache"
