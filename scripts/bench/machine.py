@@ -238,14 +238,14 @@ def compare(sides: list[Side]) -> Side:
     one, and the rates of matrix products. Returns ours at its best."""
     ours = {side.dtype: side for side in sides if side.name == "ours"}
     fastest = best([*ours.values()])
-    print(f"times as fast{'ours at its best,':>46s}{'ours at the':>17s}")
-    print(f"as{fastest.dtype:>57s}{'same precision':>17s}")
+    heads = f"ours in {fastest.dtype}, its best", "at the same precision"
+    print(f"{'times as fast as':42s}{heads[0]:>26s}{heads[1]:>24s}")
     for name in dict.fromkeys(side.name for side in sides if side.name != "ours"):
         theirs = [side for side in sides if side.name == name]
         for side in theirs:
             mark = " (its best)" if side is best(theirs) else ""
             times = [mine.rate(side) / side.rate(mine) for mine in (fastest, ours[side.dtype])]
-            print(f"{side.title + mark:42s}{times[0]:17.2f}{times[1]:17.2f}")
+            print(f"{side.title + mark:42s}{times[0]:26.2f}{times[1]:24.2f}")
     _print_rates({(side.library, side.dtype): float(np.mean(side.gemm)) for side in sides})
     return fastest
 
