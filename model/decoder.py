@@ -117,71 +117,73 @@ def _matmul_bwd(equation, operands, saved, ct):
     x, w = saved
     axes_x, axes_w, out = re.split(",|->", equation)
     grad_x = product(f"{out},{axes_w}->{axes_x}", ct, w, operands).astype(x.dtype)
-    if operands == x.dtype:
-        grad_w = _weight_gradient((axes_x, x), (out, ct), axes_w, operands)
-    else:
-        grad_w = _weight_gradient_of_rows((axes_x, x), (out, ct), axes_w, operands)
+    on_cpu_in_bf16 = operands != x.dtype
+    grad_w = _weight_gradient((axes_x, x), (out, ct), axes_w, operands, on_cpu_in_bf16)
     return grad_x, grad_w.astype(w.dtype)
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def _weight_gradient(x, ct, axes_w, operands):
-    """∂w of (axes, array) of the activations and of the cotangent. In fp32 the narrower one comes
-    first: XLA's CPU compiler transposes the first operand, fused with the elementwise work before
-    it, and for the wide ones that took a tenth of a training step. (In bf16 that compiler has no
-    such product whose result is transposed.)"""
+def _weight_gradient(x, ct, axes_w, operands, as_matrices: bool):
+    """∂w of (axes, array) of the activations and of the cotangent. In fp32 and as matrices the
+    narrower one comes first: XLA's CPU compiler transposes the first operand, fused with the
+    elementwise work before it, and for the wide ones that took a tenth of a training step. (In bf16
+    that compiler has no such product whose result is transposed.)"""
     sides = (x, ct)
-    if operands == jnp.float32:
+    if operands == jnp.float32 or as_matrices:
         sides = sorted(sides, key=lambda side: side[1].size)
     (axes_1, first), (axes_2, second) = sides
     axes = "".join(axis for axis in axes_1 + axes_2 if axis in axes_w)
-    grad_w = product(f"{axes_1},{axes_2}->{axes}", first, second, operands)
+    if as_matrices:
+        grad_w = _product_of_columns(axes_1, first, axes_2, second, operands)
+    else:
+        grad_w = product(f"{axes_1},{axes_2}->{axes}", first, second, operands)
     return jnp.einsum(f"{axes}->{axes_w}", grad_w)
 
 
-def _weight_gradient_of_rows(x, ct, axes_w, operands):
-    """∂w as one product of two matrices, which XLA's CPU compiler hands to the hardware's bf16
-    products only in this form: the first operand transposed before, and not within, the product."""
-    (axes_x, x), (axes_ct, ct) = x, ct
-    rows = "".join(axis for axis in axes_x if axis in axes_ct)
-    wide, narrow = (
-        jnp.einsum(f"{axes}->{rows}{''.join(a for a in axes if a not in rows)}", y)
-        for axes, y in ((axes_x, x.astype(operands)), (axes_ct, ct.astype(operands)))
+def _product_of_columns(axes_1, first, axes_2, second, operands):
+    """The product of two arrays over the axes that begin both, as one of two matrices, the first
+    transposed beforehand. XLA's CPU compiler has bf16 products for no other form: the layouts are
+    prescribed, since it would choose those for which it has none."""
+    rows = "".join(a for a in axes_1 if a in axes_2)
+    by_row = [
+        x.astype(operands).reshape(-1, math.prod(x.shape[len(rows) :])) for x in (first, second)
+    ]
+    as_written = Layout((0, 1))
+    first_ar = with_layout_constraint(by_row[0].T, as_written)
+    made_ab = with_layout_constraint(
+        product("ar,rb->ab", first_ar, by_row[1], operands), as_written
     )
-    count = math.prod(x.shape[axes_x.index(axis)] for axis in rows)
-    x_rd, ct_rf = wide.reshape(count, -1), narrow.reshape(count, -1)
-    rows_of_d = Layout((0, 1))
-    x_dr = with_layout_constraint(x_rd.T, rows_of_d)
-    grad_df = with_layout_constraint(product("dr,rf->df", x_dr, ct_rf, operands), rows_of_d)
-    size = {a: n for axes, y in ((axes_x, x), (axes_ct, ct)) for a, n in zip(axes, y.shape)}
-    axes = "".join(a for a in axes_x + axes_ct if a not in rows)
-    grad_w = grad_df.reshape([size[a] for a in axes])
-    return jnp.einsum(f"{axes}->{axes_w}", grad_w)
+    return made_ab.reshape(first.shape[len(rows) :] + second.shape[len(rows) :])
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, weight_d: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) · weight over the last axis; statistics in fp32 (Zhang & Sennrich 2019, Eq. 4)."""
+    return _normalised(x, eps)[0].astype(x.dtype) * weight_d.astype(x.dtype)
+
+
+def _normalised(x, eps):
+    """(x / rms(x), 1 / rms(x)), fp32."""
     x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    x = x32.astype(x.dtype)
-    return x * weight_d if x.dtype == weight_d.dtype else _scaled(x, weight_d)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return x32 * scale, scale
 
 
-@jax.custom_vjp
-def _scaled(x, weight_d):
-    return x * weight_d.astype(x.dtype)
-
-
-def _scaled_bwd(saved, ct):
-    """As in `_matmul_bwd`, the weight's gradient is summed in the weight's own dtype."""
+def _rms_norm_bwd(eps, saved, ct):
+    """All sums in fp32. JAX's own gradient takes XLA's CPU compiler 15 times as long: it computes
+    row by row what is here an einsum."""
     x, weight_d = saved
-    grad = ct.astype(weight_d.dtype) * x.astype(weight_d.dtype)
-    return ct * weight_d.astype(x.dtype), jnp.sum(grad, axis=tuple(range(x.ndim - 1)))
+    (normal, scale), ct = _normalised(x, eps), ct.astype(jnp.float32)
+    grad = ct * weight_d
+    highest = jax.lax.Precision.HIGHEST
+    mean = jnp.einsum("...d,...d->...", grad, normal, precision=highest)[..., None] / x.shape[-1]
+    grad_w = jnp.sum(ct * normal, axis=tuple(range(x.ndim - 1)))
+    return (scale * (grad - normal * mean)).astype(x.dtype), grad_w.astype(weight_d.dtype)
 
 
-_scaled.defvjp(lambda x, weight_d: (_scaled(x, weight_d), (x, weight_d)), _scaled_bwd)
+rms_norm.defvjp(lambda x, w, eps: (rms_norm(x, w, eps), (x, w)), _rms_norm_bwd)
 
 
 def rope_angles(positions_bt: jax.Array, head_dim: int, theta: float):

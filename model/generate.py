@@ -20,8 +20,10 @@ Axis letters: b slot, g answer that starts, p prompt of a row, t index in a row 
 """
 
 import dataclasses
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 from itertools import islice
 
@@ -155,9 +157,9 @@ class Sampler:
         sampler.submit("a", token_ids, indices=[0, 1], sampling=Sampling(temperature=0))
         for event in sampler.events(): …                          # tokens, and answers that end
 
-    params: stacked, in any dtype; they are unstacked here, so the caller must drop them. `sampling`
-    is the default, and its max_new_tokens the most for any answer. An answer's events come in
-    order, the answers in no fixed one.
+    params: stacked, in any dtype; the caller must drop them, since they are unstacked here. Or the
+    `params` of another sampler. `sampling` is the default, and its max_new_tokens the most for any
+    answer. An answer's events come in order, the answers in no fixed one.
     """
 
     def __init__(
@@ -171,7 +173,8 @@ class Sampler:
         precision: Precision = FLOAT32,
     ):
         self.config, self.sampling, self.decode_text = config, sampling, decode_text
-        self.params = kv_cache.unstack_layers(params)
+        is_stacked = isinstance(params["layers"], dict)
+        self.params = kv_cache.unstack_layers(params) if is_stacked else params
         self.slots, self.precision = slots, precision
         self.group = min(sampling.n, slots)  # answers that share one prefill, as a rule
         self.longest_prompt = longest_prompt
@@ -250,31 +253,29 @@ class Sampler:
         A prompt's answers come when the last of them has ended, so prompts come in no fixed order.
         `each_call` runs between two calls of the device; it may raise to stop the run.
         """
-        rows, n = self._rows(prompts, answered), self.sampling.n
-        done: dict[str, dict[int, Answer]] = {}  # prompt_id → index → answer
+        rows, done = self.rows_of_groups(prompts, answered), Complete(self.sampling.n)
+        self.begin()
+        while (events := self.call(rows)) is not None:
+            yield from done.add(events)
+            each_call()
+
+    def begin(self) -> None:
+        """Forget all answers in the making."""
         self.waiting.clear()
         self.doing.clear()
         self.firsts, self.rows, self.more = [], 0, True
-        while True:
-            while True:
-                if not self.waiting and self.more:
-                    groups = next(rows, None)
-                    self.waiting += groups or ()
-                    self.more = groups is not None
-                if not self.admit():
-                    break
-            if not self.doing:
-                return
-            each_call()
-            for event in self.advance():
-                if event.answer is not None:
-                    answers = done.setdefault(event.prompt_id, {})
-                    answers[event.index] = event.answer
-                    if len(answers) == n:
-                        del done[event.prompt_id]
-                        yield event.prompt_id, [answers[i] for i in range(n)]
 
-    def _rows(self, prompts, answered) -> Iterator[list[Group]]:
+    def call(self, rows: Iterator[list[Group]]) -> list[Event] | None:
+        """Admit what fits of the rows' groups, and advance: what came, or None when all is done."""
+        while True:
+            if not self.waiting and self.more:
+                groups = next(rows, None)
+                self.waiting += groups or ()
+                self.more = groups is not None
+            if not self.admit():
+                return self.advance() if self.doing else None
+
+    def rows_of_groups(self, prompts, answered) -> Iterator[list[Group]]:
         """The groups of each row of prompts, those that are answered left out."""
         for row in rows_of(prompts, self.prefill_tokens):
             groups = [
@@ -519,3 +520,72 @@ class Sampler:
             back *= 2
         text = self.decode_text(making.token_ids[start:])
         return any(stop in text for stop in stop_strings)
+
+
+class Complete:
+    """The answers that have ended, until all `n` of a prompt have."""
+
+    def __init__(self, n: int):
+        self.n, self.answers = n, {}  # prompt_id → index → answer
+
+    def add(self, events: list[Event]) -> Iterator[tuple[str, list[Answer]]]:
+        """(prompt_id, its answers in order of their index) of each prompt that is complete now."""
+        for event in events:
+            if event.answer is not None:
+                answers = self.answers.setdefault(event.prompt_id, {})
+                answers[event.index] = event.answer
+                if len(answers) == self.n:
+                    del self.answers[event.prompt_id]
+                    yield event.prompt_id, [answers[i] for i in range(self.n)]
+
+
+def run_side_by_side(
+    samplers: list[Sampler],
+    prompts: Iterable[tuple[str, list[int]]],
+    each_call: Callable[[], None] = lambda: None,
+    answered: Collection[str] = (),
+) -> Iterator[tuple[str, list[Answer]]]:
+    """As `Sampler.run`, by several samplers at once, each in a thread of its own. They take the
+    rows of prompts in turn, whichever is quicker. On a CPU, one's pieces that occupy one core run
+    beside the other's.
+
+    `prompts` is read in the threads, by one at a time; `each_call` runs in the caller's.
+    """
+    if len(samplers) == 1:
+        yield from samplers[0].run(prompts, each_call, answered)
+        return
+    rows, done = samplers[0].rows_of_groups(prompts, answered), Complete(samplers[0].sampling.n)
+    dealt, lock = [deque() for _ in samplers], threading.Lock()
+    mesh = jax.sharding.get_mesh()
+
+    def of(number: int) -> Iterator[list[Group]]:
+        """Every so-manieth row, from `number` on."""
+        while True:
+            with lock:
+                while not dealt[number]:
+                    for others in dealt:
+                        groups = next(rows, None)
+                        if groups is not None:
+                            others.append(groups)
+                    if not dealt[number]:
+                        return
+                groups = dealt[number].popleft()
+            yield groups
+
+    def call(sampler: Sampler, rows: Iterator[list[Group]]) -> list[Event] | None:
+        with jax.set_mesh(mesh):  # a thread begins without one
+            return sampler.call(rows)
+
+    with ThreadPoolExecutor(len(samplers)) as pool:
+        calls = {}
+        for number, sampler in enumerate(samplers):
+            sampler.begin()
+            mine = sampler, of(number)
+            calls[pool.submit(call, *mine)] = mine
+        while calls:
+            for ended in wait(calls, return_when=FIRST_COMPLETED).done:
+                mine = calls.pop(ended)
+                if (events := ended.result()) is not None:
+                    calls[pool.submit(call, *mine)] = mine
+                    yield from done.add(events)
+            each_call()

@@ -18,7 +18,6 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -146,33 +145,33 @@ def main(args: Args) -> None:
         style = {"unit": " prompts", "desc": "sample", "disable": not processes.is_first()}
         bar = tqdm(total=len(mine), initial=len(mine) - len(left), **style)
 
-        def to_answer() -> Iterator[tuple[str, list[int]]]:
-            for prompt_id in mine:
-                ids = np.frombuffer(token_ids[prompt_id], np.int32).tolist()
-                if len(ids) <= most:
-                    yield prompt_id, ids
-                    continue
-                if prompt_id in answered:
-                    continue
-                fields = prompts[prompt_id].fields | {"prompt_token_ids": ids}
-                output.set_aside(fields, f"prompt longer than {most} tokens")
-                bar.update()
+        def ids_of(prompt_id: str) -> list[int]:
+            return np.frombuffer(token_ids[prompt_id], np.int32).tolist()
+
+        too_long = {prompt_id for prompt_id in mine if len(ids_of(prompt_id)) > most}
+        for prompt_id in filter(too_long.__contains__, left):
+            fields = prompts[prompt_id].fields | {"prompt_token_ids": ids_of(prompt_id)}
+            output.set_aside(fields, f"prompt longer than {most} tokens")
+            bar.update()
+        to_answer = ((i, ids_of(i)) for i in mine if i not in too_long)
 
         with bar, jax.set_mesh(mesh), stop_signal() as check_stop:
-            sampler = load_sampler(args, config, tokenizer, sampling, mesh, longest, len(mine), bar)
-            start = time.monotonic()
+            samplers = load_samplers(
+                args, config, tokenizer, sampling, mesh, longest, len(mine), bar
+            )
+            start, tokens = time.monotonic(), 0
             check_together = processes.loop_check(check_stop, STOPPED_TOGETHER)
-            for prompt_id, answers in sampler.run(to_answer(), check_together, answered):
-                ids = np.frombuffer(token_ids[prompt_id], np.int32).tolist()
+            runs = generate.run_side_by_side(samplers, to_answer, check_together, answered)
+            for prompt_id, answers in runs:
                 responses = [dataclasses.asdict(answer) for answer in answers]
-                new = {"prompt_token_ids": ids, "responses": responses}
+                new = {"prompt_token_ids": ids_of(prompt_id), "responses": responses}
                 output.write(prompts[prompt_id].fields | new)
-                rate = sampler.tokens_drawn / (time.monotonic() - start)
+                tokens = sum(sampler.tokens_drawn for sampler in samplers)
+                rate = tokens / (time.monotonic() - start)
                 bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
                 bar.update()
-        seconds = round(time.monotonic() - start, 1)
-        sitting = {"tokens": sampler.tokens_drawn, "seconds": seconds, "slots": sampler.slots}
-        results["last_sitting"] = sitting
+        seconds, slots = round(time.monotonic() - start, 1), sum(s.slots for s in samplers)
+        results["last_sitting"] = {"tokens": tokens, "seconds": seconds, "slots": slots}
 
     # ------------------------------------------------------------------ finish
     if not output.finished:
@@ -205,9 +204,10 @@ def parse_slice(text: str | None) -> tuple[int, int]:
     return first, slices
 
 
-def load_sampler(args: Args, config, tokenizer, sampling, mesh, longest: int, prompts: int, bar):
-    """The engine (generate.Sampler) with the checkpoint's weights, for so many prompts. longest:
-    tokens of the longest one."""
+def load_samplers(args: Args, config, tokenizer, sampling, mesh, longest: int, prompts: int, bar):
+    """The engines (generate.Sampler) with the checkpoint's weights, for so many prompts: one, or on
+    a CPU in bf16 two with half the slots each, which keep its cores busier. longest: tokens of the
+    longest prompt."""
     params = checkpoint.load(args.checkpoint, mesh)[1]
     precision = precision_of(args.dtype, mesh.devices.flat[0].platform)
     params = decoder.stored_in(params, precision)
@@ -220,7 +220,15 @@ def load_sampler(args: Args, config, tokenizer, sampling, mesh, longest: int, pr
     bar.write(f"{slots} slots, a KV cache of at most {slots * slot_bytes / 1e9:.2f} GB")
     tell = table.table if args.shardings else table.summary
     bar.write(tell(mesh, slot_state.arrays_held(config, mesh, slots, length, precision)))
-    return generate.Sampler(config, params, tokenizer.decode, sampling, slots, longest, precision)
+    # Two threads would mix up the collectives of several devices.
+    count = 2 if precision.operands != precision.activations and mesh.size == 1 < slots else 1
+    samplers: list[generate.Sampler] = []
+    for number in range(count):
+        share = len(range(number, slots, count))
+        params = samplers[0].params if samplers else params
+        how = tokenizer.decode, sampling, share, longest, precision
+        samplers.append(generate.Sampler(config, params, *how))
+    return samplers
 
 
 def count_slots(args: Args, mesh, slot_bytes: int, answers: int) -> int:

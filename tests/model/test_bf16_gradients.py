@@ -105,3 +105,40 @@ def test_weight_gradients_of_several_devices_are_summed_in_fp32(devices):
 
     exact = np.einsum("btd,btf->df", *(np.asarray(x, np.float64) for x in (x_btd, grad_btf)))
     assert error(decoder.matmul) < 1e-6 < 1e-3 < error(rounded_matmul)
+
+
+@pytest.mark.parametrize("equation", ["btd,df->btf", "btf,fd->btd", "btd,dnh->btnh", "bte,ed->btd"])
+def test_a_cpus_gradients_in_bf16_are_those_of_the_rounded_operands(equation):
+    """Sums are fp32: what is left is the rounding of x, w and the cotangent alone."""
+    axes_x, axes_w, out = re.split(",|->", equation)
+    size = {"b": 2, "t": 24, "d": 32, "e": 40, "f": 48, "n": 3, "h": 16}
+    rng = np.random.default_rng(0)
+    x, w, ct = (
+        jnp.asarray(rng.normal(size=[size[a] for a in axes]), jnp.float32)
+        for axes in (axes_x, axes_w, out)
+    )
+    made, gradients = jax.vjp(lambda x, w: decoder.matmul(equation, x, w, jnp.bfloat16), x, w)
+    grad_x, grad_w = gradients(ct)
+    x, w, ct = (np.asarray(y.astype(jnp.bfloat16), np.float64) for y in (x, w, ct))
+    for array, exact in (
+        (made, np.einsum(equation, x, w)),
+        (grad_x, np.einsum(f"{out},{axes_w}->{axes_x}", ct, w)),
+        (grad_w, np.einsum(f"{axes_x},{out}->{axes_w}", x, ct)),
+    ):
+        assert array.dtype == jnp.float32 and relative(array, exact) < 1e-6
+
+
+def test_a_norms_gradients_are_jaxs_own():
+    rng = np.random.default_rng(0)
+    x, ct = (jnp.asarray(rng.normal(size=(2, 5, 32)), jnp.float32) for _ in range(2))
+    w = jnp.asarray(rng.normal(size=32), jnp.float32)
+
+    def plain(x, w):
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * w
+
+    (ours, grads), (theirs, exact) = (
+        jax.vjp(function, x, w) for function in (lambda x, w: decoder.rms_norm(x, w, 1e-5), plain)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    for a, b in zip(grads(ct), exact(ct)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """The sampling engine: what it draws, and that nothing but (seed, prompt, index) decides it."""
 
+import threading
 from functools import partial
 
 import jax
@@ -99,6 +100,38 @@ def test_the_ends_of_the_uniform_range_never_draw_a_filtered_token(uniform):
     tokens, _ = drawing.draw(logits, jnp.full(32, uniform), settings)
     weights = drawing.filtered_weights(logits, settings)
     assert (np.take_along_axis(np.asarray(weights), np.asarray(tokens)[:, None], 1) > 0).all()
+
+
+@pytest.mark.parametrize("answered", [(), ("p1", "p4")])
+def test_two_samplers_side_by_side_answer_as_one_does(answered):
+    config, sampling = tiny.config(), Sampling(n=3, temperature=1.0, top_p=1.0, max_new_tokens=20)
+    first = Sampler(config, tiny.params(config), as_text, sampling, 4, longest_prompt=70)
+    second = Sampler(config, first.params, as_text, sampling, 3, longest_prompt=70)
+    first.prefill_tokens = 80  # several rows
+    calls = []
+    made = generate.run_side_by_side(
+        [first, second], PROMPTS, lambda: calls.append(threading.get_ident()), answered
+    )
+    expected = answers(sampling, answered=answered)
+    together = dict(made)
+    assert set(together) == set(expected) == {i for i, _ in PROMPTS} - set(answered)
+    for prompt_id, theirs in expected.items():
+        for a, b in zip(together[prompt_id], theirs):
+            assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+    assert first.tokens_drawn and second.tokens_drawn and set(calls) == {threading.get_ident()}
+
+
+def test_a_stop_between_calls_ends_samplers_side_by_side():
+    config, sampling = tiny.config(), Sampling(max_new_tokens=40, ignore_eos=True)
+    first = Sampler(config, tiny.params(config), as_text, sampling, 4, longest_prompt=70)
+    second = Sampler(config, first.params, as_text, sampling, 4, longest_prompt=70)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(generate.run_side_by_side([first, second], PROMPTS, stop))
 
 
 def test_greedy_answers_are_the_argmax_of_the_full_forward_pass():
