@@ -9,14 +9,14 @@ where PK and PQ are the layer's own key and query projections of one table of re
 and B gives near distances a row each and far ones a shared row. PK and PQ depend on weights alone,
 so `prepare` computes them once, not at every forward. Mirrors transformers' modeling_deberta_v2.py.
 
-The parameters are a nested dict of fp32 arrays, `layers` a list with one dict per layer. `prepare`
-gives them the dtypes of computation: matrices that of the products' operands, norms and biases that
-of the activations.
+The parameters are a nested dict of fp32 arrays, `layers` a list with one dict per layer:
 
     embed [v, d]   embed_norm, embed_shift [d]   relative [p, d]   relative_norm, relative_shift [d]
     layers/i/{q, k, v: [d, n, h], q_bias, k_bias, v_bias: [n, h], o: [n, h, d], o_bias [d],
               attn_norm, attn_shift [d], up [d, f], up_bias [f], down [f, d], down_bias [d],
               mlp_norm, mlp_shift [d]}
+
+`prepare` gives matrices the dtype of the products' operands, norms and biases that of activations.
 
 Axis letters: b sequence, t query token, s key token, d width, n head, h head width, f MLP width,
 p row of the table of relative positions, v vocabulary, r token that is read out.
@@ -254,8 +254,7 @@ def attention(q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows_bts, 
     On CPU a block of queries of one head of one sequence after the other: the arrays of queries
     times keys then fit into a core's cache. Elsewhere all at once. (TPUs: deberta_tpu.py.)
     """
-    operands = position_k_nhp.dtype
-    multiply = partial(product, operands=operands)
+    multiply = partial(product, operands=position_k_nhp.dtype)
     scale = np.float32((3 * q_nbth.shape[-1]) ** -0.5)
     rows_bts = jnp.broadcast_to(rows_bts, (q_nbth.shape[1], *rows_bts.shape[1:]))
 
@@ -268,10 +267,8 @@ def attention(q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows_bts, 
                 p2c_ps = multiply("ph,hs->ps", position_q_ph, k_hs)
 
                 def one_block(q_th, rows_ts):
-                    c2p_tp, scores_ts = (
-                        multiply(equation, q_th, x)
-                        for equation, x in (("th,hp->tp", position_k_hp), ("th,hs->ts", k_hs))
-                    )
+                    c2p_tp = multiply("th,hp->tp", q_th, position_k_hp)
+                    scores_ts = multiply("th,hs->ts", q_th, k_hs)
                     (t, p), s = c2p_tp.shape, k_hs.shape[1]
                     scores_ts += take(c2p_tp, jnp.arange(t)[:, None] * p + rows_ts)
                     scores_ts += take(p2c_ps, rows_ts * s + jnp.arange(s))
