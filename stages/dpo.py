@@ -181,12 +181,11 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------ mesh, model, optimizer
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(len(meshes.list_devices()), config))
     shapes = decoder.abstract(config, mesh)
-    precision = precisions.precision_of(args.dtype, mesh.devices.flat[0].platform)
     batcher = batches.Batcher(
         args.seed, args.batch_size, args.micro_batch_size, args.rows, meshes.batch_shards(mesh)
     )
     total_steps = args.epochs * batcher.steps_per_epoch(train)
-    model = {"config": config, "precision": precision}
+    model = {"config": config, "precision": precisions.precision_of(args.dtype)}
     pair_loss = partial(losses.pair_loss, loss=loss, **model, remat=args.remat)
     trainer = training.Trainer(pair_loss, optimization, total_steps, shapes)
     pair_logprobs = jax.jit(

@@ -209,7 +209,7 @@ def load_samplers(args: Args, config, tokenizer, sampling, mesh, longest: int, p
     a CPU in bf16 two with half the slots each, which keep its cores busier. longest: tokens of the
     longest prompt."""
     params = checkpoint.load(args.checkpoint, mesh)[1]
-    precision = precisions.precision_of(args.dtype, mesh.devices.flat[0].platform)
+    precision = precisions.precision_of(args.dtype)
     params = decoder.stored_in(params, precision)
     unit = generate.cache_unit(mesh.devices.flat[0].platform)
     length = generate.round_up(longest + args.max_new_tokens, unit)

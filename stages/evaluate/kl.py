@@ -178,7 +178,7 @@ def compute(
     most = max(args.batch_size, widest)
     shards = meshes.batch_shards(mesh)
     batcher = Batcher(0, len(prompts), most // widest, rows="packed", shards=shards)
-    precision = precisions.precision_of(args.dtype, mesh.devices.flat[0].platform)
+    precision = precisions.precision_of(args.dtype)
     with jax.set_mesh(mesh), stop_signal() as check_stop:
         check_together = processes.loop_check(check_stop, STOPPED_TOGETHER)
         params = checkpoint.load(args.checkpoint, mesh)[1]
