@@ -42,8 +42,8 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
 
     from model import batches, checkpoint, checkpoint_writing, decoder, gates, logprobs, losses
+    from model import precision as precisions
     from model import train as training
-    from model.precision import precision_of
     from sharding import mesh as meshes
     from sharding import table
     from stages.files import examples as reading
@@ -186,12 +186,11 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------ mesh, model, optimizer
     mesh = meshes.make_mesh(*args.mesh or meshes.training_sizes(len(meshes.list_devices()), config))
     shapes = decoder.abstract(config, mesh)
-    precision = precision_of(args.dtype, mesh.devices.flat[0].platform)
     batcher = batches.Batcher(
         args.seed, args.batch_size, args.micro_batch_size, args.rows, meshes.batch_shards(mesh)
     )
     total_steps = args.epochs * batcher.steps_per_epoch(train)
-    model = {"config": config, "precision": precision}
+    model = {"config": config, "precision": precisions.precision_of(args.dtype)}
     pair_loss = partial(losses.pair_loss, loss=loss, **model, remat=args.remat)
     trainer = training.Trainer(pair_loss, optimization, total_steps, shapes)
     pair_logprobs = jax.jit(

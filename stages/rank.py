@@ -70,7 +70,8 @@ class Args(processes.Flags):
     device: Literal["accelerator", "host"] | None = None
     """PairRM: computed on all accelerators (the default), or on the host."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """PairRM: the dtype of computation. Default: float32."""
+    """PairRM: the dtype of computation (default: float32). On CPUs that multiply bfloat16 in
+    hardware, bfloat16 takes less than half the time."""
     overwrite: bool = False
     """Replace an --out that exists."""
 

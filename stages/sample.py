@@ -36,7 +36,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
 
     from model import checkpoint, decoder, generate, kv_cache, slot_state
-    from model.precision import precision_of
+    from model import precision as precisions
     from sharding import chips, table
     from sharding import mesh as meshes
 
@@ -211,7 +211,7 @@ def load_samplers(args: Args, config, tokenizer, sampling, mesh, longest: int, p
     a CPU in bf16 two with half the slots each, which keep its cores busier. longest: tokens of the
     longest prompt."""
     params = checkpoint.load(args.checkpoint, mesh)[1]
-    precision = precision_of(args.dtype, mesh.devices.flat[0].platform)
+    precision = precisions.precision_of(args.dtype)
     params = decoder.stored_in(params, precision)
     unit = generate.cache_unit(mesh.devices.flat[0].platform)
     length = generate.round_up(longest + args.max_new_tokens, unit)

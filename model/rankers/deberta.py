@@ -16,24 +16,28 @@ The parameters are a nested dict of fp32 arrays, `layers` a list with one dict p
               attn_norm, attn_shift [d], up [d, f], up_bias [f], down [f, d], down_bias [d],
               mlp_norm, mlp_shift [d]}
 
+`prepare` gives matrices the dtype of the products' operands, norms and biases that of activations.
+
 Axis letters: b sequence, t query token, s key token, d width, n head, h head width, f MLP width,
 p row of the table of relative positions, v vocabulary, r token that is read out.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.precision import matmul_precision
+from model.precision import FLOAT32, Precision, product
 from model.rankers import deberta_tpu
 from model.weights import check_positive, check_whole
 from sharding.errors import UserError
 from sharding.mesh import by_rows
 
 Params = dict
+BLOCK = 256  # queries at a time, on CPU
 
 # HF name → our path, HF's axes, our axes (model/tensors.py).
 TABLE = {
@@ -175,10 +179,10 @@ def relative_rows(config: DebertaConfig, length: int) -> np.ndarray:
     return np.clip(rows, 0, 2 * config.position_buckets - 1).astype(np.int32)
 
 
-def prepare(params: Params, config: DebertaConfig, dtype=jnp.float32) -> Params:
-    """The parameters in `dtype`, ready for `encode`: each layer holds its projections of the table
-    of relative positions, `position_k` [n, h, p] and `position_q` [n, p, h], instead of the table.
-    Empties `params["layers"]`."""
+def prepare(params: Params, config: DebertaConfig, precision: Precision = FLOAT32) -> Params:
+    """The parameters in the dtypes of `precision`, ready for `encode`: each layer holds its
+    projections of the table of relative positions, `position_k` [n, h, p] and `position_q`
+    [n, p, h], instead of the table. Empties `params["layers"]`."""
     relative_pd = layer_norm(
         params["relative"], params["relative_norm"], params["relative_shift"], config
     )
@@ -187,13 +191,17 @@ def prepare(params: Params, config: DebertaConfig, dtype=jnp.float32) -> Params:
     def project(w_dnh, bias_nh):
         return matmul("pd,dnh->nph", relative_pd, w_dnh) + bias_nh[:, None]
 
-    ready = {name: params[name].astype(dtype) for name in ("embed", "embed_norm", "embed_shift")}
+    def stored(name: str, array: jax.Array) -> jax.Array:
+        is_activation = name.endswith(("norm", "shift", "bias"))
+        return array.astype(precision.activations if is_activation else precision.operands)
+
+    ready = {name: stored(name, params[name]) for name in ("embed", "embed_norm", "embed_shift")}
     ready["layers"] = []
     while params["layers"]:  # one by one, so that only one layer exists twice
         w = params["layers"].pop(0)
         w["position_k"] = jnp.swapaxes(project(w["k"], w["k_bias"]), 1, 2)
         w["position_q"] = project(w["q"], w["q_bias"])
-        ready["layers"].append({name: array.astype(dtype) for name, array in w.items()})
+        ready["layers"].append({name: stored(name, array) for name, array in w.items()})
     return ready
 
 
@@ -201,7 +209,8 @@ def prepare(params: Params, config: DebertaConfig, dtype=jnp.float32) -> Params:
 
 
 def matmul(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, w, precision=matmul_precision(x.dtype))
+    """The product in the weights' dtype of operands, in the dtype of x."""
+    return product(equation, x, w, w.dtype).astype(x.dtype)
 
 
 def layer_norm(x: jax.Array, weight_d, bias_d, config: DebertaConfig) -> jax.Array:
@@ -221,38 +230,55 @@ def gelu(x: jax.Array) -> jax.Array:
 def take(matrix: jax.Array, places: jax.Array) -> jax.Array:
     """Elements by their places in the flattened matrix, which must lie within it. On CPU several
     times as fast as take_along_axis, which checks each index in both dimensions."""
-    return matrix.reshape(-1).at[places].get(mode="promise_in_bounds")
+    unsigned = places.astype(jnp.uint32)  # else JAX looks for negative places
+    return matrix.reshape(-1).at[unsigned].get(mode="promise_in_bounds")
+
+
+def in_blocks(function: Callable, most: int, *arrays: jax.Array) -> jax.Array:
+    """function(*arrays), computed in blocks of at most so many rows, one after the other."""
+    rows = len(arrays[0])
+    blocks = -(-rows // most)
+    if blocks == 1:
+        return function(*arrays)
+    size = -(-rows // blocks)
+    padded = [jnp.pad(x, ((0, blocks * size - rows), (0, 0))) for x in arrays]
+    cut = [x.reshape(blocks, size, -1) for x in padded]
+    done = jax.lax.map(lambda block: function(*block), cut)
+    return done.reshape(blocks * size, -1)[:rows]
 
 
 def attention(q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows_bts, real_bs):
     """Disentangled attention, [n, b, t, h]. rows_bts: the row of the position tables for each query
     and key (b may be 1); real_bs: which keys are text and not padding.
 
-    On CPU one head of one sequence after the other: the arrays of all queries times all keys then
-    fit into the cache. Elsewhere all at once. (TPUs: deberta_tpu.py.)
+    On CPU a block of queries of one head of one sequence after the other: the arrays of queries
+    times keys then fit into a core's cache. Elsewhere all at once. (TPUs: deberta_tpu.py.)
     """
-    dot = partial(
-        jnp.dot, precision=matmul_precision(q_nbth.dtype), preferred_element_type=jnp.float32
-    )
+    multiply = partial(product, operands=position_k_nhp.dtype)
     scale = np.float32((3 * q_nbth.shape[-1]) ** -0.5)
     rows_bts = jnp.broadcast_to(rows_bts, (q_nbth.shape[1], *rows_bts.shape[1:]))
 
-    def all_heads(over, arrays):
+    def all_heads(over, most, arrays):
         def one_head(head):
             *sequences, position_k_hp, position_q_ph = head
 
             def one_sequence(sequence):
                 q_th, k_hs, v_sh, rows_ts, real_s = sequence
-                c2p_tp, p2c_ps = dot(q_th, position_k_hp), dot(position_q_ph, k_hs)
-                scores_ts = dot(q_th, k_hs)
-                (t, p), s = c2p_tp.shape, p2c_ps.shape[1]
-                scores_ts += take(c2p_tp, jnp.arange(t)[:, None] * p + rows_ts)
-                scores_ts += take(p2c_ps, rows_ts * s + jnp.arange(s))
-                scores_ts = jnp.where(real_s, scores_ts * scale, -1e30)
-                weights_ts = jnp.exp(scores_ts - jnp.max(scores_ts, axis=-1, keepdims=True))
-                out_th = dot(weights_ts.astype(v_sh.dtype), v_sh)
-                # Divided last, over h numbers a query instead of s.
-                return (out_th / jnp.sum(weights_ts, axis=-1)[:, None]).astype(q_th.dtype)
+                p2c_ps = multiply("ph,hs->ps", position_q_ph, k_hs)
+
+                def one_block(q_th, rows_ts):
+                    c2p_tp = multiply("th,hp->tp", q_th, position_k_hp)
+                    scores_ts = multiply("th,hs->ts", q_th, k_hs)
+                    (t, p), s = c2p_tp.shape, k_hs.shape[1]
+                    scores_ts += take(c2p_tp, jnp.arange(t)[:, None] * p + rows_ts)
+                    scores_ts += take(p2c_ps, rows_ts * s + jnp.arange(s))
+                    scores_ts = jnp.where(real_s, scores_ts * scale, -1e30)
+                    weights_ts = jnp.exp(scores_ts - jnp.max(scores_ts, axis=-1, keepdims=True))
+                    out_th = multiply("ts,sh->th", weights_ts, v_sh)
+                    # Divided last, over h numbers a query instead of s.
+                    return (out_th / jnp.sum(weights_ts, axis=-1)[:, None]).astype(q_th.dtype)
+
+                return in_blocks(one_block, most, q_th, rows_ts)
 
             return over(one_sequence)((*sequences, rows_bts, real_bs))
 
@@ -261,14 +287,14 @@ def attention(q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows_bts, 
     arrays = (q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph)
     return jax.lax.platform_dependent(
         arrays,
-        cpu=partial(all_heads, lambda function: partial(jax.lax.map, function)),
-        default=partial(all_heads, jax.vmap),
+        cpu=partial(all_heads, lambda function: partial(jax.lax.map, function), BLOCK),
+        default=partial(all_heads, jax.vmap, q_nbth.shape[2]),
     )
 
 
 @partial(jax.jit, static_argnames="config")
 def embed(params: Params, config: DebertaConfig, tokens_bt: jax.Array) -> jax.Array:
-    x_btd = params["embed"][tokens_bt]
+    x_btd = params["embed"][tokens_bt].astype(params["embed_norm"].dtype)
     return layer_norm(x_btd, params["embed_norm"], params["embed_shift"], config)
 
 
@@ -329,7 +355,7 @@ def encode(
     read_br: jax.Array,
     kernel: bool = False,
 ) -> jax.Array:
-    """The last layer's hidden states at the tokens `read_br`: [b, r, d] in the parameters' dtype.
+    """The last layer's hidden states at the tokens `read_br`: [b, r, d] in the activations' dtype.
 
     params: from `prepare`. tokens_bt: int ids, text first, padding behind; lengths_b: how many are
     text; kernel: see `layer`. The last layer computes only the tokens that are read (with the

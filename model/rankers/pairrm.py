@@ -33,6 +33,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from model.buckets import bucket
+from model.precision import Precision, precision_of, product
 from model.rankers import deberta, deberta_tpu
 from model.tensors import Slot, check_tensors, stored_tensors, table_slots
 from model.weights import local_folder, local_model, read_json, weight_files
@@ -97,15 +98,13 @@ Comparison = tuple[Encoded, int, int]
 @jax.jit
 def head(params: dict, markers_brd: jax.Array) -> jax.Array:
     """fp32 logits [b] of the hidden states at the three markers (ranker.py, `reduce`)."""
-    precision = jax.lax.Precision.HIGHEST
     h_brd = markers_brd.astype(jnp.float32)
 
     def score(candidate):
         x_bw = jnp.concatenate([h_brd[:, 0], h_brd[:, candidate]], axis=-1)
-        x_bd = jnp.tanh(
-            jnp.dot(x_bw, params["head_in"], precision=precision) + params["head_in_bias"]
-        )
-        return jnp.dot(x_bd, params["head_out"], precision=precision) + params["head_out_bias"]
+        x_bd = product("bw,wd->bd", x_bw, params["head_in"], jnp.float32)
+        x_bd = jnp.tanh(x_bd + params["head_in_bias"])
+        return product("bd,do->bo", x_bd, params["head_out"], jnp.float32) + params["head_out_bias"]
 
     return constrain((score(1) - score(2)).mean(axis=-1), None)  # every process reads them all
 
@@ -141,12 +140,13 @@ class PairRM:
         tokens_per_batch: about how many tokens a device computes in one call (a longer comparison
         goes alone); default: as many as suit a CPU's cache, or keep an accelerator busy. mesh:
         default all devices."""
-        self._files, self._dtype = open_folder(folder), jnp.dtype(dtype)
+        self._files = open_folder(folder)
         self.config, self.identity = self._files.config, self._files.identity
         self.layout = Layout(self._files.tokenizer, self.config)
         self.encode = self.layout.encode
         self.mesh = make_mesh(-1, 1, 1) if mesh is None else mesh
         device = self.mesh.devices.flat[0]
+        self._precision = precision_of(dtype, device.platform)
         self._on_cpu = device.platform == "cpu"
         self._kernel = deberta_tpu.runs_on(device.device_kind)
         if device.platform == "tpu" and not self._kernel:
@@ -160,7 +160,7 @@ class PairRM:
     @functools.cached_property
     def params(self) -> dict:
         """The parameters, loaded at the first `logits`."""
-        return load(self._files, replicated(self.mesh), self._dtype)
+        return load(self._files, replicated(self.mesh), self._precision)
 
     def logits(
         self, comparisons: list[Comparison], done: Callable[[int], None] = lambda n: None
@@ -413,8 +413,8 @@ def open_folder(name: str) -> Files:
     return Files(config, weights[0], str(tokenizer), stored, digest.hexdigest())
 
 
-def load(files: Files, sharding: jax.sharding.NamedSharding, dtype) -> dict:
-    """The parameters with this sharding: the encoder prepared in `dtype`, the head fp32."""
+def load(files: Files, sharding: jax.sharding.NamedSharding, precision: Precision) -> dict:
+    """The parameters with this sharding: the encoder prepared for `precision`, the head fp32."""
     layers = [{} for _ in range(files.config.encoder.num_hidden_layers)]
     params: dict = {"encoder": {"layers": layers}}
     for name, slot in _slots(files.config).items():
@@ -426,7 +426,7 @@ def load(files: Files, sharding: jax.sharding.NamedSharding, dtype) -> dict:
         parent[slot.path[-1]] = jax.make_array_from_callback(
             array.shape, sharding, array.__getitem__
         )
-    params["encoder"] = deberta.prepare(params["encoder"], files.config.encoder, dtype)
+    params["encoder"] = deberta.prepare(params["encoder"], files.config.encoder, precision)
     return params
 
 

@@ -3,9 +3,11 @@
     python -m scripts.bench rank      PairRM: ours and llm-blender
     python -m scripts.bench sample    the sampling engine: ours and transformers' generate
     python -m scripts.bench dpo       training: ours and TRL's DPOTrainer (pip install trl)
-    python -m scripts.bench gemm      the rate of fp32 matrix products
+    python -m scripts.bench bf16      what bfloat16 changes: answers, log-probs and DPO steps
+    python -m scripts.bench gemm      the rates of matrix products
 
-Everything is timed in one run, side by side in turns, since machines are noisy: trust the ratios.
+The first three time each side at each precision that it has, in turns within one run, since
+machines are noisy: trust the ratios. They compare both at their best, and at the same precision.
 What a GPU or TPU reaches, measured where only jax is installed: python -m scripts.bench accelerator
 (--help lists its pieces).
 """
@@ -19,12 +21,12 @@ def main(words: list[str]) -> int:
         from scripts.bench import accelerator
 
         return accelerator.main(words[1:])
-    from scripts.bench import dpo, machine, rank, sample  # here: they need those packages
+    from scripts.bench import bf16, dpo, machine, rank, sample  # here: they need those packages
     from stages.files.run import run_main
 
     benches = {rank.Rank: rank.bench, sample.Sample: sample.bench, dpo.Dpo: dpo.bench}
-    benches[machine.Gemm] = machine.bench
-    command = rank.Rank | sample.Sample | dpo.Dpo | machine.Gemm
+    benches |= {bf16.Bf16: bf16.bench, machine.Gemm: machine.bench}
+    command = rank.Rank | sample.Sample | dpo.Dpo | bf16.Bf16 | machine.Gemm
     return run_main(lambda args: benches[type(args)](args), command, words)
 
 

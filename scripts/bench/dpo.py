@@ -1,4 +1,4 @@
-"""Training: ours against TRL's DPOTrainer, the same weights and real pairs, fp32."""
+"""Training: ours against TRL's DPOTrainer, the same weights and real pairs."""
 
 import dataclasses
 import tempfile
@@ -19,82 +19,67 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
 
 
 @dataclasses.dataclass
-class Dpo:
-    """DPO: ours against TRL's DPOTrainer, by default and with its reference's log-probs computed
-    beforehand. Pairs of two models' answers to AlpacaEval, nothing rematerialised.
+class Dpo(machine.Flags):
+    """DPO: ours against TRL's DPOTrainer, each in float32 and bfloat16 (TRL's default), and TRL's
+    also with its reference's log-probs computed beforehand. Pairs of two models' answers to
+    AlpacaEval, nothing rematerialised. Twelve minutes on two cores.
 
-    Each counts with its reference pass, as in a single epoch. The sides take turns, step by step.
+    Each counts with its reference pass, as in a single epoch. Ours and one of TRL's lie in memory
+    at a time, and take turns, step by step.
     """
 
     checkpoint: str | None = None
     """A checkpoint folder; default: the demo's model, converted for the run."""
     steps: int = 2
-    """Steps that are timed, after one to warm up."""
+    """Steps of the last of --precisions that are timed, after two to warm up; of the other one, one
+    step is timed."""
     pairs: int = 4
     """Pairs a step."""
     max_length: int = 512
     """Tokens of prompt and response; a longer response is cut."""
+    learning_rate: float = 5e-7
     trl_tuned: bool = False
     """Give TRL's process the malloc settings that scripts/iterate.sh gives ours; by default it runs
     as its users run it. TRL gains more by them than ours does: it asks for more memory."""
 
 
 def bench(args: Dpo) -> None:
-    answers = machine.alpaca_eval("Snorkel-Mistral-PairRM-DPO", "Mistral-7B-Instruct-v0.2")
+    sides = []
     with tempfile.TemporaryDirectory() as temporary:
         folder, hf_folder = machine.two_formats(args.checkpoint, temporary)
-        rows = _rows(answers, folder, args)
-        ours = machine.Side(Ours, folder, rows, args)
-        facts = ours.ask("warm")
-        prompts, responses = (
-            sum(len(row[name]) for row in rows[args.pairs :] for name in names) / args.steps
-            for names in (["prompt_ids"], ["chosen_ids", "rejected_ids"])
+        rows = read_rows(folder, args)
+        prompts, *responses = (
+            sum(len(row[f"{name}_ids"]) for row in rows) / args.steps
+            for name in ("prompt", "chosen", "rejected")
         )
-        tokens = 2 * prompts + responses
         print(
-            f"a step: {args.pairs} pairs, {tokens:.0f} tokens of prompts twice and responses, "
-            f"{tokens - prompts:.0f} with the prompt once; of ours {facts['padding']:.1%} are "
-            "padding",
+            f"a step: {args.pairs} pairs, {2 * prompts + sum(responses):.0f} tokens of prompts "
+            f"twice and responses, {prompts + sum(responses):.0f} with the prompt once",
             flush=True,
         )
-        shares = []
-        for name, precompute in (("TRL", False), ("TRL, precomputed", True)):
-            # Both sides in memory at a time, a step of each in turn.
-            theirs = machine.Side(Theirs, hf_folder, rows, args, precompute, tuned=args.trl_tuned)
-            sides = {
-                "ours": partial(ours.ask, "step"),
-                name: lambda _, theirs=theirs: theirs.ask("step"),
-            }
-            for warm in sides.values():
-                warm(0)
-            steps = range(1, args.steps + 1)
-            results, rates = machine.in_turns("step", steps, sides, gemm=partial(ours.ask, "gemm"))
-            flops, seconds = facts["flops"][1:], {}
-            shares += [f / took / rate for f, (took,), rate in zip(flops, results["ours"], rates)]
-            for side_name, side in (("ours", ours), (name, theirs)):
-                mean = seconds[side_name] = float(np.mean(results[side_name]))
-                machine.report(
-                    side_name,
-                    side,
-                    f"{mean:6.1f} s a step: {args.pairs / mean:.3f} pairs/s",
-                    f"{tokens / mean:.0f} tokens/s",
-                )
-            apart = max(abs(a - b) for a, b in zip(facts["logps"], theirs.ask("logps")))
-            theirs.close()
-            print(
-                f"ratio to {name}: {seconds[name] / seconds['ours']:.2f}; the first step's mean "
-                f"log-probs are apart by {apart:.1e}",
-                flush=True,
-            )
-        ours.close()
-    print(
-        f"ours: useful products with weights at {np.mean(shares):.0%} of the GEMM rate measured "
-        "before each step"
-    )
+        for dtype in args.precisions:
+            ours = machine.Side("ours", dtype, Ours, folder, rows, args)
+            logps, padding = ours.ask("warm")
+            steps = range(1, 1 + (args.steps if dtype == args.precisions[-1] else 1))
+            sides.append(ours)
+            for name, precompute in (("TRL", False), ("TRL, precomputed", True)):
+                where = hf_folder, rows, args, precompute
+                theirs = machine.Side(name, dtype, Theirs, *where, tuned=args.trl_tuned)
+                sides.append(theirs)
+                machine.warm_up([ours, theirs] if not precompute else [theirs])
+                machine.in_turns("step", steps, [ours, theirs])
+                apart = max(abs(a - b) for a, b in zip(logps, theirs.ask("logps")))
+                said = f"the first step's mean log-probs are apart from ours by {apart:.1e}"
+                machine.report(theirs, "pairs/s", said)
+                theirs.close()
+            machine.report(ours, "pairs/s", f"{padding:.1%} padding")
+            ours.close()
+    machine.compare(sides)
 
 
-def _rows(answers: list[tuple[dict, ...]], folder: str, args: Dpo) -> list[dict]:
-    """TRL's columns: the first step's pairs, to warm up, and all steps' pairs."""
+def read_rows(folder: str, args: Dpo) -> list[dict]:
+    """TRL's columns, of all steps' pairs."""
+    answers = machine.alpaca_eval("Snorkel-Mistral-PairRM-DPO", "Mistral-7B-Instruct-v0.2")
     tokenizer, rows = checkpoint.open_folder(folder)[1], []
     for both in machine.spread(answers, args.steps * args.pairs):
         prompt = tokenizer.prompt_ids([{"role": "user", "content": both[0]["instruction"]}])
@@ -102,42 +87,47 @@ def _rows(answers: list[tuple[dict, ...]], folder: str, args: Dpo) -> list[dict]
         sides = [tokenizer.response_ids(x["output"]) + [tokenizer.end_id] for x in both]
         chosen, rejected = (ids[: args.max_length - len(prompt)] for ids in sides)
         rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
-    return rows[: args.pairs] + rows
+    return rows
 
 
 # ------------------------------------------------------------------------------ the sides
 
 
 class Ours(machine.Worker):
-    def __init__(self, folder: str, rows: list[dict], args: Dpo):
+    def __init__(self, dtype: machine.Dtype, folder: str, rows: list[dict], args: Dpo):
+        super().__init__(dtype)
         config, mesh = checkpoint.load_config(folder), meshes.make_mesh()
         self.training = training_pieces.Training(
-            config, args.pairs, np.float32, mesh, lambda on: checkpoint.load(folder, on)[1]
+            config,
+            args.pairs,
+            dtype,
+            mesh,
+            lambda on: checkpoint.load(folder, on)[1],
+            args.learning_rate,
+            len(rows) // args.pairs,
         )
         sequences = [
             packing.Sequence(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]])
             for row in rows
         ]
-        self.batches = [
-            packing.pack(sequences[at : at + args.pairs]) for at in range(0, len(rows), args.pairs)
-        ]
+        starts = range(0, len(rows), args.pairs)
+        self.batches = [packing.pack(sequences[at : at + args.pairs]) for at in starts]
 
-    def warm(self) -> dict:
-        """Compile each batch's shape. What the steps compute: operations and padding; the mean
-        log-probs of the first batch."""
+    def warm(self) -> tuple[list[float], float]:
+        """Compile each batch's shape. The mean log-probs of the first batch, and the share of
+        padding."""
         logps, *_ = [self._step(batch) for batch in self.batches]
         micro = [batches.MicroBatch([], batch, {}) for batch in self.batches]
         speed = partial(train.speed, self.training.trainer.params, seconds=1)
-        # Forward and backward for the step, and forward for the reference: a third more.
-        flops = [4 / 3 * speed([batch])["model_flops_per_second"] for batch in micro]
-        return {
-            "flops": np.array(flops),
-            "logps": [float(np.mean(x)) for x in logps],
-            "padding": speed(micro[1:])["padding"],
-        }
+        # Forward and backward for the step, and forward for the reference: a third more. Products
+        # with weights alone.
+        self.useful = [4 / 3 * speed([batch])["model_flops_per_second"] for batch in micro]
+        return [float(np.mean(x)) for x in logps], speed(micro)["padding"]
 
-    def step(self, number: int) -> tuple[float]:
-        return machine.timed(self._step, self.batches[number])[:1]
+    def work(self, turn: int) -> tuple[float, int, float]:
+        step = max(turn, 1) - 1  # the first one also warms up
+        seconds, _ = machine.timed(self._step, self.batches[step])
+        return seconds, self.training.pairs, self.useful[step]
 
     def _step(self, batch: dict):
         """The reference's log-probs; the update is computed too."""
@@ -150,52 +140,34 @@ class Ours(machine.Worker):
 
 
 class Theirs(machine.Worker):
-    """TRL's own loop, in a thread that each `step` lets go on."""
+    """TRL's own loop, in a thread that each turn lets go on by a step."""
 
-    def __init__(self, folder: str, rows: list[dict], args: Dpo, precompute: bool):
-        import datasets  # here: heavy, and for this side alone
-        import torch
-        import transformers
-        from trl import DPOConfig
+    library = "PyTorch"
 
-        from scripts.bench.trl_trainer import Plain, StepByStep
+    def __init__(
+        self, dtype: machine.Dtype, folder: str, rows: list[dict], args: Dpo, precompute: bool
+    ):
+        from scripts.bench import trl_trainer  # here: heavy, and for this side alone
 
-        self.steps = StepByStep()
-        config = DPOConfig(
-            output_dir=f"{folder}-trl",
-            per_device_train_batch_size=args.pairs,
-            max_steps=args.steps + 1,
-            learning_rate=5e-7,
-            optim="adamw_torch",
-            report_to="none",
-            beta=0.1,
-            max_length=args.max_length,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
+        super().__init__(dtype)
+        self.steps = trl_trainer.StepByStep()
+        rows = 2 * rows[: args.pairs] + rows  # the first step twice more, to warm up
+        self.trainer = trl_trainer.make(
+            folder,
+            rows,
+            args.pairs,
+            dtype,
+            [self.steps],
+            learning_rate=args.learning_rate,
             precompute_ref_log_probs=precompute,
             precompute_ref_batch_size=args.pairs,
         )
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        seconds, self.trainer = machine.timed(
-            lambda: Plain(
-                model=model,
-                args=config,
-                processing_class=tokenizer,
-                callbacks=[self.steps],
-                train_dataset=datasets.Dataset.from_list(rows),
-            )
-        )
-        self.reference = seconds * args.pairs / len(rows) if precompute else 0.0
+        self.pairs = args.pairs
+        self.reference = self.trainer.reference_seconds * args.pairs / len(rows)
         threading.Thread(target=self.trainer.train, daemon=True).start()
 
-    def step(self) -> tuple[float]:
-        return (self.steps.step() + self.reference,)
+    def work(self, _: int) -> tuple[float, int, None]:
+        return self.steps.step() + self.reference, self.pairs, None
 
     def logps(self) -> list[float]:
         """The mean log-probs of the first step."""

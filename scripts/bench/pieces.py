@@ -163,7 +163,7 @@ def pairrm(given: Given) -> Iterator[Row]:
             continue
         begun, rate = time.monotonic(), given.rate(name)
         params = shapes.Random().weights(shapes.encoder(config))
-        params = deberta.prepare(params, config, dtype)
+        params = deberta.prepare(params, config, precision_of(dtype))
 
         def run(params=params):
             return deberta.encode(params, config, tokens_bt, lengths_b, markers_br, kernel)

@@ -1,31 +1,39 @@
 """The sampling engine: ours against transformers' generate, and where each millisecond goes."""
 
 import dataclasses
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 
 import numpy as np
 from etils import epy
 
 from scripts.bench import machine
 from sharding.errors import UserError
+from stages import sample as stage
 from stages.files.rows import Prompt, read
 
 with epy.lazy_imports():  # loaded at their first use, so that --help answers at once
     import jax
     import jax.numpy as jnp
 
-    from model import checkpoint, decoder, drawing, generate, kv_cache, packing
+    from model import checkpoint, decoder, drawing, generate, kv_cache, packing, precision
     from scripts.bench import measuring
+    from sharding import mesh as meshes
 
 
 @dataclasses.dataclass
-class Sample:
-    """Sampling: ours against transformers' generate with the same weights and real prompts, fp32.
+class Sample(machine.Flags):
+    """Sampling: ours against transformers' generate with the same weights and real prompts, each in
+    float32 and bfloat16. Seven minutes on two cores.
 
-    Tokens count up to each answer's end, its EOS included. Ours draws everything once before it is
-    timed: what the first time takes longer is compiling.
+    Tokens count up to each answer's end, its EOS included. Before it is timed, ours draws
+    everything once, and transformers the first tokens of one batch with each kind of attention
+    (eager, sdpa) and batch size; it goes on with the fastest.
     """
 
     checkpoint: str | None = None
@@ -42,44 +50,42 @@ class Sample:
     slots: int = 80
     """Of ours."""
     batches: tuple[int, ...] = (80, 20)
-    """Batch sizes (answers) that transformers is timed at in its first turn; it goes on with the
-    best."""
-    rounds: int = 2
-    """Turns of each side; the best of each counts."""
+    """Batch sizes (answers) that transformers chooses from."""
+    first_tokens: int = 16
+    """How many tokens per answer it draws to choose."""
+    turns: int = 2
+    """Turns of the last of --precisions. The other one takes part in the first turn alone."""
 
 
 def bench(args: Sample) -> None:
-    prompts = _prompts(args)
+    prompts = read_prompts(args)
     with tempfile.TemporaryDirectory() as temporary:
-        folder, hf_folder = machine.two_formats(args.checkpoint, temporary)
-        sides = {
-            "ours": machine.Side(Ours, folder, args, prompts),
-            "transformers": machine.Side(Theirs, hf_folder, args, prompts),
-        }
-        ours, theirs = sides.values()
-        first = ours.ask("sample")[0]
-        work = {name: lambda _, side=side: side.ask("sample") for name, side in sides.items()}
-        results, _ = machine.in_turns("round", range(args.rounds), work)
-        best = {name: min(done, key=lambda d: d[0] / d[1]) for name, done in results.items()}
-        rates = {name: tokens / seconds for name, (seconds, tokens, *_) in best.items()}
-        seconds, _, parts = best["ours"]
-        details = {
-            "ours": f"{args.slots} slots, the first time {first - seconds:.0f} s more, to compile",
-            "transformers": f"batch {theirs.ask('batch')}",
-        }
-        for name, (took, tokens, *_) in best.items():
-            rate = f"{rates[name]:.0f} tokens/s ({tokens} in {took:.1f} s)"
-            machine.report(name, sides[name], rate, details[name])
-        theirs.close()
-        print(f"ratio {rates['ours'] / rates['transformers']:.2f}")
-        told = [f"{name} {took:.1f} s ({calls} calls)" for name, (took, calls) in parts.items()]
-        rest = seconds - sum(took for took, _ in parts.values())
-        print(f"a whole run: {', '.join(told)}, the host's own work {rest:.1f} s")
-        _account(ours.ask("account"))
-        ours.close()
+        ours, theirs = machine.two_formats(args.checkpoint, temporary)
+        sides = [
+            machine.Side(name, dtype, kind, folder, args, prompts)
+            for dtype in args.precisions
+            for name, kind, folder in (("ours", Ours, ours), ("transformers", Theirs, theirs))
+        ]
+        for side in sides:
+            side.ask("warm")
+        machine.in_turns("turn", [1], sides)
+        last = [side for side in sides if side.dtype == args.precisions[-1]]
+        machine.in_turns("turn", range(2, args.turns + 1), last)
+        for side in sides:
+            machine.report(side, "tokens/s")
+        fastest = machine.compare(sides)
+        for side in sides:
+            if side is not fastest:
+                side.close()
+        _, (seconds, _, _, parts) = fastest.turns[-1]
+        told = [f"{name} {took:.1f} s" for name, took in parts.items()]
+        rest = seconds - sum(parts.values())
+        print(f"{fastest.title}: {', '.join(told)}, the host's own work {rest:.1f} s")
+        _account(fastest.ask("account"))
+        fastest.close()
 
 
-def _prompts(args: Sample) -> list[str]:
+def read_prompts(args: Sample) -> list[str]:
     if args.prompts is not None:
         texts = [row.prompt for row in read(args.prompts, Prompt)]
     else:
@@ -114,52 +120,79 @@ def _account(step: dict) -> None:
 
 
 class Ours(machine.Worker):
-    def __init__(self, folder: str, args: Sample, prompts: list[str]):
-        self.config, params = checkpoint.load(folder)
-        tokenizer = checkpoint.open_folder(folder)[1]
+    def __init__(self, dtype: machine.Dtype, folder: str, args: Sample, prompts: list[str]):
+        super().__init__(dtype)
+        self.precision, self.slots = precision.precision_of(dtype), args.slots
+        self.config, tokenizer = checkpoint.open_folder(folder)
         self.prompts = [
             (str(i), tokenizer.prompt_ids([{"role": "user", "content": text}]))
             for i, text in enumerate(prompts)
         ]
-        self.sampling = generate.Sampling(
-            args.n, args.temperature, args.top_p, max_new_tokens=args.max_new_tokens
+        how = {
+            name: getattr(args, name) for name in ("n", "temperature", "top_p", "max_new_tokens")
+        }
+        flags = stage.Args(
+            checkpoint=folder, prompts="", out="", slots=args.slots, dtype=dtype, **how
         )
-        self.slots, self.longest = args.slots, max(len(ids) for _, ids in self.prompts)
-        self.parts: dict[str, tuple[float, int]] = {}  # name → seconds, calls
-        self.sampler = generate.Sampler(
-            self.config, params, tokenizer.decode, self.sampling, self.slots, self.longest
-        )
-        self.sampler.advance = self._watch("decode steps", self.sampler.advance)
-        self.sampler.admit = self._watch("prefill", self.sampler.admit)
+        self.sampling, self.mesh = generate.Sampling(**how), meshes.make_mesh()
+        self.longest, count = max(len(ids) for _, ids in self.prompts), len(self.prompts)
+        what = self.config, tokenizer, self.sampling, self.mesh, self.longest, count
+        with jax.set_mesh(self.mesh):
+            self.samplers = stage.load_samplers(flags, *what, bar=sys.stderr)
+        self.way = f"{self.slots} slots" + " in two parts" * (len(self.samplers) > 1)
+        self.calls: list[tuple[str, float]] = []  # (part of the work, seconds), of all samplers
+        for sampler in self.samplers:
+            sampler.advance = self._watch("decode steps", sampler, sampler.advance)
+            sampler.admit = self._watch("prefill", sampler, sampler.admit)
 
-    def _watch(self, name: str, function):
+    def _watch(self, name: str, sampler, function):
         def watched(*args):
             seconds, result = machine.timed(
-                lambda: (function(*args), jax.block_until_ready(self.sampler.state))[0]
+                lambda: (function(*args), jax.block_until_ready(sampler.state))[0]
             )
-            before, calls = self.parts.get(name, (0.0, 0))
-            self.parts[name] = before + seconds, calls + 1
+            self.calls.append((name, seconds))
             return result
 
         return watched
 
-    def sample(self) -> tuple[float, int, dict]:
-        """(seconds, tokens, {part: (seconds, calls)})."""
-        self.parts.clear()
+    def answers(self, prompts: list[tuple[str, list[int]]]) -> Iterator[tuple[str, list]]:
+        with jax.set_mesh(self.mesh):
+            yield from generate.run_side_by_side(self.samplers, prompts)
+
+    def warm(self) -> None:
+        seconds, *_ = self.work(0)
+        self.way += f", the first time {seconds:.0f} s, compiling included"
+
+    def work(self, _: int) -> tuple[float, int, None, dict]:
+        """(seconds, tokens, None, {part: seconds, the mean of the samplers})."""
+        self.calls.clear()
         seconds, drawn = machine.timed(
-            lambda: [a for _, each in self.sampler.run(self.prompts) for a in each]
+            lambda: [answer for _, each in self.answers(self.prompts) for answer in each]
         )
         tokens = sum(len(a.token_ids) + (a.finish_reason == "stop") for a in drawn)
-        return seconds, tokens, dict(self.parts)
+        parts = dict.fromkeys((name for name, _ in self.calls), 0.0)
+        for name, took in self.calls:
+            parts[name] += took / len(self.samplers)
+        return seconds, tokens, None, parts
 
     def account(self) -> dict:
         """A decode step and its pieces, name → (seconds, operations of products, bytes read)."""
-        c, slots, params = self.config, self.slots, self.sampler.params
+        c, slots, params = self.config, self.slots, self.samplers[0].params
+        operands, activations = self.precision
         length = packing.coarse_bucket(self.longest + self.sampling.max_new_tokens)
-        call = measuring.DecodeCall(c, params, self.sampling, slots, length, jnp.float32)
-        step = min(call() for _ in range(3))
+        count = len(self.samplers)
+        calls = [
+            measuring.DecodeCall(c, params, self.sampling, rows, length, operands)
+            for rows in ([] if count == 1 else [slots // count] * count) + [slots]
+        ]
+        call = calls.pop()
+        with ThreadPoolExecutor(count) as pool:  # side by side, as in a run
+            together = [[*pool.map(lambda c: c(), calls or [call])] for _ in range(3)]
+        step = min(map(max, together))
         tokens_b, uniform_b = call.state["last"], jnp.full(slots, 0.5)
-        decode = jax.jit(partial(kv_cache.decode, config=c), donate_argnames="cache")
+        decode = jax.jit(
+            partial(kv_cache.decode, config=c, precision=self.precision), donate_argnames="cache"
+        )
 
         def decode_time(cache, at: int):
             took, positions_b = [], jnp.full(slots, at)
@@ -173,26 +206,34 @@ class Ours(machine.Worker):
             return min(took), hidden_bd
 
         whole, hidden_bd = decode_time(call.state.pop("cache"), length - 1)
-        products, _ = decode_time(kv_cache.empty_cache(c, slots, 32), 31)
-        logits = jax.jit(lambda params, hidden_bd: decoder.logits(params, c, hidden_bd))
+        products, _ = decode_time(kv_cache.empty_cache(c, slots, 32, activations), 31)
+        logits = jax.jit(lambda params, hidden_bd: decoder.logits(params, c, hidden_bd, operands))
         draw = jax.jit(lambda logits_bv, u_b: drawing.draw(logits_bv, u_b, call.state["settings"]))
         head = {k: v for k, v in params.items() if k != "layers"}
         logits_bv = logits(head, hidden_bd)
         weights = sum(x.size for x in jax.tree.leaves(params["layers"]))
         vocabulary = c.vocab_size * c.hidden_size
         scores = 4 * slots * c.num_attention_heads * c.head_dim * c.num_hidden_layers * length
-        cached = slots * kv_cache.cache_bytes(c, length)
+        cached = slots * kv_cache.cache_bytes(c, length, activations)
         vocabulary_time = machine.best_seconds(logits, head, hidden_bd)
         return {
             "slots": slots,
             "length": length,
             "seconds": step,
-            "gemm": machine.gemm_rate(),
+            "gemm": self.gemm(),
             "read": machine.read_rate(),
             "parts": {
-                "products with the layers": (products, 2 * slots * weights, 4 * weights),
+                "products with the layers": (
+                    products,
+                    2 * slots * weights,
+                    operands.itemsize * weights,
+                ),
                 "attention over the cache": (whole - products, scores, cached),
-                "the vocabulary product": (vocabulary_time, 2 * slots * vocabulary, 4 * vocabulary),
+                "the vocabulary product": (
+                    vocabulary_time,
+                    2 * slots * vocabulary,
+                    operands.itemsize * vocabulary,
+                ),
                 "drawing": (
                     machine.best_seconds(draw, logits_bv, uniform_b),
                     0,
@@ -203,13 +244,17 @@ class Ours(machine.Worker):
 
 
 class Theirs(machine.Worker):
-    def __init__(self, folder: str, args: Sample, prompts: list[str]):
+    library = "PyTorch"
+
+    def __init__(self, dtype: machine.Dtype, folder: str, args: Sample, prompts: list[str]):
         import torch  # here: heavy, and for this side alone
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.args, self.sizes = args, args.batches
+        super().__init__(dtype)
+        self.args = args
         self.chats = [[{"role": "user", "content": text}] for text in prompts]
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        kind = getattr(torch, dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         torch.manual_seed(0)
         torch.set_grad_enabled(False)
@@ -217,31 +262,47 @@ class Theirs(machine.Worker):
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token_id = self.eos[0]
 
-    def sample(self) -> tuple[float, int]:
-        """(seconds, tokens)."""
-        return self.quickest(self._sample, amount=lambda tokens: tokens)
+    def warm(self) -> None:
+        """Choose the kind of attention and the batch size that draw the first tokens fastest."""
+        self._generate(self.chats[:1], 2)
+        rates = {}
+        for attention, batch in product(("eager", "sdpa"), self.args.batches):
+            self.model.set_attn_implementation(attention)
+            chats = self.chats[: self._prompts(batch)]
+            seconds, tokens = machine.timed(self._generate, chats, self.args.first_tokens)
+            rates[attention, batch] = tokens / seconds
+        attention, self.batch = max(rates, key=rates.get)
+        self.model.set_attn_implementation(attention)
+        told = (f"{' '.join(map(str, way))} {rate:.0f}" for way, rate in rates.items())
+        self.way = f"{attention} attention, batch {self.batch} (first tokens/s: {', '.join(told)})"
 
-    def _sample(self, batch: int) -> int:
-        tokens, chats = 0, max(1, batch // self.args.n)
-        for at in range(0, len(self.chats), chats):
-            inputs = self.tokenizer.apply_chat_template(
-                self.chats[at : at + chats],
-                add_generation_prompt=True,
-                padding=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
-            answers = self.model.generate(
-                **inputs,
-                do_sample=True,
-                temperature=self.args.temperature,
-                top_p=self.args.top_p,
-                top_k=0,
-                num_return_sequences=self.args.n,
-                max_new_tokens=self.args.max_new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-            for answer in answers[:, inputs["input_ids"].shape[1] :].numpy():
-                ends = np.flatnonzero(np.isin(answer, self.eos))
-                tokens += int(ends[0]) + 1 if len(ends) else len(answer)
+    def work(self, _: int) -> tuple[float, int, None]:
+        """(seconds, tokens, None)."""
+        step, limit = self._prompts(self.batch), self.args.max_new_tokens
+        batches = [self.chats[at : at + step] for at in range(0, len(self.chats), step)]
+        return *machine.timed(lambda: sum(self._generate(x, limit) for x in batches)), None
+
+    def _prompts(self, batch: int) -> int:
+        """How many prompts a batch of so many answers has."""
+        return max(1, batch // self.args.n)
+
+    def _generate(self, chats: list, max_new_tokens: int) -> int:
+        """How many tokens it drew."""
+        inputs = self.tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        )
+        answers = self.model.generate(
+            **inputs,
+            do_sample=True,
+            temperature=self.args.temperature,
+            top_p=self.args.top_p,
+            top_k=0,
+            num_return_sequences=self.args.n,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        tokens = 0
+        for answer in answers[:, inputs["input_ids"].shape[1] :].numpy():
+            ends = np.flatnonzero(np.isin(answer, self.eos))
+            tokens += int(ends[0]) + 1 if len(ends) else len(answer)
         return tokens

@@ -26,7 +26,9 @@ from sharding.mesh import make_mesh, put_batch, replicated
 class Training:
     """A DPO training: fp32 masters and moments, products in `dtype`."""
 
-    def __init__(self, config, pairs: int, dtype, mesh, load=None):
+    def __init__(
+        self, config, pairs: int, dtype, mesh, load=None, learning_rate: float = 5e-7, steps=100
+    ):
         """load: gives the parameters on a mesh; default: random ones."""
         self.config, self.pairs, self.mesh, self.whole = config, pairs, mesh, replicated(mesh)
         model = {"config": config, "precision": precision_of(dtype)}
@@ -34,9 +36,9 @@ class Training:
             partial(losses.pair_logprobs, pairs=pairs, **model), out_shardings=self.whole
         )
         loss = partial(losses.pair_loss, loss=losses.Loss(), **model)
-        optimization = train.Optimization(5e-7, "linear", 0.1, "adamw", 0.0, 1.0)
+        optimization = train.Optimization(learning_rate, "linear", 0.0, "adamw", 0.0, 1.0)
         placed = decoder.abstract(config, mesh)
-        self.trainer = train.Trainer(loss, optimization, 100, placed)
+        self.trainer = train.Trainer(loss, optimization, steps, placed)
         shardings = jax.tree.map(lambda x: x.sharding, placed)
         if load is None:
             self.params = jax.device_put(shapes.Random().weights(placed), shardings)

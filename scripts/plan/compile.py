@@ -190,11 +190,12 @@ def gradients(config, mesh, a) -> Program:
 def layer(_, mesh, a) -> Program:
     """A layer of PairRM over so many comparisons, the other layers' weights beside it."""
     kernel = a.chip in CHIPS and any(map(deberta_tpu.runs_on, CHIPS[a.chip].kinds))
-    config, dtype = shapes.PAIRRM, jnp.dtype(a.dtype)
-    params = jax.eval_shape(lambda p: deberta.prepare(p, config, dtype), shapes.encoder(config))
-    params = jax.tree.map(lambda x: _whole(mesh, x.shape, dtype), params)
+    config, precision = shapes.PAIRRM, precision_of(a.dtype, "accelerator")
+    prepare = partial(deberta.prepare, config=config, precision=precision)
+    params = jax.eval_shape(prepare, shapes.encoder(config))
+    params = jax.tree.map(lambda x: _whole(mesh, x.shape, x.dtype), params)
     first, *others = params.pop("layers")
-    x_btd = _whole(mesh, (a.rows, a.length, config.hidden_size), dtype)
+    x_btd = _whole(mesh, (a.rows, a.length, config.hidden_size), precision.activations)
     args = (first, config, x_btd, _whole(mesh, x_btd.shape[:2], jnp.bool_), None, kernel)
     return Program(deberta.layer, args, {"parameters": first}, {"parameters": [params, others]})
 

@@ -28,7 +28,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     import jax
 
     from model import checkpoint, logprobs
-    from model.precision import precision_of
+    from model import precision as precisions
     from sharding import mesh as meshes
 
 
@@ -180,7 +180,7 @@ def compute(
     most = max(args.batch_size, widest)
     shards = meshes.batch_shards(mesh)
     batcher = Batcher(0, len(prompts), most // widest, rows="packed", shards=shards)
-    precision = precision_of(args.dtype, mesh.devices.flat[0].platform)
+    precision = precisions.precision_of(args.dtype)
     with jax.set_mesh(mesh), stop_signal() as check_stop:
         check_together = processes.loop_check(check_stop, STOPPED_TOGETHER)
         params = checkpoint.load(args.checkpoint, mesh)[1]

@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -87,57 +86,17 @@ def ours(folder, out, *more):
 
 def theirs(folder, examples, **changes):
     """(TRL's rows of metrics, the model it trained)."""
-    from trl import DPOConfig
-
-    from scripts.bench.trl_trainer import Plain
-
-    losses = []
-
-    class Keeping(Plain):
-        """Keeps the losses unrounded."""
-
-        def compute_loss(self, *args, **kwargs):
-            found = super().compute_loss(*args, **kwargs)
-            losses.append((found[0] if isinstance(found, tuple) else found).item())
-            return found
+    from scripts.bench import trl_trainer
 
     order = epoch_order(0, 0, len(examples))
     rows = [
         {f"{name}_ids": getattr(e, name).tolist() for name in ("prompt", "chosen", "rejected")}
         for e in (examples[i] for i in order)
     ]
-    arguments = dict(
-        output_dir=str(folder / "trl-out"),
-        per_device_train_batch_size=PAIRS_A_STEP,
-        max_steps=STEPS,
-        learning_rate=1e-4,
-        lr_scheduler_type="linear",
-        warmup_steps=2,
-        optim="adamw_torch",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        logging_steps=1,
-        report_to="none",
-        beta=0.1,
-        max_length=None,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
-    tokenizer.pad_token = tokenizer.eos_token
-    trainer = Keeping(
-        model=model,
-        args=DPOConfig(**arguments | changes),
-        processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_list(rows),
-    )
+    settings = {"learning_rate": 1e-4, "warmup_steps": 2} | changes
+    trainer = trl_trainer.make(f"{folder}/hf", rows, PAIRS_A_STEP, **settings)
     trainer.train()
-    logged = [row for row in trainer.state.log_history if "rewards/chosen" in row]
-    return [row | {"loss": loss} for row, loss in zip(logged, losses, strict=True)], trainer.model
+    return trainer.metrics(), trainer.model
 
 
 def flat(model) -> np.ndarray:
