@@ -14,6 +14,7 @@ from stages.files.provenance import Entry
 
 with epy.lazy_imports():  # loads JAX, which --help does without
     from model import precision as precisions
+    from sharding import mesh as meshes
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 SETTLED = ("float32", "bfloat16")
@@ -30,7 +31,8 @@ def settle_dtype(manifest: Manifest, begun: Iterable[Manifest]) -> str:
     same = next((made for made in begun if _is_same_run(manifest, made)), None)
     dtype, why = asked, "asked for"
     if asked == "auto":
-        dtype = same.arguments["dtype"] if same else precisions.resolved(asked)
+        platform = meshes.list_devices()[0].platform  # first, since it refuses devices not there
+        dtype = same.arguments["dtype"] if same else precisions.resolved(asked, platform)
         # Process 0 has the files, and its CPU may differ from another's.
         first = processes.from_first(np.array([SETTLED.index(dtype), same is not None]))
         dtype = SETTLED[first[0]]
