@@ -19,7 +19,7 @@ CHUNK = 256  # tokens per device whose logits are held: 50 MB of fp32 at 49,152 
 ACCELERATOR_CHUNK = 1024  # elsewhere than on CPU: devices sum the vocabulary's gradient per chunk
 # Kept log-probs of a reference are named by it (stages/dpo.py). Raise it with each change to this
 # file, to the decoder, its forward pass or packing that moves the numbers by more than rounding.
-VERSION = 1
+VERSION = 2
 
 
 def response_logprobs(

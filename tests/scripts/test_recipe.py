@@ -65,10 +65,10 @@ def test_the_demo_asks_for_what_it_always_did(monkeypatch):
     """The flags of the demo's shell recipe, as the stages read them."""
     monkeypatch.chdir(ROOT)
     recipe = recipes.read("demo", environ={})
-    drawn = "--temperature 0.7 --top-p 0.9 --max-new-tokens 96"
+    drawn = "--temperature 0.7 --top-p 0.9 --max-new-tokens 96 --dtype float32"
     training = (
         "--beta 0.1 --learning-rate 5e-5 --schedule linear --warmup-ratio 0 --batch-size 4 "
-        "--micro-batch-size 4 --max-length 512 --max-prompt-length 256"
+        "--micro-batch-size 4 --max-length 512 --max-prompt-length 256 --dtype float32"
     )
     for table, stage, flags in (
         (recipe.sample, sample.Args, f"--n 5 {drawn} --slots 160"),
@@ -76,7 +76,7 @@ def test_the_demo_asks_for_what_it_always_did(monkeypatch):
         (recipe.dpo, dpo.Args, training),
     ):
         assert parsed(stage, recipes.flags(table)) == parsed(stage, flags.split())
-    assert recipe.evaluate["kl"] == {"prompts": 32}
+    assert recipe.evaluate["kl"] == {"prompts": 32, "dtype": "float32"}
     assert recipe.rank == recipe.pairs == recipe.machine == {}
     assert (recipe.iterations, recipe.export_dtype) == (3, "float32")
     folder = "scripts/recipes/demo"
