@@ -163,15 +163,7 @@ def main(args: Args) -> None:
     train, test = examples.values()
     on_policy = [check_lineage(file, identities, args) for file in files.values()]
 
-    manifest = Manifest(
-        stage="dpo",
-        arguments={k: v for k, v in dataclasses.asdict(args).items() if k not in MAY_CHANGE},
-        inputs={role: an_input(file.path, file.sha256) for role, file in files.items()},
-        identities=identities,
-    )
-    for role, file in files.items():
-        prefix = "test " if role == "test_pairs" else ""
-        manifest.counts |= {f"{prefix}{name}": count for name, count in file.counts.items()}
+    manifest = manifest_of(args, files, identities)
     dtype = settle_dtype(manifest, working.read_begun(args.out, manifest))
     args = dataclasses.replace(args, dtype=dtype)
     if not processes.agree(json.dumps(manifest.key())):
@@ -353,6 +345,20 @@ def check_lineage(file: RowFile, identities: dict[str, str], args: Args) -> bool
             "--allow-other-model to train off-policy"
         )
     return model == identities["reference"]
+
+
+def manifest_of(args: Args, files: dict[str, RowFile], identities: dict[str, str]) -> Manifest:
+    """The manifest of this training, with the rows of its files counted."""
+    manifest = Manifest(
+        stage="dpo",
+        arguments={k: v for k, v in dataclasses.asdict(args).items() if k not in MAY_CHANGE},
+        inputs={role: an_input(file.path, file.sha256) for role, file in files.items()},
+        identities=identities,
+    )
+    for role, file in files.items():
+        prefix = "test " if role == "test_pairs" else ""
+        manifest.counts |= {f"{prefix}{name}": count for name, count in file.counts.items()}
+    return manifest
 
 
 def reference_logprobs(

@@ -8,7 +8,7 @@ A prompt too long for the model's context (less --max-new-tokens) is set aside w
 
 The devices of several hosts work as one: --coordinator HOST:PORT --processes 4 and --process-id 0
 to 3, the rest of the command the same. Process 0 writes. Machines without a network between them
-take a slice of the prompts each: --slice 0/4, --slice 1/4, …; then
+take a slice of the prompts each: --slice 0/4, --slice 1/4, … (and the same --dtype); then
 
     python -m scripts.convert join samples.jsonl slice-0.jsonl slice-1.jsonl slice-2.jsonl …
 """

@@ -32,7 +32,9 @@ def samples(path, texts: list[list[str]], identity: str) -> str:
     """As stages.sample writes them."""
     identities = {"model": identity, "tokenizer": "t", "chat_template": "c"}
     prompts = an_input(str(path.parents[1] / "prompts.jsonl"), text_sha256("prompts"))
-    manifest = Manifest("sample", {"n": len(texts[0])}, {"prompts": prompts}, identities)
+    manifest = Manifest(
+        "sample", {"n": len(texts[0]), "dtype": "bfloat16"}, {"prompts": prompts}, identities
+    )
     output = Output.open(str(path), manifest)
     for prompt, answers in zip(PROMPTS, texts):
         responses = [
@@ -83,7 +85,7 @@ def run(tmp_path_factory):
                 str(k) * 64,
                 {
                     "stage": "dpo",
-                    "arguments": {"epochs": 1},
+                    "arguments": {"epochs": 1, "dtype": "float32"},
                     "inputs": sha256,
                     "identities": {"model": str(k - 1) * 64, "reference": str(k - 1) * 64},
                     "counts": {"in": 4, "out": 3, "set aside: no room": 1},
@@ -183,6 +185,9 @@ def test_the_table_has_the_figures_of_the_files(run, capsys):
     shown = capsys.readouterr().out
     assert all(cell in shown for row in rows for cell in row.values())
     assert "letters" in shown and "best so far: iteration_" in shown
+    assert shown.startswith("small, sample in bfloat16, dpo in float32:\n")
+    nodes = [node for node in graph.read(str(run)) if node.path.endswith("samples.jsonl")]
+    assert tables.computed_in(nodes) == "computed in bfloat16" and not tables.computed_in([])
 
 
 def test_lineage_says_what_was_made_from_what_and_what_changed_since(run, tmp_path):

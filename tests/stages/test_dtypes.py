@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from model import checkpoint, generate, precision
+from model import checkpoint, gates, generate, precision
 from sharding import processes
+from sharding.errors import UserError
 from stages.evaluate import kl
 from stages.files import dtypes
 from stages.files.output import Manifest, manifest_path, read_manifest
@@ -191,3 +194,30 @@ def test_a_manifest_that_cannot_be_read_is_refused_as_before(base, tmp_path, cap
     (tmp_path / "s.jsonl.manifest.json").write_text("{}")
     assert manifest_path(str(out)) == str(tmp_path / "s.jsonl.manifest.json")
     refused(capsys, run_sample(base, out=str(out)), "not a manifest")
+
+
+@pytest.mark.parametrize(
+    "trainer,sampler,words",
+    [
+        ("float32", {"float32"}, "although both computed in float32"),
+        ("float32", set(), "(sampled in bfloat16?)"),
+        ("float32", {"bfloat16"}, None),
+        ("bfloat16", {"bfloat16"}, None),
+        ("bfloat16", set(), None),
+    ],
+)
+def test_the_sampler_may_differ_by_a_rounding_that_was_asked_for(trainer, sampler, words, capsys):
+    pair = SimpleNamespace(chosen=[1] * 10, rejected=[1] * 5, sampled=(-20.0, -10.0))
+    theirs = np.array([[-20.5, -10.25]])  # 0.05 per token
+    gates.check_sampler("pairs.jsonl", [pair], theirs, trainer, sampler)
+    said = capsys.readouterr().out
+    assert ("warning" in said) == (words is not None) and (words or "") in said
+    with pytest.raises(UserError, match="differ from the trainer's"):
+        gates.check_sampler("pairs.jsonl", [pair], theirs - 5, trainer, sampler)
+
+
+def test_the_dtypes_of_a_stage_are_those_of_its_manifests():
+    tables = [("sample", {"dtype": "bfloat16"}), ("rank", {"dtype": "float32"}), ("sample", [])]
+    made_of = [{"stage": stage, "arguments": table} for stage, table in tables]
+    assert dtypes.dtypes_of(made_of, "sample") == {"bfloat16"}
+    assert dtypes.dtypes_of(made_of, "dpo") == set()
