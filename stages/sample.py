@@ -75,8 +75,9 @@ class Args(processes.Flags):
     """Memory for the keys and values of all slots at their longest, over all devices, e.g. 8GiB.
     Default: a quarter of a machine's free memory, four fifths of what accelerators have free."""
     dtype: Dtype = "auto"
-    """The dtype of computation. auto: bfloat16 on accelerators, and on CPUs that multiply in it
-    (amx_bf16 or avx512_bf16), else float32; a run that goes on keeps the dtype it began with."""
+    """The dtype of computation. auto: bfloat16 on accelerators, float32 on CPUs; a run that goes on
+    keeps the dtype it began with. On CPUs that multiply in it (amx_bf16 or avx512_bf16), bfloat16
+    is faster, but more answers depend on slots and order of the prompts."""
     mesh: tuple[int, int, int] | None = None
     """Devices along data, fsdp, tensor; -1: the rest. Default: along tensor as far as the key heads
     and the MLP divide, the rest along data; along fsdp, every token would collect the weights."""

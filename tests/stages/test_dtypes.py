@@ -25,8 +25,13 @@ UNPATCHED = precision.cpu_multiplies_bf16.__wrapped__  # neither kept nor replac
 @pytest.fixture
 def cpu(monkeypatch):
     """A call cpu(True) makes this machine one that multiplies in bf16, cpu(False) one that does
-    not."""
-    return lambda does: monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: does)
+    not. "auto" is the same for all stages."""
+
+    def make(does: bool) -> None:
+        monkeypatch.setattr(dtypes, "FLOAT32_ON_CPU", set())
+        monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: does)
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -55,6 +60,14 @@ def test_what_auto_is(cpu):
         assert precision.resolved("auto") == precision.resolved("auto", "cpu") == name
         assert precision.resolved("auto", "tpu") == precision.resolved("auto", "gpu") == "bfloat16"
         assert precision.resolved("float32", "tpu") == "float32"
+
+
+def test_auto_is_float32_for_sampling_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
+    for stage, name in (("sample", "float32"), ("dpo", "bfloat16"), ("evaluate kl", "bfloat16")):
+        for asked, settled in (("auto", name), ("bfloat16", "bfloat16"), ("float32", "float32")):
+            manifest = Manifest(stage, {"dtype": asked}, {}, {})
+            assert dtypes.settle_dtype(manifest, []) == settled
 
 
 def dtype_of(path) -> str:
