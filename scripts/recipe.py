@@ -347,7 +347,8 @@ def bind(run: Path, settings: dict[str, Any], write: bool) -> None:
             raise UserError(f"{file} is damaged: restore it, or choose another NAME") from None
         for key in before | settings:
             old, new = (table.get(key, default_of(key)) for table in (before, settings))
-            if old != new:
+            # A dtype that was not named may be named: a stage that began with another one refuses.
+            if old != new and not (key.endswith(".dtype") and old == "auto"):
                 raise UserError(
                     f"{run} was begun with other settings ({key} was {json.dumps(old)}, now it is "
                     f"{json.dumps(new)}): choose another NAME, or remove {run}"

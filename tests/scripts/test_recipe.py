@@ -344,6 +344,7 @@ def test_a_run_goes_on_with_its_settings_alone(own):
         ("iterations = 2", "iterations = 5"),
         ("n = 4", "n = 4\nslots = 9\nmesh = [1, 1, 1]"),
         ("[dpo]", "[evaluate.kl]\nbatch_size = 3\n[dpo]"),
+        ("n = 4", "n = 4\ndtype = 'float32'"),  # a stage refuses it where it began with another
         ("beta = 0.2", "beta = 0.2\nlearning_rate = 5e-7"),  # which is the stage's own
     ):
         assert shown(own(change)).returncode == 0
