@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
-from itertools import islice
+from itertools import islice, tee
 
 import jax
 import numpy as np
@@ -545,42 +545,37 @@ def run_side_by_side(
     each_call: Callable[[], None] = lambda: None,
     answered: Collection[str] = (),
 ) -> Iterator[tuple[str, list[Answer]]]:
-    """As `Sampler.run`, by several samplers at once, each in a thread of its own. They take the
-    rows of prompts in turn, whichever is quicker. On a CPU, one's pieces that occupy one core run
-    beside the other's.
+    """As `Sampler.run`, by several samplers at once, each in its own thread. Rows of prompts are
+    dealt in turn, so it does not depend on speed which sampler answers a prompt. On a CPU, what
+    occupies one core in one sampler runs beside the other's work.
 
-    `prompts` is read in the threads, by one at a time; `each_call` runs in the caller's.
+    The threads read `prompts`, one at a time; `each_call` runs in the caller's thread.
     """
     if len(samplers) == 1:
         yield from samplers[0].run(prompts, each_call, answered)
         return
-    rows, done = samplers[0].rows_of_groups(prompts, answered), Complete(samplers[0].sampling.n)
-    dealt, lock = [deque() for _ in samplers], threading.Lock()
-    mesh = jax.sharding.get_mesh()
+    done, count = Complete(samplers[0].sampling.n), len(samplers)
+    rows = tee(samplers[0].rows_of_groups(prompts, answered), count)
+    mesh, lock = jax.sharding.get_mesh(), threading.Lock()
 
-    def of(number: int) -> Iterator[list[Group]]:
-        """Every so-manieth row, from `number` on."""
+    def dealt_to(number: int) -> Iterator[list[Group]]:
+        mine = islice(rows[number], number, None, count)
         while True:
             with lock:
-                while not dealt[number]:
-                    for others in dealt:
-                        groups = next(rows, None)
-                        if groups is not None:
-                            others.append(groups)
-                    if not dealt[number]:
-                        return
-                groups = dealt[number].popleft()
+                groups = next(mine, None)
+            if groups is None:
+                return
             yield groups
 
     def call(sampler: Sampler, rows: Iterator[list[Group]]) -> list[Event] | None:
         with jax.set_mesh(mesh):  # a thread begins without one
             return sampler.call(rows)
 
-    with ThreadPoolExecutor(len(samplers)) as pool:
+    with ThreadPoolExecutor(count) as pool:
         calls = {}
         for number, sampler in enumerate(samplers):
             sampler.begin()
-            mine = sampler, of(number)
+            mine = sampler, dealt_to(number)
             calls[pool.submit(call, *mine)] = mine
         while calls:
             for ended in wait(calls, return_when=FIRST_COMPLETED).done:

@@ -131,13 +131,14 @@ def _of(kind: type, a):
 
 
 def _sampler(config, mesh, a) -> tuple[dict, list]:
-    params = kv_cache.unstacked(decoder.abstract(config, mesh, a.dtype))
-    return params, kv_cache.abstract_cache(config, mesh, a.slots, a.length, a.dtype)
+    precision = precision_of(a.dtype, a.chip)
+    params = kv_cache.unstacked(decoder.abstract(config, mesh, precision.operands))
+    return params, kv_cache.abstract_cache(config, mesh, a.slots, a.length, precision.activations)
 
 
 def decode(config, mesh, a) -> Program:
     """A step of all slots, in a call of as many as there can be."""
-    (params, cache), precision = _sampler(config, mesh, a), precision_of(a.dtype, "accelerator")
+    (params, cache), precision = _sampler(config, mesh, a), precision_of(a.dtype, a.chip)
     state = jax.eval_shape(lambda: slot_state.empty(config, a.slots, a.length, precision))
     state = jax.tree.map(lambda x: _whole(mesh, x.shape, x.dtype), state) | {"cache": cache}
     how = {"config": config, "precision": precision, "side_buffer": a.side_buffer}
@@ -154,7 +155,7 @@ def prefill(config, mesh, a) -> Program:
     # The program has no use for the vocabulary's matrix, so the compiler leaves it out.
     unused = {name: x for name, x in params.items() if name == "unembed"}
     used = {name: x for name, x in params.items() if name != "unembed"}
-    precision = precision_of(a.dtype, "accelerator")
+    precision = precision_of(a.dtype, a.chip)
     return Program(
         jax.jit(lambda params, row: kv_cache.prefill(params, config, **row, precision=precision)),
         (params, {name: _whole(mesh, (1, a.tokens)) for name in names}),
@@ -173,7 +174,7 @@ def gradients(config, mesh, a) -> Program:
     batch = meshes.placed_batch(mesh, packed)
     sides = [name for name in losses.Pairs._fields if not name.startswith("pi_")]
     batch |= {name: _whole(mesh, (size,), np.float32) for name in (*sides, "weights")}
-    precision = precision_of(a.dtype, "accelerator")
+    precision = precision_of(a.dtype, a.chip)
     how = {"config": config, "precision": precision, "remat": a.remat}
     loss = partial(losses.pair_loss, loss=losses.Loss(), **how)
     trainer = train.Trainer(loss, _of(train.Optimization, a), 100, params)
@@ -190,7 +191,7 @@ def gradients(config, mesh, a) -> Program:
 def layer(_, mesh, a) -> Program:
     """A layer of PairRM over so many comparisons, the other layers' weights beside it."""
     kernel = a.chip in CHIPS and any(map(deberta_tpu.runs_on, CHIPS[a.chip].kinds))
-    config, precision = shapes.PAIRRM, precision_of(a.dtype, "accelerator")
+    config, precision = shapes.PAIRRM, precision_of(a.dtype, a.chip)
     prepare = partial(deberta.prepare, config=config, precision=precision)
     params = jax.eval_shape(prepare, shapes.encoder(config))
     params = jax.tree.map(lambda x: _whole(mesh, x.shape, x.dtype), params)

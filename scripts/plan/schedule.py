@@ -100,7 +100,9 @@ class Plan:
         """What scripts/plan/compile.py is asked. A program is compiled at the longest texts that
         are allowed, which decide its memory, and traced with `usual` in place of these arguments,
         which decides its time. A step of sampling, bound by memory, is compiled at both."""
-        drawn, trained = dataclasses.asdict(self.sampling), dataclasses.asdict(self.training)
+        chip = {"chip": self.on.chip.name}
+        drawn = dataclasses.asdict(self.sampling) | chip
+        trained = dataclasses.asdict(self.training) | chip
         (tokens, answer, most), limit = self.lengths, self.sampling.max_new_tokens
         unit = cache_unit(self.on.compiler)
         longest = round_up(round(most) + limit, unit)
@@ -115,7 +117,7 @@ class Plan:
         prompt = min(trained["max_prompt_length"], tokens)
         said = answer * -math.expm1((prompt - trained["max_length"]) / answer)
         mean = {"max_prompt_length": round(prompt), "max_length": round(prompt) + round(said)}
-        ranked = {"dtype": self.dtypes["rank"], "chip": self.on.chip.name}
+        ranked = {"dtype": self.dtypes["rank"]} | chip
         ranked |= self._comparisons(PAIRRM_LONGEST)
         asked = [
             ("sample: a step", "decode", drawn, {}),

@@ -18,9 +18,9 @@ with epy.lazy_imports():  # loads JAX, which --help does without
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 SETTLED = ("float32", "bfloat16")
-# Stages that compute in float32 on CPUs unless bfloat16 is asked for. A sampler in bfloat16 gave
-# 72% of its answers again in other slots and another order.
-FLOAT32_ON_CPU = {"sample"}
+# Stages that compute in float32 on CPUs unless bfloat16 is asked for: a sampler in bfloat16 gave
+# 72% of its answers again in other slots and another order, and the KL compares with the sampler.
+FLOAT32_ON_CPU = {"sample", "evaluate kl"}
 
 
 def settle_dtype(manifest: Manifest, begun: Iterable[Manifest]) -> str:

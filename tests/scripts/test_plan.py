@@ -442,7 +442,8 @@ def test_every_stages_programs_compile_for_this_cpu():
     held = 4 * plan.parameters
     for part in ("parameters", "gradients", "moments"):  # RMSprop: one moment
         assert found["dpo: gradients"][part] == pytest.approx(held, rel=1e-3)
-    assert found["sample: a step"]["cache"] == 2 * 2 * 4 * 64 * 8 * 128 * 2  # k, v; layers, heads
+    # k, v; layers, heads; float32, as a cache is on a CPU that computes in bfloat16
+    assert found["sample: a step"]["cache"] == 2 * 2 * 4 * 64 * 8 * 128 * 4
     assert all(parts["temporary"] > 0 for parts in found.values())
 
 

@@ -1,11 +1,15 @@
 """What the tests of several stages begin with."""
 
+import os
+import signal
+
 import pytest
 
 from stages import pairs
 from stages.files.run import run_main
+from stages.files.work import Work
 from tests import tiny
-from tests.stages.chain import run_rank, run_sample
+from tests.stages.chain import run_dpo, run_rank, run_sample
 
 REWARD = """
 def reward(prompt, responses):
@@ -26,3 +30,20 @@ def base(tmp_path_factory):
     argv = ["--ranked", str(folder / "ranked.jsonl"), "--out", str(folder / "pairs.jsonl")]
     assert run_main(pairs.main, pairs.Args, [*argv, "--test-count", "2"]) == 0
     return folder
+
+
+@pytest.fixture
+def stopped(base, tmp_path, monkeypatch, capsys):
+    """A training, in tmp_path/out, that a signal stopped after the second of its four steps."""
+    log = Work.log
+
+    def stopping(self, step, values):
+        log(self, step, values)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "log", stopping)
+        assert run_dpo(base, tmp_path / "out") == 75
+    capsys.readouterr()
+    return tmp_path / "out"

@@ -344,23 +344,6 @@ def test_work_that_was_begun_is_not_gone_on_with_by_other_arguments(
 # ------------------------------------------------------- what may not end or lose a training
 
 
-@pytest.fixture
-def stopped(base, tmp_path, monkeypatch, capsys):
-    """A training, in tmp_path/out, that a signal stopped after the second of its four steps."""
-    log = Work.log
-
-    def stopping(self, step, values):
-        log(self, step, values)
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Work, "log", stopping)
-        assert run_dpo(base, tmp_path / "out") == 75
-    capsys.readouterr()
-    return tmp_path / "out"
-
-
 SAVE = """
 import os, signal, sys
 from orbax.checkpoint._src.path import atomicity

@@ -15,7 +15,6 @@ from stages.evaluate import kl
 from stages.files import dtypes
 from stages.files.output import Manifest, manifest_path, read_manifest
 from stages.files.run import Stopped, run_main
-from stages.files.work import Work
 from tests import tiny
 from tests.stages.chain import refused, run_dpo, run_sample
 
@@ -62,9 +61,9 @@ def test_what_auto_is(cpu):
         assert precision.resolved("float32", "tpu") == "float32"
 
 
-def test_auto_is_float32_for_sampling_on_a_cpu(monkeypatch):
+def test_auto_is_float32_on_a_cpu_for_sampling_and_what_compares_with_it(monkeypatch):
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
-    for stage, name in (("sample", "float32"), ("dpo", "bfloat16"), ("evaluate kl", "bfloat16")):
+    for stage, name in (("sample", "float32"), ("dpo", "bfloat16"), ("evaluate kl", "float32")):
         for asked, settled in (("auto", name), ("bfloat16", "bfloat16"), ("float32", "float32")):
             manifest = Manifest(stage, {"dtype": asked}, {}, {})
             assert dtypes.settle_dtype(manifest, []) == settled
@@ -139,18 +138,8 @@ def test_a_file_that_replaces_another_goes_on_in_its_own_dtype(base, tmp_path, m
     assert dtype_of(out) == "bfloat16"
 
 
-def test_a_training_keeps_its_dtype(base, tmp_path, monkeypatch, cpu, capsys):
-    out = tmp_path / "out"
-    log = Work.log
-
-    def stopping(self, step, values):
-        log(self, step, values)
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Work, "log", stopping)
-        assert run_dpo(base, out) == 75
+def test_a_training_keeps_its_dtype(base, tmp_path, stopped, cpu, capsys):
+    out = stopped
     kept = json.loads((tmp_path / "out.work/manifest.json").read_text())
     assert kept["arguments"]["dtype"] == "float32"
     cpu(True)
