@@ -234,12 +234,12 @@ class Loop:
         client.write_text(CLIENT.format(python=sys.executable, path=path))
         client.chmod(0o755)
         alone = {k: x for k, x in os.environ.items() if k not in ("COORDINATOR", "NAME", "LIMIT")}
-        self.environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")} | alone
+        self.environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+        self.environment |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"} | alone
         self.environment |= {"RUNS": str(folder / "runs"), "PYTHON": str(client)}
         self.environment |= {"LD_PRELOAD": str(library), "TORTURE_STATE": str(state)}
         self.environment |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "PROCESS_TIMEOUT": "20"}
         self.environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        self.environment |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
         serving = [sys.executable, "-m", "scripts.torture", "--serve", path]
         self.server = subprocess.Popen(serving, cwd=ROOT, env=self.environment)
         while not os.path.exists(path) and self.server.poll() is None:

@@ -1,6 +1,8 @@
 """Small models and tokenizers that several tests share."""
 
 import json
+import os
+import re
 import socket
 from pathlib import Path
 
@@ -120,6 +122,11 @@ PROMPTS = [
         "Say it again, slowly and clearly, please.",
     )
 ]
+
+
+def xla_flags(devices: int) -> str:
+    """XLA's flags of this process with so many simulated devices."""
+    return re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
 
 
 def free_port() -> int:

@@ -109,13 +109,14 @@ xla_client.CompileOptions().executable_build_options.debug_options
 
 def settle_streams() -> None:
     """Let everything be printed: in UTF-8 whatever the terminal is said to know, however narrow it
-    is, and where a stream is closed (the next file that is opened would take its number)."""
+    is, and where a stream is closed (the next file that is opened would take its number). Each line
+    at once, also into a file: a process that is killed loses none."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     if shutil.get_terminal_size().columns < 20:
         os.environ["COLUMNS"] = "20"  # for a few columns tyro lays out its help without an end
 

@@ -62,7 +62,7 @@ def run(folder, out, *more, devices: int = 4):
     if devices == 4:
         assert run_main(dpo.main, dpo.Args, argv(folder, out, *more)) == 0
     else:
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+        environment = os.environ | {"XLA_FLAGS": tiny.xla_flags(1)}
         command = [sys.executable, "-m", "stages.dpo", *argv(folder, out, *more)]
         subprocess.run(command, env=environment, check=True)
     return result(out)

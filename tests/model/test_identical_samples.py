@@ -19,7 +19,7 @@ DEV = Path(convert.__file__).parent / "recipes" / "demo" / "dev.jsonl"
 
 def start(folder: Path, out: str, *more: str, prompts: str = "prompts.jsonl", devices: int = 1):
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": tiny.xla_flags(devices),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
     }
     argv = [

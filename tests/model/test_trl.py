@@ -16,7 +16,7 @@ from stages.files.examples import read_pairs
 from stages.files.run import run_main
 from tests import tiny
 
-STEPS, PAIRS_A_STEP = 20, 4
+STEPS, WARM_UP, PAIRS_A_STEP = 20, 2, 4
 # Weights large enough for log-probs that differ from token to token.
 SIZE = dict(
     hidden_size=64,
@@ -34,7 +34,7 @@ SIZE = dict(
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, data):
-    """(folder, examples): a small random Mistral, and real pairs as token ids."""
+    """(folder, rows): a small random Mistral, and real pairs for STEPS steps."""
     folder = tmp_path_factory.mktemp("trl")
     tiny.write_checkpoint(folder / "model", **SIZE)
     lines = (data / "preferences" / "ultrafeedback_1000.jsonl").read_text().splitlines()
@@ -53,16 +53,12 @@ def start(tmp_path_factory, data):
     rows.sort(key=lambda row: sum(len(row[k][-1]["content"]) for k in ("chosen", "rejected")))
     rows = rows[: STEPS * PAIRS_A_STEP]
     assert len(rows) == STEPS * PAIRS_A_STEP
-    tiny.write_jsonl(folder / "pairs.jsonl", rows)
-    tokenizer = ChatTokenizer.from_folder(str(folder / "model"), (2,))
-    path = str(folder / "pairs.jsonl")
-    examples, _ = read_pairs(path, tokenizer, tiny.VOCABULARY, 1024, 512, [])
     convert.main(convert.ToHf(str(folder / "model"), str(folder / "hf"), dtype="float32"))
-    return folder, examples
+    return folder, rows
 
 
-def ours(folder, out, *more):
-    argv = ["--checkpoint", f"{folder}/model", "--pairs", f"{folder}/pairs.jsonl"]
+def ours(folder, pairs, out, *more):
+    argv = ["--checkpoint", f"{folder}/model", "--pairs", pairs]
     argv += [
         "--out",
         str(out),
@@ -72,8 +68,6 @@ def ours(folder, out, *more):
         str(PAIRS_A_STEP),
         "--micro-batch-size",
         "4",
-        "--warmup-ratio",
-        "0.1",
         "--mesh",
         "1",
         "1",
@@ -93,7 +87,7 @@ def theirs(folder, examples, **changes):
         {f"{name}_ids": getattr(e, name).tolist() for name in ("prompt", "chosen", "rejected")}
         for e in (examples[i] for i in order)
     ]
-    settings = {"learning_rate": 1e-4, "warmup_steps": 2} | changes
+    settings = {"learning_rate": 1e-4, "warmup_steps": WARM_UP} | changes
     trainer = trl_trainer.make(f"{folder}/hf", rows, PAIRS_A_STEP, **settings)
     trainer.train()
     return trainer.metrics(), trainer.model
@@ -104,16 +98,19 @@ def flat(model) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "flags,changes",
+    "steps,flags,changes",
     [
-        pytest.param((), {}, id="sigmoid"),
+        pytest.param(5, (), {}, id="sigmoid, a few"),
+        pytest.param(STEPS, (), {}, id="sigmoid", marks=pytest.mark.heavy),
         pytest.param(
+            STEPS,
             ("--loss", "ipo", "--beta", "0.5"),
             {"loss_type": ["ipo"], "beta": 0.5},
             id="ipo",
             marks=pytest.mark.heavy,
         ),
         pytest.param(
+            STEPS,
             ("--loss", "robust", "--label-smoothing", "0.1"),
             {"loss_type": ["robust"], "label_smoothing": 0.1},
             id="robust",
@@ -121,17 +118,20 @@ def flat(model) -> np.ndarray:
         ),
     ],
 )
-def test_twenty_steps_are_trls_steps(start, tmp_path, flags, changes):
-    folder, examples = start
-    found = ours(folder, tmp_path / "out", *flags)
+def test_steps_are_trls_steps(start, tmp_path, steps, flags, changes):
+    folder, rows = start
+    pairs = tiny.write_jsonl(tmp_path / "pairs.jsonl", rows[: steps * PAIRS_A_STEP])
+    tokenizer = ChatTokenizer.from_folder(str(folder / "model"), (2,))
+    examples, _ = read_pairs(pairs, tokenizer, tiny.VOCABULARY, 1024, 512, [])
+    found = ours(folder, pairs, tmp_path / "out", "--warmup-ratio", str(WARM_UP / steps), *flags)
     expected, model = theirs(folder, examples, **changes)
-    assert len(found) == len(expected) == STEPS
+    assert len(found) == len(expected) == steps
     tolerances = {"loss": 1e-5, "logps/chosen": 1e-3, "logps/rejected": 1e-3}
     tolerances |= {f"rewards/{n}": 1e-4 for n in ("chosen", "rejected", "margins", "accuracies")}
     furthest = dict.fromkeys(tolerances, 0.0)
     for a, b in zip(found, expected):
         for name, tolerance in tolerances.items():
-            if name == "rewards/accuracies" and a["step"] <= 2:
+            if name == "rewards/accuracies" and a["step"] <= WARM_UP:
                 continue  # warm-up begins at 0: margins are rounding, and so are their signs
             furthest[name] = max(furthest[name], abs(a[name] - b[name]))
             scale = max(1.0, abs(b[name])) if name == "loss" and "ipo" in flags else 1.0

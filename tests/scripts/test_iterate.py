@@ -16,7 +16,6 @@ from stages.files.output import read_manifest
 from tests import tiny, tiny_pairrm
 
 ROOT = Path(__file__).parents[2]
-ONE_DEVICE = "--xla_force_host_platform_device_count=1"
 RECIPE = """
 model = "checkpoint:{place}/tiny"
 ranker = "{place}/reward.py:reward"
@@ -58,7 +57,7 @@ def iterate(place, recipe="mine.toml", **environment):
     return subprocess.run(
         ["bash", "scripts/iterate.sh", recipe],
         cwd=place,
-        env={**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": ONE_DEVICE, **environment},
+        env={**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": tiny.xla_flags(1), **environment},
         capture_output=True,
         text=True,
     )
@@ -139,7 +138,7 @@ def together(place, processes, name, **environment):
                 **os.environ,
                 "PYTHON": sys.executable,
                 "NAME": name,
-                "XLA_FLAGS": ONE_DEVICE,
+                "XLA_FLAGS": tiny.xla_flags(1),
                 "COORDINATOR": coordinator,
                 "PROCESSES": str(processes),
                 "PROCESS_ID": str(i),

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from scripts import torture
+from tests import tiny
 
 # The loop without what takes longest: the held-out answers, their comparisons and the report.
 STAGES = """
@@ -31,7 +32,9 @@ def loop(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torture")
     torture.write_inputs(folder / "inputs")
     (folder / "stages.sh").write_text(STAGES)
-    loop = torture.Loop(folder / "loop", folder / "inputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", tiny.xla_flags(1))
+        loop = torture.Loop(folder / "loop", folder / "inputs")
     loop.command = ["bash", str(folder / "stages.sh")]
     loop.environment |= {"INPUTS": str(folder / "inputs")}
     yield loop

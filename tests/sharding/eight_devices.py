@@ -1,16 +1,12 @@
 """Train and sample a tiny model on meshes of eight simulated devices and check where everything
-lies. tests/sharding/test_sharding.py runs it, in a process of its own, with the meshes as arguments
-(`1,8,1 2,2,2`); it prints what lies wrong.
+lies. tests/sharding/test_sharding.py runs it, in a process with so many, with the meshes as
+arguments (`1,8,1 2,2,2`); it prints what lies wrong.
 
 What each array should be cut along is said here once more, by hand: not by sharding/mesh.py.
 """
 
-import os
 import sys
 from functools import partial
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import numpy as np

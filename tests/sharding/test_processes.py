@@ -10,7 +10,7 @@ import time
 import pytest
 
 from sharding.processes import Flags
-from tests.tiny import free_port
+from tests.tiny import free_port, xla_flags
 
 # Joins, says so, and does what WHAT says.
 CODE = """
@@ -53,7 +53,7 @@ sys.exit(run.run_main(main, processes.Flags, several=processes))
 @pytest.fixture
 def begin(monkeypatch):
     monkeypatch.setenv("PROCESS_TIMEOUT", "40")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(1))
     running = []
 
     def begin(*what, processes=None):

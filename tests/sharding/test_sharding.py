@@ -1,6 +1,7 @@
 """Where arrays lie: on eight simulated devices, in the table, and on the mesh that is chosen."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -29,6 +30,7 @@ from tests import tiny
 def test_everything_lies_where_it_should_on_eight_devices(meshes):
     found = subprocess.run(
         [sys.executable, "-m", "tests.sharding.eight_devices", *meshes],
+        env=os.environ | {"XLA_FLAGS": tiny.xla_flags(8)},
         stdout=subprocess.PIPE,
         text=True,
     )

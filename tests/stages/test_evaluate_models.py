@@ -253,7 +253,7 @@ def test_stopped_while_sampling_it_goes_on_to_the_same_answers(folder, tmp_path)
 def test_processes_that_slurm_started_answer_together(folder, tmp_path):
     """--coordinator auto: who is who stands in SLURM's environment."""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
-    job |= {"SLURM_NTASKS": "2", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    job |= {"SLURM_NTASKS": "2", "XLA_FLAGS": tiny.xla_flags(1)}
     ranker = ("--best-of", 3, "--ranker", f"{folder}/reward.py:reward", "--mesh", 1, -1, 1)
     words = map(str, argv(folder, tmp_path / "m.json", *ranker, "--coordinator", "auto"))
     command = [sys.executable, "-m", "stages.evaluate", *words]

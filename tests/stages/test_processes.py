@@ -47,7 +47,7 @@ def start(stage, argv, process_id, port, processes=2):
         str(process_id),
     ]
     # A device a process: on CPU several may lock, see sharding/processes.py.
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"XLA_FLAGS": tiny.xla_flags(1)}
     return subprocess.Popen(
         [sys.executable, "-m", f"stages.{stage}", *argv],
         env=environment,
@@ -161,16 +161,21 @@ def test_processes_on_one_mesh_draw_what_one_draws(folder, processes, mesh):
     assert aside[0] == aside[1] and len(aside[0]) == 1
 
 
+def wait_for(text: str, file, running):
+    """Until `text` stands in a file that is being written."""
+    while not (file.exists() and text in file.read_text()):
+        assert running[0].poll() is None, running[0].stderr.read()
+        time.sleep(0.02)
+
+
 def test_a_stop_of_one_process_stops_all_and_they_go_on(folder):
     argv = sample_argv(folder, "stopped.jsonl")
     running = together("sample", argv)
     partial = folder / "stopped.jsonl.partial"
-    while not (partial.exists() and partial.stat().st_size):
-        assert running[0].poll() is None, running[0].stderr.read()
-        time.sleep(0.02)
+    wait_for('"responses"', partial, running)
     running[1].send_signal(signal.SIGTERM)  # not the one that writes
     assert [process.wait() for process in running] == [75, 75]
-    assert 0 < len(partial.read_bytes().splitlines()) < 4 * len(tiny.PROMPTS)
+    assert partial.read_text().count('"responses"') < 4 * len(tiny.PROMPTS)
     ended(together("sample", argv))
     same_answers(folder / "stopped.jsonl", folder / "alone.jsonl")
 
@@ -192,9 +197,7 @@ def test_where_one_is_killed_the_others_end_and_all_go_on(folder, processes, vic
     out = f"killed-{processes}-{victim}.jsonl"
     argv, partial = sample_argv(folder, out), folder / f"{out}.partial"
     running = together("sample", argv, processes)
-    while not (partial.exists() and partial.stat().st_size):
-        assert running[0].poll() is None, running[0].stderr.read()
-        time.sleep(0.02)
+    wait_for('"responses"', partial, running)
     running[victim].kill()
     ended_without(running, victim)
     assert not (folder / out).exists()
@@ -236,19 +239,17 @@ def unbroken(folder):
     return checkpoint.identity(str(folder / "unbroken"))
 
 
-def begun(folder, out, ready: str):
-    """(command, processes) of a training of which the file or folder `ready` is there."""
+def begun(folder, out, step: int):
+    """(command, processes) of a training that has ended this step."""
     argv = dpo_argv(folder, out, "--save-every", "2")
     running = together("dpo", argv)
-    while not (folder / ready).exists():
-        assert running[0].poll() is None, running[0].stderr.read()
-        time.sleep(0.02)
+    wait_for(f'"step": {step},', folder / f"{out}.log/metrics.jsonl", running)
     return argv, running
 
 
 @pytest.mark.heavy
 def test_a_training_whose_process_was_stopped_goes_on_to_the_same_end(folder, unbroken):
-    argv, running = begun(folder, "halted", "halted.log/metrics.jsonl")
+    argv, running = begun(folder, "halted", step=1)
     running[1].send_signal(signal.SIGTERM)
     assert [process.wait() for process in running] == [75, 75]
     assert list((folder / "halted.work").glob("state-?"))
@@ -260,7 +261,7 @@ def test_a_training_whose_process_was_stopped_goes_on_to_the_same_end(folder, un
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_training_whose_process_was_killed_names_it_and_goes_on(folder, unbroken, victim):
     out = f"killed-{victim}"
-    argv, running = begun(folder, out, f"{out}.work/state-2")
+    argv, running = begun(folder, out, step=4)  # its state of step 2 is whole
     running[victim].kill()
     ended_without(running, victim)
     assert not (folder / out).exists()

@@ -239,7 +239,7 @@ def real_texts(data):
 @pytest.mark.parametrize(
     ("sizes", "count"),
     [
-        pytest.param(tiny_pairrm.TINY, 12, id="tiny, a few"),
+        pytest.param(tiny_pairrm.TINY, 6, id="tiny, a few"),
         pytest.param(tiny_pairrm.TINY, 200, id="tiny", marks=pytest.mark.heavy),
         pytest.param(tiny_pairrm.MIDDLE, 200, id="middle", marks=pytest.mark.heavy),
         pytest.param(LARGE, 8, id="PairRM's size", marks=pytest.mark.heavy),
