@@ -22,7 +22,7 @@ METRICS = "loss rewards/chosen rewards/rejected logps/chosen logps/rejected".spl
 
 @dataclasses.dataclass
 class Bf16:
-    """What bfloat16 changes. A quarter of an hour on two cores.
+    """What bfloat16 changes.
 
     greedy: how many greedy answers are float32's, and where the others part. sampled: the same of
     five sampled answers per prompt; and how many change in bfloat16 with other slots and the

@@ -22,7 +22,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
 class Dpo(machine.Flags):
     """DPO: ours against TRL's DPOTrainer, each in float32 and bfloat16 (TRL's default), and TRL's
     also with its reference's log-probs computed beforehand. Pairs of two models' answers to
-    AlpacaEval, nothing rematerialised. Twelve minutes on two cores.
+    AlpacaEval, nothing rematerialised.
 
     Each counts with its reference pass, as in a single epoch. Ours and one of TRL's lie in memory
     at a time, and take turns, step by step.

@@ -27,7 +27,6 @@ Prompt = tuple[str, list[str]]  # a prompt and its answers
 class Rank(machine.Flags):
     """PairRM: ours against llm-blender with the same weights, all comparisons of real answers, each
     in float32, as llm-blender runs on a CPU, and bfloat16, which is autocast with llm-blender.
-    Eight minutes on two cores.
     """
 
     ranker: str | None = None

@@ -29,7 +29,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
 @dataclasses.dataclass
 class Sample(machine.Flags):
     """Sampling: ours against transformers' generate with the same weights and real prompts, each in
-    float32 and bfloat16. Seven minutes on two cores.
+    float32 and bfloat16.
 
     Tokens count up to each answer's end, its EOS included. Before it is timed, ours draws
     everything once, and transformers the first tokens of one batch with each kind of attention
