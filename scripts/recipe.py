@@ -411,8 +411,8 @@ def main(args: Args) -> None:
     for variable, value in recipe.machine.get("environment", {}).items():
         if variable == "XLA_FLAGS":  # a list: of two values of one flag the last holds
             value = f"{value} {os.environ.get(variable, '')}".strip()
-        elif variable in os.environ:
-            continue
+        elif variable in os.environ or variable.replace("XLA_", "XLA_PYTHON_") in os.environ:
+            continue  # the latter is XLA_CLIENT_MEM_FRACTION's earlier name: JAX refuses both
         print(f"export {variable}={shlex.quote(value)}")
 
 

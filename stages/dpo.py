@@ -205,7 +205,7 @@ def main(args: Args) -> None:
     ):
         # ------------------------------------------------------------ reference log-probs
         params = None  # of the reference, where they are needed
-        check_together = partial(processes.all_check, check_stop, STOPPED_TOGETHER)
+        check_together = processes.loop_check(check_stop, STOPPED_TOGETHER)
 
         def compute(role: str) -> np.ndarray:
             nonlocal params
@@ -227,7 +227,7 @@ def main(args: Args) -> None:
             return reading.sides([examples[role][i] for i in indices], reference_p2[role][indices])
 
         # ----------------------------------------------------------------- start or resume
-        check_together()
+        processes.all_check(check_stop, STOPPED_TOGETHER)
         if saved := work.load_state({"params": shapes, "optimizer": trainer.optimizer_state}):
             step, state = saved
             print(f"{work.folder}: going on after step {step} of {total_steps}")
@@ -240,7 +240,7 @@ def main(args: Args) -> None:
         def metrics(step: int, values: dict[str, np.ndarray]) -> dict[str, float]:
             means = losses.metrics(values)
             if step == 0 and starts_at_reference and args.loss == "sigmoid" and not args.nll_weight:
-                gates.check_ln_2(means["loss"], args.dtype, args.beta, args.batch_size)
+                gates.check_ln_2(means["loss"], args.dtype, args.beta, len(values["loss"]))
             return means
 
         def evaluate(params) -> dict[str, float]:

@@ -4,9 +4,11 @@ bytes are read."""
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint._src.serialization import replica_slices
 
 from model import checkpoint, decoder, disk, train
 from model import checkpoint_writing as writing
@@ -53,6 +55,20 @@ def test_a_whole_checkpoint_is_never_replaced_whatever_its_mark(tmp_path, store)
     tiny.write_checkpoint(tmp_path / "C")
     (tmp_path / "C" / writing.UNFINISHED).touch()  # killed before the mark was removed
     assert writing.is_taken(str(tmp_path / "C"))
+
+
+def test_on_gpus_nothing_is_put_into_pinned_memory_to_be_saved(tmp_path, monkeypatch):
+    """XLA grants 64 GB of it per process, and the state of 7B parameters takes more."""
+    moved, whole = [], replica_slices.transfer_arrays_to_host
+
+    def spy(*args, enable_pinned_host_transfer, **kwargs):
+        moved.append(enable_pinned_host_transfer)
+        return whole(*args, enable_pinned_host_transfer=enable_pinned_host_transfer, **kwargs)
+
+    monkeypatch.setattr(replica_slices, "transfer_arrays_to_host", spy)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    writing.save_state(str(tmp_path / "state"), {"step": jnp.ones(3)})()
+    assert moved and not any(moved)
 
 
 def test_a_link_to_nothing_is_the_user_s(tmp_path):

@@ -439,3 +439,19 @@ def test_a_flag_for_gpus_that_repeat_every_bit_is_added_to_the_recipe_s(own):
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("export XLA_FLAGS=")]
     assert line.endswith(f"scheduler=true {flags}'")
     assert done.returncode == 0, done.stderr  # and XLA knows it
+    again = shown(SNORKEL, "gpu-8x80gb", XLA_FLAGS=shlex.split(line)[1].partition("=")[2])
+    assert again.returncode == 0, again.stderr  # and the recipe's own
+
+
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_a_share_of_memory_that_the_user_set_stays_alone(name):
+    """JAX refuses its two names together."""
+    assert "MEM_FRACTION" in shown(SNORKEL, "gpu-141gb").stdout
+    assert "MEM_FRACTION" not in shown(SNORKEL, "gpu-141gb", **{name: "0.5"}).stdout
+
+
+@pytest.mark.parametrize("machine", ["gpu-8x80gb", "gpu-141gb"])
+def test_a_gpu_that_jax_does_not_find_is_not_replaced_by_the_cpu(machine):
+    platforms = "export JAX_PLATFORMS="
+    assert f"{platforms}cuda,cpu" in shown(SNORKEL, machine).stdout
+    assert platforms not in shown(SNORKEL, machine, JAX_PLATFORMS="cpu").stdout

@@ -1,5 +1,7 @@
 """Where arrays lie: on eight simulated devices, in the table, and on the mesh that is chosen."""
 
+import dataclasses
+import itertools
 import math
 import os
 import subprocess
@@ -9,11 +11,12 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from model import decoder, slot_state, train
+from model import decoder, logprobs, slot_state, train
 from model.config import DecoderConfig
 from model.packing import Sequence, pack
 from model.precision import precision_of
 from scripts.bench.shapes import MISTRAL_7B
+from sharding import mesh as meshes
 from sharding import table
 from sharding.errors import UserError
 from sharding.mesh import MESH_AXES, batch_shards, decoding_sizes, make_mesh, training_sizes
@@ -90,6 +93,47 @@ def test_the_mesh_that_is_chosen(devices, config: DecoderConfig, training, decod
     assert training_sizes(devices, config) == training
     assert decoding_sizes(devices, config) == decoding
     assert math.prod(training) == math.prod(decoding) == devices
+
+
+def test_the_vocabularys_gradient_is_summed_once_per_1024_tokens_of_a_device_off_cpu():
+    """On several devices each chunk of tokens ends with a sum across them."""
+    chips = AbstractMesh((1, 4, 1), MESH_AXES)
+    assert logprobs.chunk_length(4, 8192, chips) == 1024
+    assert logprobs.chunk_length(8, 8192, chips) == 512  # of two rows per device
+    assert logprobs.chunk_length(4, 8192, make_mesh(1, 4, 1).abstract_mesh) == logprobs.CHUNK
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU as far as placing a mesh looks at it: one core, one of four in its host."""
+
+    id: int
+    coords: tuple[int, int, int]
+    device_kind: str
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    slice_index: int = 0
+
+    @property
+    def process_index(self) -> int:
+        return self.id // 4
+
+
+@pytest.mark.parametrize(
+    "kind,torus,sizes",
+    [
+        ("TPU v6 lite", (4, 4, 1), (2, 1, 8)),
+        ("TPU v5", (4, 4, 4), (8, 1, 8)),
+        ("TPU v5 lite", (4, 4, 1), (2, 1, 8)),
+    ],
+)
+def test_a_mesh_may_split_an_axis_of_the_chips_torus(monkeypatch, kind, torus, sizes):
+    places = itertools.product(*map(range, torus))
+    chips = [Chip(i, place, kind) for i, place in enumerate(places)]
+    monkeypatch.setattr(meshes, "Mesh", lambda placed, *_, **__: placed)
+    placed = make_mesh(*sizes, devices=chips)
+    assert placed.shape == sizes
+    assert {chip.id for chip in placed.flat} == set(range(len(chips)))
 
 
 def test_numbers_of_64_bits_are_refused():
