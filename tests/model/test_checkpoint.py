@@ -68,7 +68,7 @@ def test_on_gpus_nothing_is_put_into_pinned_memory_to_be_saved(tmp_path, monkeyp
     monkeypatch.setattr(replica_slices, "transfer_arrays_to_host", spy)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     writing.save_state(str(tmp_path / "state"), {"step": jnp.ones(3)})()
-    assert moved and not any(moved)
+    assert set(moved) == {False}  # None would leave it to Orbax
 
 
 def test_a_link_to_nothing_is_the_user_s(tmp_path):
