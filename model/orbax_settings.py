@@ -29,8 +29,8 @@ def orbax(tree, partial: bool = False) -> Iterator[ModuleType]:
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_ocdbt = False
     context.array.saving.use_compression = False  # trained fp32 weights shrink by 7%, for seconds
-    # On GPUs Orbax's default is to put every array into pinned host memory at once (its older
-    # handlers do), of which XLA grants 64 GB per process: AdamW's state of 7B parameters takes 81 GiB.
+    # Some of Orbax's handlers put every array into pinned host memory at once on GPUs. XLA grants
+    # 64 GB of it per process, and AdamW's state of 7B parameters takes 81 GiB.
     context.array.saving.enable_pinned_host_transfer = False
     context.array.saving.storage_options.chunk_byte_size = 64 * 2**20
     # From the shapes, since an abstract array has no nbytes.
