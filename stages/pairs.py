@@ -183,14 +183,19 @@ def drawn(prompt_id: str, seed: int, purpose: str) -> str:
 
 def ids_of_test_split(ids: list[str], args: Args) -> set[str]:
     """The prompts of the test split, whatever their order and their answers."""
-    hashes = {i: drawn(i, args.seed, "test") for i in ids}
+    if not args.test_count and not args.test_fraction:
+        return set()
+
+    def place(prompt_id: str) -> str:
+        return drawn(prompt_id, args.seed, "test")
+
     if args.test_count and args.test_count >= len(ids):
         raise UserError(
             f"--test-count {args.test_count} leaves none of the {len(ids)} prompts to train on"
         )
     if args.test_count:
-        return set(heapq.nsmallest(args.test_count, ids, key=hashes.__getitem__))
-    return {i for i in ids if int(hashes[i], 16) < args.test_fraction * 2**256}
+        return set(heapq.nsmallest(args.test_count, ids, key=place))
+    return {i for i in ids if int(place(i), 16) < args.test_fraction * 2**256}
 
 
 def show_lengths(results: dict) -> None:

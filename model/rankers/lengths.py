@@ -30,11 +30,16 @@ def correlation(
     One inner sequence per prompt, since scores are comparable only within a prompt. With `ranks`,
     values are replaced by their ranks within the prompt, so that no outlier decides (Spearman's).
     """
-    pairs = [np.array(pair, float) for pair in zip(scores, lengths, strict=True)]
-    pairs = [stats.rankdata(pair, axis=1) if ranks else pair for pair in pairs if pair.size]
-    if not pairs:
+
+    def centred(pair) -> np.ndarray:
+        values = np.array(pair, float)
+        values = stats.rankdata(values, axis=1) if ranks else values
+        return values - values.mean(axis=1, keepdims=True)
+
+    parts = [centred(pair) for pair in zip(scores, lengths, strict=True) if len(pair[0])]
+    if not parts:
         return None
-    offsets = np.concatenate([pair - pair.mean(axis=1, keepdims=True) for pair in pairs], axis=1)
+    offsets = np.concatenate(parts, axis=1)
     if not offsets.any(axis=1).all():
         return None
     return float(stats.pearsonr(*offsets).statistic)
