@@ -7,7 +7,8 @@ response). It may carry an attribute `terms`, a function (prompt, response, fini
 dict[str, float], whose values are recorded beside the scores.
 
 The file may import the modules and packages in its own folder, as a script may. They belong to this
-ranker alone: another ranker's folder may have others of the same names.
+ranker alone: another ranker's folder may have others of the same names. So do those that the file
+loads from elsewhere, unless they are installed as libraries.
 """
 
 import ast
@@ -19,6 +20,7 @@ import inspect
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set, Sized
 from itertools import islice
@@ -27,10 +29,14 @@ from pathlib import Path
 from model.rankers.ranking import Done, Ranking, Request
 from sharding.errors import LARGEST, UserError
 
+ROOT = Path(__file__).parents[2]
+LIBRARIES = [Path(os.__file__).parent, *(ROOT / n for n in "model sharding stages scripts".split())]
+
 
 class FunctionRanker:
     """A reward function from the user's file. `identity` is the sha256 of the file, of the modules
-    in its folder that it imports, and of the function's name."""
+    in its folder that it imports anywhere, of all modules of the user's that it loads when it is
+    imported itself, in whatever way and from wherever, and of the function's name."""
 
     on_mesh = False
 
@@ -39,19 +45,22 @@ class FunctionRanker:
         if not self._file.is_file():
             raise UserError(f"ranker {self.name}: {path} does not exist")
         self._beside = _Beside(self._file.parent)
-        parts = [self._file.read_bytes(), name.encode()]
-        for file in sorted(imported_files(self._file)):
-            short = file.relative_to(self._file.parent).as_posix()
-            parts += [short.encode(), hashlib.sha256(file.read_bytes()).digest()]
-        self.identity = hashlib.sha256(b"\n".join(parts)).hexdigest()
-
-        module_name = f"ranker_{self.identity[:16]}"
+        text, imported = self._file.read_bytes(), imported_files(self._file)
+        module_name = f"ranker_{hashlib.sha256(os.fsencode(self._file) + text).hexdigest()[:16]}"
         spec = importlib.util.spec_from_file_location(module_name, self._file)
         module = importlib.util.module_from_spec(spec)
         # A dataclass with postponed annotations looks its module up in sys.modules.
         sys.modules[module_name] = module
         with self._user_code(f"ranker {self.name}: {path} does not import (", ")"):
             spec.loader.exec_module(module)
+        self._known = {self._file, *imported, *self._beside.ran}
+        parts = []
+        for file in self._known - {self._file}:
+            within = file.is_relative_to(self._file.parent)
+            short = file.relative_to(self._file.parent).as_posix() if within else file.name
+            parts.append((short.encode(), hashlib.sha256(file.read_bytes()).digest()))
+        parts = [text, name.encode(), *(part for pair in sorted(parts) for part in pair)]
+        self.identity, self._opened = hashlib.sha256(b"\n".join(parts)).hexdigest(), time.time()
         self.function: Callable | None = getattr(module, name, None)
         if not callable(self.function) or inspect.isclass(self.function):
             raise UserError(f"ranker {self.name}: {path} defines no function {name!r}")
@@ -99,6 +108,7 @@ class FunctionRanker:
             scores = _listed(returned, n)
             if self._terms:
                 terms = [self._terms(prompt, *pair) for pair in zip(responses, finish_reasons)]
+        self._refuse_late()
         try:
             scores = [_number(score) for score in scores]
         except (TypeError, ValueError, OverflowError):
@@ -118,6 +128,20 @@ class FunctionRanker:
             problem = f"{self.name}: its terms are {_short(terms)}, not finite numbers by name"
             raise UserError(problem) from None
         return Ranking(scores, terms=named)
+
+    def _refuse_late(self) -> None:
+        """UserError for a module that was there when the file was opened, and that only the
+        function loaded: a change of it would go unseen. (What lies elsewhere than modules do is
+        what a library keeps, as compiled code.)"""
+        for file in sorted(self._beside.ran - self._known):
+            folders = [self._file.parent, *(Path(folder).resolve() for folder in self._beside.path)]
+            found = any(file.is_relative_to(folder) for folder in folders)
+            if found and file.stat().st_mtime < self._opened:
+                raise UserError(
+                    f"{self.name} loads {file} when it is called, too late for it to be a part of "
+                    f"the ranker's identity: load it at the top of {self._file.name}"
+                )
+            self._known.add(file)
 
     @contextlib.contextmanager
     def _user_code(self, problem: str, end: str = "") -> Iterator[None]:
@@ -161,13 +185,31 @@ def _short(value) -> str:
 # ------------------------------------------------------------------- the modules beside a file
 
 
+_watching: list[set[str]] = []  # the texts of modules that are run while one is here
+
+
+def _watch(event: str, args: tuple) -> None:
+    """Python tells this what it opens and runs: `import` is only one of many ways to load a
+    module."""
+    if _watching and event in ("exec", "open"):
+        path = args[0].co_filename if event == "exec" else args[0]
+        if isinstance(path, str) and path.endswith(".py"):
+            _watching[-1].add(os.path.abspath(path))
+
+
+sys.addaudithook(_watch)
+
+
 class _Beside:
-    """The modules and packages in a reward file's folder. They can be imported by their own names
-    while `with` lasts, before all others but Python's own. (On sys.path, a random.py in the folder
-    would be imported by Python's own modules too, and a helper.py only once for all rankers.)"""
+    """The modules and packages of a reward file. Those in its folder can be imported by their own
+    names while `with` lasts, before all others but Python's own. (On sys.path, a random.py in the
+    folder would be imported by Python's own modules too, and a helper.py only once for all
+    rankers.) Those that it finds elsewhere, and what it puts on sys.path, are its own as well."""
 
     def __init__(self, folder: Path):
         self._folder, self._loaded, self._hidden = str(folder), {}, {}
+        # Its sys.path, and the files of its modules that were run.
+        self.path, self.ran = None, set()
         names = {file.stem for file in folder.glob("*.py")}
         names |= {file.parent.name for file in folder.glob("*/__init__.py")}
         for file in folder.glob("*/*.py"):  # not where another library has the folder's name
@@ -183,19 +225,34 @@ class _Beside:
         return importlib.machinery.PathFinder.find_spec(name, [self._folder])
 
     def __enter__(self):
-        self._hidden = self._take_out()
+        self._hidden, self._others_path = self._take_out(), list(sys.path)
         sys.modules.update(self._loaded)
+        sys.path[:] = self.path or sys.path
         sys.meta_path.insert(0, self)
+        self._before = set(sys.modules)
+        _watching.append(set())
 
     def __exit__(self, *_):
+        self.ran |= {path for path in map(Path, _watching.pop()) if _is_own(path)}
         sys.meta_path.remove(self)
+        for name in sys.modules.keys() - self._before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(os.path.abspath(file)) in self.ran:
+                self._names.add(name.partition(".")[0])
         self._loaded = self._take_out()
+        self.path, sys.path[:] = list(sys.path), self._others_path
         sys.modules.update(self._hidden)
 
     def _take_out(self) -> dict:
         """Remove the modules of these names from sys.modules, and return them."""
         names = [name for name in sys.modules if name.partition(".")[0] in self._names]
         return {name: sys.modules.pop(name) for name in names}
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file is the user's: not Python's, not an installed library's or this project's."""
+    installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    return not installed and path.is_file() and not any(map(path.is_relative_to, LIBRARIES))
 
 
 def imported_files(file: Path) -> set[Path]:

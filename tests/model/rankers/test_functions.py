@@ -137,6 +137,70 @@ def test_what_is_imported_is_a_part_of_the_identity(tmp_path):
         assert (opened(path).identity != before) == changes
 
 
+LIB = "import importlib, importlib.util, os, runpy, sys\nhere = os.path.dirname(__file__)\n"
+SPEC = """spec = importlib.util.spec_from_file_location("any", here + "/{file}")
+h = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(h)
+"""
+ON_PATH = "sys.path.insert(0, here + '/{folder}')\n"
+# How a file may come by a module → the module's file, beside it.
+LOADED = {
+    "h = importlib.import_module('helper')": "helper",
+    "h = importlib.import_module('pack.helper')": "pack/helper",
+    "h = __import__('helper')": "helper",
+    "h = __import__('pack.helper', fromlist=['x'])": "pack/helper",
+    ON_PATH.format(folder="lib") + "import rules as h": "lib/rules",
+    ON_PATH.format(folder="../shared") + "import rules as h": "../shared/rules",
+    ON_PATH.format(folder="../shared") + "import names.rules as h": "../shared/names/rules",
+    SPEC.format(file="lib/rules.py"): "lib/rules",
+    SPEC.format(file="../rules.py") + "sys.modules['any'] = h": "../rules",
+    "import types\nh = types.SimpleNamespace(**runpy.run_path(here + '/lib/x.py'))": "lib/x",
+    "class h: exec(open(here + '/lib/x.py').read())": "lib/x",
+    "class h: exec('from helper import sign')": "helper",
+}
+
+
+@pytest.mark.parametrize("how", LOADED)
+def test_a_module_is_a_part_of_the_identity_however_it_is_loaded(tmp_path, how):
+    text = f"{LIB}{how}\ndef reward(p, rs): return [h.sign * len(r) for r in rs]\n"
+    path, known, rankers = list(sys.path), set(sys.modules), []
+    for folder, sign in (("a", 1), ("b", -1), ("c", -1)):
+        files = {"reward": text, LOADED[how]: f"sign = {sign}", "lib/unused": folder}
+        rankers.append(opened(write(tmp_path / folder / "own", files)))
+    for _ in range(2):
+        scores = [ranker.rank("p", ["ab"], ["stop"]).scores for ranker in rankers]
+        assert scores == [[2.0], [-2.0], [-2.0]]
+    first, other, same = [ranker.identity for ranker in rankers]
+    assert first != other and other == same
+    assert sys.path == path
+    assert all(name.startswith("ranker_") for name in sys.modules.keys() - known)
+
+
+@pytest.mark.parametrize("how", [how for how in LOADED if "../rules.py" not in how])
+def test_a_module_that_is_loaded_too_late_for_the_identity_is_named(tmp_path, how):
+    lines = "".join(f" {line}\n" for line in how.splitlines())
+    text = f"{LIB}def reward(p, rs):\n{lines} return [h.sign * len(r) for r in rs]\n"
+    name = f"own/{LOADED[how]}"
+    path = write(tmp_path, {"own/reward": text, name: "sign = 1"}).parent / "own/reward.py"
+    os.utime(tmp_path / f"{name}.py", (0, 0))
+    with pytest.raises(UserError, match=f"loads .*{LOADED[how].rpartition('/')[2]}.py when it is"):
+        rank(path)
+
+
+@pytest.mark.parametrize("place", ["reward/own.py", "own.py"])
+def test_what_the_function_writes_and_runs_is_no_part_of_it(tmp_path, place, monkeypatch):
+    """As an answer's code, which its test runs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("1 / 0")
+    text = f"import runpy\ndef run(r):\n open({place!r}, 'w').write(f'n = len({{r!r}})')\n"
+    text += f" return runpy.run_path({place!r})['n']\ndef reward(p, rs): return map(run, rs)\n"
+    path = write(tmp_path / "reward", text)
+    (ranker := opened(path))._opened -= 1  # file times are coarse
+    for _ in range(2):
+        assert ranker.rank("p", ["a", "bb"], ["stop"] * 2).scores == [1.0, 2.0]
+    assert opened(path).identity == ranker.identity
+
+
 def test_the_identity_of_a_single_file_is_that_of_its_text_and_the_function():
     """As in earlier versions, whose runs go on."""
     ranker = opened("scripts/recipes/demo_reward.py")
