@@ -34,14 +34,13 @@ from stages.files.rows import (
     json_rows,
     messages_of,
     parse_json,
+    refuse_unasked,
 )
 
 with epy.lazy_imports():  # takes half a second, and only a download needs it
     import huggingface_hub
 
 HUB, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
-# Fields of other data sets that belong to the task, and that nothing here puts into the prompt.
-NOT_ASKED = ("context", "system", "system_prompt")
 
 
 def local_file(benchmark: str) -> str:
@@ -109,6 +108,7 @@ def read_instructions(path: str, counts: Counter) -> list[Fields]:
         counts["in"] += 1
         fields = _prompt_fields(row, where, counts)
         prompt = Prompt(fields, where)
+        refuse_unasked(row, prompt.messages, where)
         key = conversation_key(prompt.messages)
         if key in seen:
             raise UserError(f"{where}: this instruction stood above ({seen[key]}): remove one")
@@ -136,24 +136,20 @@ def _prompt_fields(row: Fields, where: str, counts: Counter) -> Fields:
         return fields
     if "prompt" in row or "instruction" not in row:
         return kept | {"prompt": field(row, "prompt", str, where)}
-    for name in NOT_ASKED:
-        if row.get(name):
-            raise UserError(
-                f"{where}: field {name!r} is part of the task, but only instruction and input are "
-                "asked: write the whole task as prompt or messages"
-            )
     return kept | {"prompt": instruction_of(row, where)}
 
 
 def asked_texts(row: Fields, where: str) -> list[str]:
     """All that a row of any of these files asks: its user turns."""
     if "turns" in row:
-        return _turns(row, where)
-    if "prompt" in row or not ("messages" in row or "instruction" in row):
-        return [field(row, "prompt", str, where)]
-    if "messages" in row:
-        return [m["content"] for m in messages_of(row, where) if m["role"] == "user"]
-    return [instruction_of(row, where)]
+        texts = _turns(row, where)
+    elif "prompt" in row or not ("messages" in row or "instruction" in row):
+        texts = [field(row, "prompt", str, where)]
+    else:
+        texts = [] if "messages" in row else [instruction_of(row, where)]
+    messages = [{"role": "user", "content": text} for text in texts] or messages_of(row, where)
+    refuse_unasked(row, messages, where)
+    return [message["content"] for message in messages if message["role"] == "user"]
 
 
 def instruction_of(row: Fields, where: str) -> str:

@@ -32,7 +32,7 @@ from stages.files.paths import (
     text_sha256,
 )
 from stages.files.provenance import provenance
-from stages.files.rows import Fields, Pair, field, json_rows, parse_json
+from stages.files.rows import Fields, Pair, field, json_rows, parse_json, refuse_unasked
 from stages.files.run import stop_signal
 
 with epy.lazy_imports():  # takes a second, and only reading needs it
@@ -209,6 +209,7 @@ def read_prompts_dataset(
         for where, source_row in islice(shards.rows(("prompt",)), first, last):
             counts["in"] += 1
             prompt = field(source_row, "prompt", str, where)
+            refuse_unasked(source_row, [{"content": prompt}], where)
             prompt_id, digest = _prompt_id(source_row, where), text_sha256(prompt)
             if seen.get(prompt_id, digest) != digest:
                 raise UserError(f"{where}: prompt_id {prompt_id!r} stood above with another prompt")
@@ -407,7 +408,9 @@ def _pair(source_row: Fields, where: str) -> tuple[Fields, str | None]:
         return row, "an answer is empty"
     if answers[0] == answers[1]:
         return row, "chosen and rejected are the same text"
-    return row, Pair(row, where).unusable  # refuses here what the next stage would refuse
+    pair = Pair(row, where)  # refuses here what the next stage would refuse
+    refuse_unasked(row, pair.messages, where)
+    return row, pair.unusable
 
 
 def _turns(row: Fields, name: str, where: str) -> list[dict]:

@@ -25,6 +25,11 @@ from stages.files.paths import is_remote, open_input, text_sha256
 Fields = dict  # a row as JSON has it
 FINISH_REASONS = ("stop", "length", "stop_string")
 MERGED = "merged: the same prompt again"
+# Fields by which other data sets give a part of the task apart from the prompt.
+NOT_ASKED = (
+    *("input", "context", "passage", "documents", "history", "image", "images"),
+    *("system", "system_prompt", "system_message", "tools", "functions"),
+)
 
 
 # ---------------------------------------------------------------------- the records
@@ -233,7 +238,11 @@ class RowFile(Generic[Kind]):
     def _row(self, line: bytes, number: int) -> Kind | None:
         where = f"{self.path}, line {number}"
         fields = decode_line(line, where, first=number == 1)
-        return None if fields is None else self._kind(fields, where)
+        if fields is None:
+            return None
+        row = self._kind(fields, where)
+        refuse_unasked(fields, row.messages, where)
+        return row
 
     def _is_new(self, row: Kind, offset: int, number: int) -> bool:
         digest = row.digest()
@@ -401,6 +410,19 @@ def _turns(messages: list, where: str) -> list[dict]:
         if message.get("tool_calls"):
             raise UserError(f"{at}: tool_calls are not supported: remove the row")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def refuse_unasked(fields: Fields, messages: list[dict], where: str) -> None:
+    """Raise UserError where a field of NOT_ASKED holds what does not stand in the messages."""
+    for name in NOT_ASKED:
+        value = fields.get(name)
+        if not value or value != value or not (text := str(value).strip()):  # NaN: none, by pandas
+            continue
+        if not any(text in message["content"] for message in messages):
+            raise UserError(
+                f"{where}: field {name!r} is part of the task, but only prompt or messages are "
+                "asked: write the whole task there, or give the field another name"
+            )
 
 
 def prompt_key(fields: Fields, where: str) -> str:

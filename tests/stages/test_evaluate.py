@@ -16,6 +16,7 @@ from stages.files.output import Output, read_manifest
 from stages.files.paths import text_sha256
 from stages.files.run import Stopped, run_main
 from tests import tiny, tiny_pairrm
+from tests.stages.test_rows import ASKED_APART, NOT_APART
 
 LENGTH = "def reward(prompt, responses): return [float(len(r)) for r in responses]\n"
 
@@ -376,11 +377,30 @@ def test_an_instruction_with_an_input_is_asked_with_it(tmp_path):
     assert benchmarks.asked_texts(row, "here") == [joined]
 
 
-@pytest.mark.parametrize("name", ["context", "system", "system_prompt"])
-def test_a_field_of_the_task_that_is_not_asked_is_refused_by_name(tmp_path, name):
-    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "Sum it up.", name: "A text."}]))
-    with pytest.raises(UserError, match=f"item 0: field '{name}' is part of the task"):
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        *ASKED_APART,
+        ({"instruction": "Sum it up.", "context": "A text."}, "context"),
+        ({"instruction": "Sum it up.", "input": "A text.", "system": "Be brief."}, "system"),
+        ({"turns": ["Sum it up.", "Shorter."], "documents": ["A text."]}, "documents"),
+    ],
+)
+def test_a_field_of_the_task_that_is_not_asked_is_refused_by_name(tmp_path, capsys, row, name):
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    message = f"item 0: field '{name}' is part of the task"
+    with pytest.raises(UserError, match=message):
         benchmarks.read_instructions(str(tmp_path / "a.json"), Counter())
+    files = (tmp_path / "a.json", tmp_path / "a.json")
+    assert run("overlap", "--train", *files, "--out", tmp_path / "o.json") == 2
+    assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize("row", NOT_APART)
+def test_a_field_of_the_task_that_is_asked_is_no_obstacle(tmp_path, row):
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    assert len(benchmarks.read_instructions(str(tmp_path / "a.json"), Counter())) == 1
+    assert benchmarks.asked_texts(row, "here")
 
 
 def test_mt_benchs_questions_may_come_without_ids(tmp_path):

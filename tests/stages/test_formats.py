@@ -441,6 +441,30 @@ def test_unreadable_rows_are_named(tmp_path, capsys, row, message):
     assert message in refused(capsys, write(tmp_path / "d", rows), tmp_path / "out.jsonl")
 
 
+@pytest.mark.parametrize("reader", [formats.read_dataset, formats.read_prompts_dataset])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, "A text.") for name in ("input", "context", "passage", "system_prompt")),
+        *((name, ["A text."]) for name in ("documents", "history", "images")),
+        *((name, [{"name": "search"}]) for name in ("tools", "functions")),
+        ("image", {"bytes": b"\xff"}),
+    ],
+)
+def test_a_column_of_the_task_that_is_not_asked_is_named(tmp_path, capsys, reader, name, value):
+    rows = [pair("first", **{name: None}), pair(**{name: value})]
+    message = refused(capsys, write(tmp_path / "d", rows), tmp_path / "o.jsonl", reader=reader)
+    assert f"row 2: field '{name}' is part of the task" in message
+
+
+def test_a_system_column_that_the_conversation_holds_is_carried(tmp_path):
+    row = pair("last", system="s")
+    for side in ("chosen", "rejected"):
+        row[side] = [*SYSTEM, row[side][-1]]
+    formats.read_dataset(write(tmp_path / "d", [row]), str(tmp_path / "o.jsonl"))
+    assert [row["system"] for row in read(tmp_path / "o.jsonl")] == ["s"]
+
+
 def test_one_id_with_two_prompts_is_named(tmp_path, capsys):
     folder = write(tmp_path / "d", [{"prompt": p, "prompt_id": "i"} for p in "ab"])
     out = tmp_path / "out.jsonl"

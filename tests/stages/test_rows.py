@@ -137,3 +137,47 @@ def test_pairs_of_other_token_ids_are_not_merged(tmp_path):
 def test_a_pair_of_an_empty_prompt_is_unusable():
     row = {"prompt": " ", "chosen": talk(" ", "a"), "rejected": talk(" ", "b")}
     assert rows.Pair(row, "here").unusable == "the prompt is empty"
+
+
+TALK = talk("Translate it.", "Which?", "To French.", system="Be brief.")
+ASKED_APART = [  # a row's fields, and the one that would be left out of what is asked
+    ({"prompt": "Translate.", "input": "Good morning"}, "input"),
+    ({"prompt": "Sum it up.", "context": "A text."}, "context"),
+    ({"prompt": "Who is it?", "passage": "A text."}, "passage"),
+    ({"prompt": "Why?", "documents": [{"title": "t", "text": "A text."}]}, "documents"),
+    ({"prompt": "And then?", "history": [["Once?", "Yes."]]}, "history"),
+    ({"prompt": "What is it?", "image": {"path": "cat.png"}}, "image"),
+    ({"prompt": "What are they?", "images": ["cat.png"]}, "images"),
+    ({"prompt": "Hi", "system": "You are a pirate."}, "system"),
+    ({"prompt": "Hi", "system_prompt": "You are a pirate."}, "system_prompt"),
+    ({"messages": TALK, "system_message": "You are a pirate."}, "system_message"),
+    ({"messages": TALK, "system": "You are a pirate."}, "system"),
+    ({"messages": TALK, "tools": [{"name": "search"}]}, "tools"),
+    ({"messages": talk("Hi"), "functions": "[search]"}, "functions"),
+    ({"prompt": "Add 2 to it.", "input": 5}, "input"),
+]
+NOT_APART = [
+    {"prompt": "Hi", "system": None, "input": " ", "tools": [], "history": {}, "context": ""},
+    {"prompt": "Translate: Good morning", "instruction": "Translate", "input": "Good morning"},
+    {"messages": TALK, "system": "Be brief."},
+    {"prompt": "Hi", "topic": "greetings", "system_fingerprint": "x"},
+]
+
+
+@pytest.mark.parametrize(("row", "name"), ASKED_APART)
+def test_what_is_asked_apart_from_the_prompt_is_refused_in_every_stage(tmp_path, row, name):
+    sides = {side: talk("", side)[1:] for side in ("chosen", "rejected")}
+    answers = {"responses": [{"text": "a"}], "scores": [1]}
+    path = jsonl(tmp_path / "x.jsonl", {"prompt": "first"} | sides | answers, row | sides | answers)
+    for kind in (rows.Prompt, rows.Sample, rows.Ranked, rows.Pair):
+        with pytest.raises(UserError, match=f"line 2: field '{name}' is part of the task"):
+            rows.read(str(path), kind)
+
+
+@pytest.mark.parametrize("row", NOT_APART)
+def test_what_stands_in_the_prompt_too_is_no_obstacle(tmp_path, row):
+    path = jsonl(tmp_path / "x.jsonl", row)
+    assert rows.read(str(path), rows.Prompt).counts == {"in": 1}
+    pair = {"chosen": [*TALK, talk("", "a")[1]], "rejected": [*TALK, talk("", "b")[1]]}
+    path = jsonl(tmp_path / "x.jsonl", {"prompt": "To French.", "system": "Be brief."} | pair)
+    assert rows.read(str(path), rows.Pair).counts == {"in": 1}
