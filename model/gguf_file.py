@@ -42,8 +42,12 @@ class GgufFile:
 def part_names(path: str) -> list[str]:
     """The files of the model that `path` is, or is a part of: NAME-00001-of-00003.gguf and so on.
     Only the named file is read."""
-    count = read_file(path).keys.get("split.count", 1)
-    if type(count) is not int or count < 2:
+    count = read_file(path).keys.get("split.count", 0)
+    if type(count) is not int or count < 0:
+        raise UserError(
+            f"{path}: its key split.count is {count!r}, no number of parts: download it again"
+        )
+    if count < 2:  # gguf-split writes 0 into a model that it has put together
         return [path]
     match = re.fullmatch(r"(.*-)(\d{5})(-of-\d{5}\.gguf)", path, re.DOTALL)
     if match is None or match[3] != f"-of-{count:05}.gguf":
@@ -68,7 +72,8 @@ def read_model(path: str) -> GgufFile:
     keys, tensors = files[0].keys, {}
     for part, (name, file) in enumerate(zip(parts, files)):
         place = file.keys.get("split.no"), file.keys.get("split.count")
-        if len(parts) > 1 and place != (part, len(parts)):
+        whole = len(parts) == 1 and place[0] in (None, 0)
+        if not whole and place != (part, len(parts)):
             raise UserError(
                 f"{name}: its keys split.no and split.count are {place[0]} and {place[1]}, not "
                 f"{part} and {len(parts)}: download all parts again"
@@ -77,9 +82,10 @@ def read_model(path: str) -> GgufFile:
             raise UserError(f"{name}: tensor {tensor} is in {tensors[tensor].file} too")
         tensors |= file.tensors
     total = keys.get("split.tensors.count", len(tensors))
-    if len(parts) > 1 and total != len(tensors):
+    if total != len(tensors):
+        what = "its parts hold" if len(parts) > 1 else "it holds"
         raise UserError(
-            f"{path}: its parts hold {len(tensors)} tensors, not {total}: download all parts again"
+            f"{path}: {what} {len(tensors)} tensors, not {total}: download all parts again"
         )
     return GgufFile(keys, tensors)
 

@@ -192,9 +192,33 @@ def test_all_parts_are_read_whichever_is_named(tmp_path, named):
     assert [t.data.view(np.float32)[0] for t in file.tensors.values()] == [0, 1, 2]
 
 
-def test_a_model_in_one_part_is_read_by_any_name(tmp_path):
-    content = raw([number("split.count", 1)], [tensor()], bytes(16))
+@pytest.mark.parametrize("count", [0, 1])  # 0: put together by gguf-split --merge
+def test_a_model_in_one_part_is_read_by_any_name(tmp_path, count):
+    keys = [number("split.count", count), number("split.no", 0), number("split.tensors.count", 1)]
+    content = raw(keys, [tensor()], bytes(16))
     assert list(read_model(write(tmp_path, content)).tensors) == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ([key("split.count", STRING, text("2"))], "split.count is '2'"),
+        ([key("split.count", STRING, text(""))], "split.count is ''"),
+        ([key("split.count", 6, struct.pack("<f", 2.0))], "split.count is 2.0"),
+        ([key("split.count", 12, struct.pack("<d", 1.0))], "split.count is 1.0"),
+        ([key("split.count", 7, b"\x01")], "split.count is True"),
+        ([key("split.count", 5, struct.pack("<i", -2))], "split.count is -2"),
+        ([key("split.count", ARRAY, struct.pack("<IQI", UINT32, 1, 2))], r"split.count is \[2\]"),
+        ([number("split.no", 1)], "split.no and split.count are 1 and None"),
+        ([number("split.no", 2), number("split.count", 1)], "split.no and .* are 2 and 1"),
+        ([number("split.tensors.count", 9)], "it holds 1 tensors, not 9"),
+        ([number("split.count", 1), number("split.tensors.count", 2)], "it holds 1 .* not 2"),
+        ([key("split.tensors.count", STRING, text("2"))], "it holds 1 tensors, not 2"),
+    ],
+)
+def test_a_part_is_not_taken_for_a_whole_model(tmp_path, keys, problem):
+    with pytest.raises(UserError, match=rf"m\.gguf: .*{problem}.*: download "):
+        read_model(write(tmp_path, raw(keys, [tensor()], bytes(16))))
 
 
 def test_what_is_missing_of_a_split_model_is_named(tmp_path):
