@@ -70,17 +70,17 @@ class Flags:
         numbers = []
         for name, number in (("PROCESSES", self.processes), ("PROCESS_ID", self.process_id)):
             text = os.environ.get(name, "") if number is None else str(number)
-            if not text.isdigit():
+            if not text.isdecimal() or len(text) > 6:
                 raise UserError(
                     f"--coordinator {coordinator} needs --processes and --process-id: {name} is "
-                    f"{text!r}, no whole number"
+                    f"{text!r}, no whole number below 1,000,000"
                 )
             numbers.append(int(text))
         processes, me = numbers
         if not 0 <= me < processes:
             raise UserError(f"--process-id is {me}: a number from 0 to {processes - 1}")
         port = coordinator.rpartition(":")[2]
-        if not port.isdigit() or not 0 < int(port) < 65536:
+        if not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
             raise UserError(f"--coordinator {coordinator}: give HOST:PORT, a port below 65536")
         return coordinator, processes, me
 
@@ -113,7 +113,8 @@ def start(flags: Flags) -> None:
         others.close()
         where = place if place == "auto" else place[0]
         raise UserError(f"--coordinator {where}: {first_line(error)}") from None
-    others.me, others.client = distributed.global_state.process_id, distributed.global_state.client
+    state = distributed.global_state
+    others.me, others.count, others.client = state.process_id, state.num_processes, state.client
     others.say()  # before `agree`, so that all know of one that dies right after it
     _others = others
     places = {field.name for field in dataclasses.fields(Flags)}
@@ -222,9 +223,9 @@ class _Others:
 
     def __init__(self):
         text = os.environ.get("PROCESS_TIMEOUT") or "100"
-        if not text.replace(".", "", 1).isdigit() or float(text) < 2:
-            raise UserError(f"PROCESS_TIMEOUT={text}: give seconds, at least 2")
-        self.timeout, self.client, self.me = float(text), None, 0
+        if not text.replace(".", "", 1).isdecimal() or not 2 <= float(text) <= 1e6:
+            raise UserError(f"PROCESS_TIMEOUT={text}: give seconds, from 2 to 1,000,000")
+        self.timeout, self.client, self.me, self.count = float(text), None, 0, 1
         self.said = [socket.gethostname(), 0, 0, ""]  # host, beats, exit code, why it ends
         # What each process said last, and for how many seconds it has been silent since.
         self.heard: dict[str, tuple[list, float]] = {"0": (self.said, 0.0)}
@@ -263,9 +264,13 @@ class _Others:
         self.client.key_value_set(key, text, allow_overwrite=True)
 
     def _hear(self) -> None:
-        for key, text in self.client.key_value_dir_get("processes/"):
-            name, said = key.rpartition("/")[2], json.loads(text)
+        expected = {f"processes/{number}": str(number) for number in range(self.count)}
+        for key, text in self.client.key_value_dir_get_bytes("processes/"):
+            name = expected.get(key)
             before, silent = self.heard.get(name, (None, 0.0))
+            said = _message(text) or before
+            if name is None or said is None:
+                continue
             # Beats are counted: a machine that slept has heard nothing, and missed nothing.
             self.heard[name] = said, (silent + BEAT if said == before else 0.0)
             _, _, code, why = said
@@ -287,7 +292,7 @@ class _Others:
             with contextlib.suppress(RuntimeError, ValueError):  # process 0 is gone
                 self.say()
                 time.sleep(10 * BEAT if self.me == 0 else 0)  # the store ends with process 0
-        os.write(2, f"\n{text}\n".encode())  # last, below a progress bar
+        os.write(2, f"\n{text}\n".encode(errors="replace"))  # last, below a progress bar
         os._exit(code)
 
     def _abort(self, _) -> None:
@@ -302,6 +307,17 @@ class _Others:
         self.over.set()
         self.thread.join()
         signal.set_wakeup_fd(-1)
+
+
+def _message(text: bytes) -> list | None:
+    """What a process said: its host, beats, exit code and why it ends. None for anything else,
+    since everybody who reaches the port can write into the store."""
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    kinds = [type(value) for value in said] if isinstance(said, list) else []
+    return said if kinds == [str, int, int, str] else None
 
 
 if __name__ == "__main__":  # where the environment says who is who: HOST:PORT PROCESSES PROCESS_ID

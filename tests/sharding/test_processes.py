@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from sharding import processes as sharding_processes
 from sharding.processes import Flags
 from tests.tiny import free_port, xla_flags
 
@@ -27,6 +28,16 @@ def main(args: processes.Flags):
         raise RuntimeError("a bug")
     if what == "mistake":
         raise UserError("a mistake")
+    if what == "writes":
+        from tests.sharding.test_processes import OTHER_KEYS, OTHER_MESSAGES
+        for number, text in enumerate(OTHER_MESSAGES):
+            others = processes._others
+            others.client.key_value_set_bytes(f"processes/{number + 2}", text)
+            others.client.key_value_set_bytes("processes/1", text, allow_overwrite=True)
+            time.sleep(0.1)
+        for key in OTHER_KEYS:
+            others.client.key_value_set(f"processes/{key}", '["host", 1, 0, "an end"]')
+        time.sleep(1)
     if what == "sleep":
         time.sleep(100)
     if what == "busy":
@@ -48,6 +59,14 @@ def main(args: processes.Flags):
 
 sys.exit(run.run_main(main, processes.Flags, several=processes))
 """
+
+# What a process never says, and keys that are none's.
+OTHER_MESSAGES = [
+    *(b"5", b"null", b"{}", b'"text"', b"[]", b"", b"[1", b"\xff\xfe", b"NaN", b"[" * 100_000),
+    *(b'["host", 1, 0]', b'["host", 1, 0, "why", 1]', b'["host", 1, 0, null]', b'[1, 1, 0, ""]'),
+    *(b'["host", "1", 0, ""]', b'["host", 1, "2", "an end"]', b'["host", true, 0, "an end"]'),
+]
+OTHER_KEYS = ["x", "-1", "99", "1/2", "01", "1.0", "²", " 1", "1 ", "None"]
 
 
 @pytest.fixture
@@ -187,6 +206,66 @@ def test_a_signal_within_a_loop_stops_all_between_two_steps(begin):
     (counted,) = counted  # all between the same two calls
     calls, questions = (int(number) for number in re.findall(r"\d+", counted))
     assert calls > 300 and questions < calls / 5
+
+
+class Listening(sharding_processes._Others):
+    """What it reads from a store of `messages`, without a thread, JAX or an end."""
+
+    def __init__(self, messages):
+        self.timeout, self.me, self.count, self.client = 100.0, 0, 2, self
+        self.heard = {"0": (["first", 0, 0, ""], 0.0), "1": (["second", 0, 0, ""], 0.0)}
+        self.messages, self.ended = messages, []
+
+    def key_value_dir_get_bytes(self, folder):
+        return self.messages
+
+    def end(self, *said):
+        self.ended.append(said)
+
+
+@pytest.mark.parametrize("text", OTHER_MESSAGES, ids=range(len(OTHER_MESSAGES)))
+def test_a_message_that_is_none_is_as_if_its_process_was_silent(text):
+    others = Listening([("processes/1", text), ("processes/0", b'["first", 1, 0, ""]')])
+    for _ in range(10):
+        others._hear()
+    assert others.heard["1"] == (["second", 0, 0, ""], 10 * sharding_processes.BEAT)
+    assert others.heard["0"][0] == ["first", 1, 0, ""] and not others.ended
+    others.messages = [("processes/1", b'["second", 1, 2, "an end"]')]
+    others._hear()
+    assert others.ended == [(2, "an end")] and others.heard["1"][1] == 0
+
+
+@pytest.mark.parametrize("key", OTHER_KEYS)
+def test_a_key_that_is_no_process_s_is_passed_over(key):
+    others = Listening([(f"processes/{key}", b'["host", 1, 0, "an end"]')])
+    others._hear()
+    assert not others.ended and others.heard.keys() == {"0", "1"}
+
+
+def test_what_others_write_into_the_store_ends_no_run(begin):
+    for code, line in ends(together(begin("wait", "writes")), within=30):
+        assert code == 0, line
+
+
+@pytest.mark.parametrize("number", ["²", "x", "-1", "1.0", "", " ", "1e3", "½", "9" * 5000, "0x1"])
+def test_numbers_of_processes_that_are_none_are_one_line(monkeypatch, number):
+    monkeypatch.setenv("COORDINATOR", "host:1234")
+    for name, other in (("PROCESSES", "PROCESS_ID"), ("PROCESS_ID", "PROCESSES")):
+        monkeypatch.setenv(name, number)
+        monkeypatch.setenv(other, "1")
+        with pytest.raises(ValueError, match=f"{name} is .*, no whole number"):
+            Flags().place()
+    monkeypatch.setenv("PROCESS_ID", "0")
+    monkeypatch.setenv("COORDINATOR", f"host:{number}")
+    with pytest.raises(ValueError, match="give HOST:PORT"):
+        Flags().place()
+
+
+@pytest.mark.parametrize("timeout", ["²", "x", "1", "-5", ".", "1e3", "nan", "1..5", "9" * 400])
+def test_a_timeout_that_is_none_is_one_line(monkeypatch, timeout):
+    monkeypatch.setenv("PROCESS_TIMEOUT", timeout)
+    with pytest.raises(ValueError, match=f"PROCESS_TIMEOUT={timeout}: give seconds, from 2"):
+        sharding_processes._Others()
 
 
 def test_flags_and_environment_say_who_this_is(monkeypatch):
