@@ -24,7 +24,7 @@ class Overlap:
     """The n-grams of words that benchmarks share with training prompts, and slices with each other.
 
     Case and the width of letters do not count, nor does punctuation. A symbol is a word (the + of
-    C++, the # of C#, the − of −5, an emoji), and so is each character of a script that sets no
+    C++, the - of x-3, the ! of n!, an emoji), and so is each character of a script that sets no
     spaces between words (Chinese, Japanese, Thai, Khmer, …). A prompt's share is the part of its
     n-grams that occur in some training prompt. A prompt of fewer than n words is one n-gram, which
     only the same whole prompt contains; one of punctuation alone is compared as it is.
@@ -152,13 +152,41 @@ def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
     return {words[i : i + n] for i in range(len(words) - n + 1)}
 
 
-NORMALISATION = "NFKC, casefold; words, symbols, and characters of scripts without spaces"
+NORMALISATION = "NFKC, casefold; words, operators, symbols, characters of scripts without spaces"
 # The first words of the names that Unicode gives to the characters of these scripts.
 WITHOUT_SPACES = (
     *("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "TANGUT", "NUSHU", "YI"),
     *("THAI", "LAO", "KHMER", "MYANMAR", "TAI", "NEW", "JAVANESE", "BALINESE", "CHAM"),
 )
-OPERATORS = {"-": "\N{MINUS SIGN}", "*": "\N{MULTIPLICATION SIGN}", "/": "\N{DIVISION SIGN}"}
+# NFKC would make 23 of 2³, 112 of 1½ and log28 of log₂8.
+SUPERSCRIPTS = re.compile("[\u00b9\u00b2\u00b3\u2070-\u207f]+")
+NUMBER = "[\u00bc-\u00be\u2080-\u2089\u2150-\u2189\u2460-\u249b\u24ea-\u24ff]"
+SET_APART = re.compile(rf"(?<=\d)(?={NUMBER})|(?<={NUMBER})(?=\d)")
+# Markdown's *one*, **two** and ***three*** stars, and those before the items of a list.
+STARS = re.compile(
+    r"(?<![\d*])(\*{2,3})(?=\S)[^*\n]+(?<=\S)\1(?![\d*])"
+    r"|(?<![\w*)\]])\*(?=\S)[^*\n]+(?<=\S)\*(?![\w*])"
+    r"|^[ \t]*\*+(?=\s|$)",
+    re.MULTILINE,
+)
+WORD = r"[^\W\d_]{2}"  # the beginning or the end of one
+SLASH = re.compile(rf"(?<={WORD})\s*/\s*(?={WORD})")  # and/or
+# What are operators in x-3, -5, n!, != and 1:2, and no punctuation as in GPT-4, Hi! and "so: this".
+# They become a minus sign, and wide forms, of which NFKC leaves none in a text.
+VARIABLE = "a-zα-ωа-я"  # one letter of these
+DASH = "[-\u2010-\u2013]"
+OPERATORS = {
+    "\N{MINUS SIGN}": rf"(?<![^\W\d_]){DASH}(?=\s*\d)"
+    rf"|(?<=[\d)\]{VARIABLE}])(?<!{WORD})\s*{DASH}(?=\s*(?:[\d(\[]|[{VARIABLE}](?![^\W\d_])))",
+    "！": rf"(?<=[\d{VARIABLE}])(?<!{WORD})!|(?<!\w)!(?=[\w(])|!(?==)",
+    "：": r"(?<=\d):(?=\d)",
+    "．": r"(?<=\d)\.(?=\d)",
+}
+SAME = {
+    "*": "\N{MULTIPLICATION SIGN}",
+    "/": "\N{DIVISION SIGN}",
+    "\N{FRACTION SLASH}": "\N{DIVISION SIGN}",
+}
 
 
 class _Characters(dict):
@@ -168,10 +196,12 @@ class _Characters(dict):
         character, category = chr(code), unicodedata.category(chr(code))
         script = unicodedata.name(character, "").split(" ")[0].split("-")[0]
         becomes = " "  # punctuation, spaces, control characters
-        if category == "Cf" or 0xFE00 <= code <= 0xFE0F:
+        if 0xE0020 <= code <= 0xE007F:
+            becomes = character  # of the flag of Scotland
+        elif category == "Cf" or 0xFE00 <= code <= 0xFE0F:
             becomes = ""  # invisible: joiners, soft hyphens, variation selectors
-        elif character in "#%" or (category[0] == "S" and character != "`"):
-            becomes = f" {character} "
+        elif character in "#%&*/@§‰′！：．" or (category[0] == "S" and character != "`"):
+            becomes = f" {SAME.get(character, character)} "
         elif category in ("Cn", "Co", "Cs") or script in WITHOUT_SPACES:
             becomes = f" {character} "  # the first three: what this Python does not know
         elif category[0] in "LMN":  # a mark is a part of its word: Hindi's vowels, say
@@ -185,8 +215,10 @@ CHARACTERS = _Characters()
 
 def _normal(text: str) -> tuple[str, ...]:
     """The words of a text."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    folded = SUPERSCRIPTS.sub(r"^\g<0>", SET_APART.sub(" ", text))
+    folded = unicodedata.normalize("NFKC", folded).casefold()
     folded = unicodedata.normalize("NFKC", folded)  # casefold may take letters apart
-    # Before a number, and not in GPT-4, these are operators and no punctuation.
-    folded = re.sub(r"(?<![^\W\d_])[-*/](?=\s*\d)", lambda match: OPERATORS[match[0]], folded)
-    return tuple(folded.translate(CHARACTERS).split() or folded.split())
+    marked = STARS.sub(lambda match: match[0].replace("*", " "), SLASH.sub(" ", folded))
+    for operator, pattern in OPERATORS.items():
+        marked = re.sub(pattern, operator, marked)
+    return tuple(marked.translate(CHARACTERS).split() or folded.split())
