@@ -26,6 +26,16 @@ def check_finite(step: int, values: dict, prompt_ids: list[str], norm: float = 0
         raise UserError(f"step {step + 1}: the gradient's norm is {norm}: lower --learning-rate")
 
 
+def check_parameters(norm: float) -> None:
+    """UserError where trained parameters are not finite: no loss is computed with the last ones.
+    norm: the root of the sum of their squares."""
+    if not math.isfinite(norm):
+        raise UserError(
+            f"the norm of the trained parameters is {norm}, so they are not saved: lower "
+            "--learning-rate"
+        )
+
+
 def check_ln_2(loss: float, dtype: str, beta: float, pairs: int) -> None:
     """DPO's loss is ln 2 where the policy is the reference, whatever the label smoothing.
 

@@ -270,6 +270,7 @@ def main(args: Args) -> None:
         manifest.results["steps"] = total_steps
         manifest.results["train_seconds"] = round(time.monotonic() - loop_begun, 1)
         del state["optimizer"]
+        gates.check_parameters(float(trainer.norm(state["params"])))
         if test:
             after = evaluate(state["params"])
             work.log(total_steps, after)

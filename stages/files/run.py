@@ -141,12 +141,17 @@ def settle_environment() -> None:
 
 
 def check_numbers(args) -> None:
-    """Raise UserError for a flag that is not finite, and for a seed that NumPy does not take. A
-    command checks its other limits."""
+    """Raise UserError for a flag that is not finite, or is not in float32 once it is multiplied,
+    and for a seed or a timeout that Python's libraries do not take. A command checks its other
+    limits."""
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} is {value}: give a finite number")
+        if isinstance(value, float) and value and not 1e-30 <= abs(value) <= 1e30:
+            raise UserError(f"{flag} is {value}: give 0, or a number of a size from 1e-30 to 1e30")
+        if name == "timeout" and value > 1e6:
+            raise UserError(f"{flag} is {value}: give at most 1,000,000 seconds")
         if name == "seed" and value < 0:
             raise UserError(f"{flag} is {value}: it must be at least 0")
 
@@ -162,10 +167,29 @@ def _told(error: BaseException) -> tuple[int, str]:
         return UNREAD, "nobody reads what it prints"
     if isinstance(error, UserError):
         return 2, f"error: {error}"
+    if variables := _variables(error):
+        return 2, f"error: {variables}: {getattr(error, 'strerror', None) or error}"
     if isinstance(error, OSError) and error.errno in REFUSED_BY_DISK:
         path = f"{error.filename}: " if error.filename else ""
         return 2, f"error: {path}{error.strerror}: make room or give another path"
     return 1, "".join(traceback.format_exception(error)).rstrip()
+
+
+def _variables(error: BaseException) -> str:
+    """NAME=value of JAX's variables whose value is at fault: JAX reads them when it is imported,
+    and names some of them alone; it makes their folders when it writes there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    read = isinstance(error, ValueError) and frames[-1].filename.endswith("jax/_src/config.py")
+    folder = error.filename if isinstance(error, OSError) else None
+    return ", ".join(
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith("JAX_")
+        and (
+            (read and (name.lower() in str(error).lower() or repr(value) in str(error)))
+            or (folder and "/" in value and value.startswith(str(folder)))
+        )
+    )
 
 
 def _is_stdout_unread() -> bool:

@@ -17,7 +17,7 @@ from stages import dpo, pairs, rank, sample
 from stages.evaluate import __main__ as evaluate
 from stages.files.run import run_main
 from tests import tiny
-from tests.stages.chain import refused
+from tests.stages.chain import refused, run_dpo
 
 ROOT = Path(__file__).parents[2]
 PAIRS = "-m stages.pairs --ranked ranked.jsonl --overwrite --out"
@@ -156,6 +156,38 @@ def test_devices_that_are_not_there_are_one_line(base, tmp_path, environ, words)
     assert "Traceback" not in done.stderr
 
 
+# Of variables that are kept, as they are of use.
+SPOILT = """
+JAX_ENABLE_COMPILATION_CACHE=maybe JAX_LOG_COMPILES= JAX_EXPLAIN_CACHE_MISSES=2
+JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=fast JAX_COMPILATION_CACHE_MAX_SIZE=1e9
+JAX_NUM_CPU_DEVICES=two JAX_NUM_CPU_DEVICES=² JAX_LOGGING_LEVEL=loud
+JAX_CPU_COLLECTIVES_IMPLEMENTATION=x JAX_SEND_TRACEBACK_TO_RUNTIME=x
+JAX_TRACER_ERROR_NUM_TRACEBACK_FRAMES=few JAX_TRACEBACK_FILTERING=x JAX_DUMP_IR_TO=/proc/x/y
+""".split()
+BEGINS = """
+import sys
+from sharding import processes
+from stages.files.run import run_main
+
+def main(args: processes.Flags):
+    import jax
+    from sharding import mesh
+    print(jax.jit(lambda x: x + len(mesh.list_devices()))(1))
+
+sys.exit(run_main(main, processes.Flags))
+"""
+
+
+@pytest.mark.parametrize("variable", SPOILT)
+def test_a_variable_of_jax_with_a_spoilt_value_is_one_line(tmp_path, variable):
+    (tmp_path / "begins.py").write_text(BEGINS)
+    name, _, value = variable.partition("=")
+    done = python("begins.py", tmp_path, **{"JAX_PLATFORMS": "cpu", name: value})
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {variable}: ") and done.stderr.count("error:") == 1
+
+
 # ---------------------------------------------------------------------------------- numbers
 
 COMMANDS = {
@@ -175,11 +207,14 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+SIZES = ["1e39", "1e300", "-1e31", "3.5e38", "1e-38", "-1e-31", "1e-45", "1e-300", "5e-324"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", *SIZES])
 @pytest.mark.parametrize(
     ("command", "name"), NUMBERS, ids=lambda x: x if isinstance(x, str) else x.__name__
 )
-def test_every_number_is_finite(capsys, command, name, value):
+def test_every_number_is_finite_in_float32_too(capsys, command, name, value):
     needed = {f.name: "x" for f in dataclasses.fields(command) if f.default is dataclasses.MISSING}
     args = command(**needed)
     with pytest.MonkeyPatch.context() as patch:
@@ -187,8 +222,21 @@ def test_every_number_is_finite(capsys, command, name, value):
             "tyro.cli", lambda *_, **__: dataclasses.replace(args, **{name: float(value)})
         )
         code = run_main(COMMANDS[command], command)
-    words = f"--{name.replace('_', '-')}", value
+    words = f"--{name.replace('_', '-')}", str(float(value))
     refused(capsys, code, *words)
+
+
+@pytest.mark.parametrize("value", ["1.1e6", "3e6", "1e10", "1e20"])
+def test_a_timeout_that_no_socket_takes_is_refused(capsys, value):
+    words = ["judge", "--outputs", "x", "--reference", "x", "--out", "o", "--timeout", value]
+    refused(capsys, run_main(evaluate.main, evaluate.Command, words), "--timeout is", "at most 1,")
+
+
+def test_parameters_beyond_float32_are_never_saved(base, tmp_path, capsys):
+    one_step = "--epochs", "1", "--batch-size", "64", "--learning-rate", "1e30"
+    for _ in range(2):
+        refused(capsys, run_dpo(base, tmp_path / "out", *one_step), "lower --learning-rate")
+        assert not (tmp_path / "out").exists()
 
 
 def test_all_flags_that_are_numbers_are_known():
