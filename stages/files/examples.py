@@ -14,6 +14,8 @@ from model.packing import Sequence
 from model.tokenizer import ChatTokenizer
 from sharding.errors import UserError, at
 from stages.files import rows
+from stages.files.output import read_manifest
+from stages.files.paths import file_sha256
 from stages.files.rows import Pair, Response, RowFile, field
 
 
@@ -60,7 +62,8 @@ def read_pairs(
 
     A prompt beyond max_prompt_length loses tokens behind its template's head, and a response that
     ends beyond max_length, counted from the prompt's start, loses its end. A pair that cannot be
-    trained on goes to `aside` with its reason. Raises UserError for a malformed row.
+    trained on goes to `aside` with its reason. Raises UserError for a malformed row, and in a file
+    that was edited for a text that is not that of its token ids.
     """
     head = template_head(tokenizer)
     if head >= max_prompt_length:
@@ -69,6 +72,9 @@ def read_pairs(
             f"template's opening ({head} tokens): raise it"
         )
     examples, counts = [], Counter()
+    manifest = read_manifest(path)
+    written = manifest and manifest.results.get("sha256")
+    is_edited = written is not None and written != file_sha256(path)
 
     def example_of(pair: Pair) -> Example | str:
         """The pair as an Example, or the reason why it cannot be trained on."""
@@ -77,6 +83,8 @@ def read_pairs(
         prompt = _prompt_ids(pair, tokenizer, vocabulary)
         for side, response in (("chosen_", pair.chosen), ("rejected_", pair.rejected)):
             response.check_ids(pair.where, side, vocabulary)
+        if is_edited:
+            _check_texts(pair, prompt, tokenizer)
         responses = [_response_ids(r, tokenizer) for r in (pair.chosen, pair.rejected)]
         if not prompt or not all(responses):
             return "empty prompt or response"
@@ -123,6 +131,25 @@ def _prompt_ids(pair: Pair, tokenizer: ChatTokenizer, vocabulary: int) -> list[i
         return tokenizer.prompt_ids(pair.messages)
 
 
+def _check_texts(pair: Pair, prompt: list[int], tokenizer: ChatTokenizer) -> None:
+    """Raise UserError where a text is not that of its token ids, which would be trained on."""
+    with at(pair.where):
+        same = {"prompt": prompt == tokenizer.prompt_ids(pair.messages)}
+    for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if response.token_ids is not None:
+            text = tokenizer.decode(response.token_ids)
+            # A stop string may begin within a token, which then has no id here.
+            is_cut = response.finish_reason == "stop_string" and response.text.startswith(text)
+            same[side] = is_cut or response.text == text
+    for name, is_same in same.items():
+        if not is_same:
+            made = {f"{name}_{field.name}" for field in dataclasses.fields(Response)}
+            raise UserError(
+                f"{pair.where}: the text of {name!r} is not that of its token ids, which would be "
+                f"trained on: if you edited it, remove {', '.join(sorted(made & set(pair.fields)))}"
+            )
+
+
 def _response_ids(response: Response, tokenizer: ChatTokenizer) -> list[int]:
     """The tokens that were sampled, else those of the text. A text without token ids counts as
     ended: published pairs hold whole answers."""
@@ -131,6 +158,8 @@ def _response_ids(response: Response, tokenizer: ChatTokenizer) -> list[int]:
         ids = tokenizer.response_ids(response.text)
         if not ids:
             return []
+    elif response.end_token_id is None and ids and ids[-1] in tokenizer.eos_ids:
+        return ids  # of a tool that counts the EOS to the answer
     return response.with_end(ids, tokenizer.end_id)
 
 

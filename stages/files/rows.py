@@ -98,10 +98,12 @@ class Response:
         check_token_ids(end, f"{prefix}end_token_id", where, vocabulary)
 
     def with_end(self, ids: list[int], end_id: int | None) -> list[int]:
-        """The answer's ids and, if it ended by itself, the EOS that was drawn. end_id: the EOS with
-        which the chat template ends a turn, for rows that do not tell."""
+        """The answer's ids and, if it ended by itself, the EOS that was drawn, unless the ids of
+        another tool have it already. end_id: the EOS with which the chat template ends a turn, for
+        rows that do not tell."""
         end = end_id if self.end_token_id is None else self.end_token_id
-        return [*ids, end] if self.finish_reason == "stop" and end is not None else ids
+        is_complete = self.finish_reason != "stop" or end is None or ids[-1:] == [end]
+        return ids if is_complete else [*ids, end]
 
 
 class Sample(Prompt):

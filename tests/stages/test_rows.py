@@ -1,11 +1,18 @@
 """Rows as they are read: checked, keyed, merged; pairs as one conversation and two answers."""
 
+import shutil
+
 import pytest
 
+from model import checkpoint
+from model.tokenizer import ChatTokenizer
 from sharding.errors import UserError
 from stages.files import rows
+from stages.files.examples import read_pairs
+from stages.files.output import manifest_path
 from stages.files.paths import text_sha256
 from stages.files.rows import prompt_key
+from tests import tiny
 from tests.stages.test_output import jsonl
 
 
@@ -181,3 +188,101 @@ def test_what_stands_in_the_prompt_too_is_no_obstacle(tmp_path, row):
     pair = {"chosen": [*TALK, talk("", "a")[1]], "rejected": [*TALK, talk("", "b")[1]]}
     path = jsonl(tmp_path / "x.jsonl", {"prompt": "To French.", "system": "Be brief."} | pair)
     assert rows.read(str(path), rows.Pair).counts == {"in": 1}
+
+
+# ---------------------------------------------------------------------- texts and their token ids
+
+
+@pytest.fixture
+def edited(base, tmp_path):
+    """What reads base's pairs with their second row changed by `change`, a manifest beside them."""
+    config, tokenizer = checkpoint.open_folder(str(base / "model"))
+
+    def read(change, manifest=True):
+        lines = tiny.read_jsonl(base / "pairs.jsonl")
+        lines[1] = change(lines[1])
+        path = tiny.write_jsonl(tmp_path / "pairs.jsonl", lines)
+        if manifest:
+            shutil.copy(manifest_path(str(base / "pairs.jsonl")), manifest_path(path))
+        return read_pairs(path, tokenizer, config.vocab_size, 1024, 512, [])[0]
+
+    return read
+
+
+def answered(row: dict, side: str, change) -> dict:
+    """The row with another text as this answer."""
+    *before, answer = row[side]
+    return row | {side: [*before, answer | {"content": change(answer["content"])}]}
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "Another answer.",
+        lambda text: "",
+        lambda text: text + ".",
+        lambda text: text[:-1],
+        lambda text: text[1:],
+        lambda text: text + "\n",
+        lambda text: " " + text,
+        lambda text: text[:3] + "é" + text[3:],
+        lambda text: text[::-1],
+        lambda text: text * 2,
+    ],
+)
+def test_an_answer_that_was_edited_but_not_its_token_ids_is_named(edited, side, change):
+    with pytest.raises(
+        UserError, match=f"line 2: the text of '{side}' .*remove .*{side}_token_ids"
+    ):
+        edited(lambda row: answered(row, side, change))
+    made = [f"{side}_{name}" for name in ("token_ids", "end_token_id", "logprob", "finish_reason")]
+
+    def as_told(row):
+        return {k: v for k, v in answered(row, side, lambda _: "Another.").items() if k not in made}
+
+    assert len(edited(as_told)) == len(edited(lambda row: row))
+
+
+def test_a_prompt_that_was_edited_but_not_its_token_ids_is_named(edited):
+    def change(row):
+        turn = [{"role": "user", "content": "Another?"}]
+        sides = {side: [*turn, row[side][-1]] for side in ("chosen", "rejected")}
+        return {k: v for k, v in row.items() if k != "messages"} | {"prompt": "Another?"} | sides
+
+    with pytest.raises(
+        UserError, match=r"line 2: the text of 'prompt' .* remove prompt_token_ids$"
+    ):
+        edited(change)
+
+
+def test_other_fields_may_be_edited_and_files_of_other_tools_have_texts_of_their_own(edited):
+    assert edited(lambda row: answered(row, "chosen", lambda text: text + "."), manifest=False)
+    assert edited(lambda row: row | {"topic": "edited", "win_probability": 0.9})
+    # Cut by a stop string that began within a token.
+    cut = {"chosen_finish_reason": "stop_string"}
+    assert edited(lambda row: answered(row, "chosen", lambda text: text + ".") | cut)
+
+
+@pytest.mark.parametrize(
+    ("fields", "ids"),
+    [
+        ({"chosen_token_ids": [70]}, [70, 2]),
+        ({"chosen_token_ids": [70, 2]}, [70, 2]),
+        ({"chosen_token_ids": [70, 0]}, [70, 0]),
+        ({"chosen_token_ids": [70, 2], "chosen_end_token_id": 2}, [70, 2]),
+        ({"chosen_token_ids": [70, 0], "chosen_end_token_id": 0}, [70, 0]),
+        ({"chosen_token_ids": [70], "chosen_end_token_id": 0}, [70, 0]),
+        ({"chosen_token_ids": [70, 2], "chosen_finish_reason": "stop"}, [70, 2]),
+        ({"chosen_token_ids": [70, 2], "chosen_finish_reason": "length"}, [70, 2]),
+        ({"chosen_token_ids": [70], "chosen_finish_reason": "length"}, [70]),
+        ({"chosen_token_ids": [2]}, [2]),
+        ({"chosen_token_ids": [70, 2, 71]}, [70, 2, 71, 2]),
+    ],
+)
+def test_an_end_that_the_ids_have_already_is_trained_once(base, tmp_path, fields, ids):
+    tokenizer = ChatTokenizer.from_folder(str(base / "model"), (2, 0))
+    row = {"prompt": "hi", "chosen": talk("hi", "a"), "rejected": talk("hi", "b")} | fields
+    path = tiny.write_jsonl(tmp_path / "p.jsonl", [row])
+    (example,), _ = read_pairs(path, tokenizer, tiny.VOCABULARY, 1024, 512, [])
+    assert example.chosen.tolist() == ids
