@@ -237,11 +237,11 @@ class Layout:
         self.pad_id = self.tokenizer.token_to_id("[PAD]")
         self.unknown_id = self.tokenizer.token_to_id("[UNK]")
         self.marker_ids = [self.tokenizer.token_to_id(marker) for marker in MARKERS]
-        tokens, vocabulary = self.tokenizer.get_vocab_size(), config.encoder.vocab_size
-        if tokens != vocabulary:
+        ids, vocabulary = self.tokenizer.get_vocab().values(), config.encoder.vocab_size
+        if sorted(ids) != list(range(vocabulary)):
             raise UserError(
-                f"{folder}: the tokenizer has {tokens:,} tokens, the weights {vocabulary:,}: "
-                "the two belong to different models"
+                f"{folder}: the tokenizer's {len(ids):,} tokens do not have the ids 0 to "
+                f"{vocabulary - 1} of the weights: the two belong to different models"
             )
         ends = [self.tokenizer.token_to_id("[CLS]"), self.sep_id]
         if self.tokenizer.encode(MARKERS[0]).ids != [ends[0], self.marker_ids[0], ends[1]]:
@@ -397,6 +397,11 @@ def open_folder(name: str) -> Files:
     except (TypeError, ValueError, ArithmeticError, IndexError) as error:
         raise UserError(f"{source} cannot be read ({error}): download it again") from None
     check_tensors(str(folder), config, _slots(config), stored, set())
+    for tensor in _slots(config):  # here: a ranker may be needed only after hours of sampling
+        if not np.isfinite(np.asarray(stored[tensor].read(), np.float32)).all():
+            raise UserError(
+                f"{stored[tensor].file}: tensor {tensor} is not finite: download it again"
+            )
 
     tokenizer = folder
     own = any((folder / file).exists() for file in TOKENIZER_FILES)

@@ -487,6 +487,39 @@ def test_a_folder_that_is_no_pairrm_is_refused_with_its_fault(tiny, tmp_path, wh
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "word_embeddings.weight",
+        "rel_embeddings.weight",
+        "layer.0.output.dense.bias",
+        "head_layer.4",
+    ],
+)
+def test_weights_that_are_not_finite_are_named_before_anything_is_ranked(
+    tiny, tmp_path, part, value
+):
+    shutil.copytree(tiny, tmp_path / "model")
+    state = safetensors.torch.load_file(tiny / "model.safetensors")
+    name = next(name for name in state if part in name)
+    state[name].view(-1)[-1] = float(value)
+    safetensors.torch.save_file(state, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match=f"model.safetensors: tensor {name} is not finite"):
+        PairRM(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("hole", [0, 1, 5, 100, 300, 500, 650, 690, 699, 700])
+def test_a_tokenizer_whose_ids_have_a_hole_is_refused(tiny, both, monkeypatch, hole):
+    """There are as many tokens as the weights have, but one has an id beyond them."""
+    ids = both[0].layout.tokenizer.get_vocab()
+    ids = {token: len(ids) if i == hole else i for token, i in ids.items()}
+    tokenizer = SimpleNamespace(get_vocab=lambda: ids, token_to_id=ids.get)
+    monkeypatch.setattr("model.rankers.pairrm.open_tokenizer", lambda folder: tokenizer)
+    with pytest.raises(UserError, match="do not have the ids 0 to 704 of the weights"):
+        PairRM(str(tiny))
+
+
 def test_a_name_that_is_no_folder_is_looked_for_on_the_hub():
     with pytest.raises(UserError, match="hub"):
         open_folder("llm-blender/PairRM-that-is-not-here")
