@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import safetensors.torch
 import tokenizers
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError
 
 from model import checkpoint, checkpoint_writing, decoder, disk, hf
 from model.checkpoint_writing import fingerprint
@@ -465,6 +467,19 @@ def test_a_hub_id_is_found_in_the_local_cache(tmp_path, source, monkeypatch, cap
     assert error.startswith(
         "error: some-org/absent is no folder here, and the hub does not give it"
     )
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_of_a_gated_model_is_said_what_to_do(tmp_path, monkeypatch, capsys, status):
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+
+    def gated(*_, **__):
+        raise GatedRepoError(f"{status} Client Error.", response=response)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gated)
+    assert command("from-hf", "some-org/gated", str(tmp_path / "C")) == 2
+    error = capsys.readouterr().err
+    assert "accept the terms at https://huggingface.co/some-org/gated and set HF_TOKEN" in error
 
 
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(tmp_path):

@@ -32,13 +32,38 @@ case $verb in
   create) mkdir -p "$CLOUD"/worker-{0,1}; echo READY >"$CLOUD/state" ;;
   delete) rm -r "$CLOUD"/worker-* "$CLOUD/state" ;;
   ssh) [[ -f $CLOUD/state ]] || exit 255
-    for home in $workers; do (cd "$home"; HOME=$home bash -c "$command"); done ;;
+    for home in $workers; do
+      (cd "$home"; env -i PATH="$PATH" HOME="$home" bash -c "$command")
+    done ;;
   scp) to=${files[-1]}; unset 'files[-1]'
     for home in $workers; do
       for file in "${files[@]}"; do cp "${file/#align:/$home/}" "${to/#align:/$home/}"; done
     done ;;
 esac
 """
+
+# Gives a gated model's file to those who have a token.
+CURL = "#!/bin/sh\ngrep -q hf_mine && echo 200 || echo 401\n"
+
+# An interpreter that makes itself an environment, and notes what it is asked to install. `python -`
+# finds jax.py in the folder that it is called in.
+PYTHON = f"""#!/bin/bash
+case $* in
+  "-m venv .venv") mkdir .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m pip"*) echo "$*" >>asked ;;
+  *) exec {sys.executable} "$@" ;;
+esac
+"""
+JAX = """import os, types
+__version__, devices, default_backend = "0", list, lambda: os.environ["FINDS"]
+config = types.SimpleNamespace(jax_platforms=os.environ.get("JAX_PLATFORMS"))
+"""
+# nvidia-smi of a machine with a GPU, and of one without.
+SMI = "#!/bin/sh\n[ $1 = -L ] || echo $DRIVER\n"
+NO_SMI = "#!/bin/sh\nexit 9\n"
+# In place of bash's own: whether this machine has a TPU.
+TPU = {"BASH_FUNC_compgen%%": "() { true; }"}
+NO_TPU = {"BASH_FUNC_compgen%%": "() { false; }"}
 
 
 def stub(folder: Path, name: str, text: str) -> None:
@@ -145,19 +170,32 @@ def test_what_cannot_be_launched_is_refused_in_one_line(arguments, environment, 
     assert refused.stderr.count("\n") == 1 and said in refused.stderr
 
 
+def test_a_gated_model_is_refused_before_a_slice_is_paid_for(tmp_path):
+    stub(tmp_path / "bin", "gcloud", f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\n')
+    stub(tmp_path / "bin", "curl", CURL)
+    environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TYPE": "v5p-8"}
+    refused = script("tpu_pod.sh", "create", **environment)
+    assert refused.returncode == 2 and "accept the terms at https://" in refused.stderr
+    assert not (tmp_path / "calls").exists()
+    assert script("tpu_pod.sh", "create", **environment, HF_TOKEN="hf_mine").returncode == 0
+    assert " create align " in (tmp_path / "calls").read_text()
+
+
 def test_a_slice_is_made_runs_on_every_worker_is_preempted_and_goes_on(tree, tmp_path):
     cloud = tmp_path / "cloud"
     cloud.mkdir()
     stub(tmp_path / "bin", "gcloud", GCLOUD)
+    stub(tmp_path / "bin", "curl", CURL)
     runs = "mkdir -p $RUNS/$NAME && cd $RUNS/$NAME && mkdir -p start/checkpoint final-hf"
     (tree / "scripts" / "iterate.sh").write_text(
-        f"{runs}; echo $* $SEED >>told; echo loop $1; sleep 1"
+        f"{runs}; echo $* $SEED $HF_TOKEN >>told; echo loop $1; sleep 1"
     )
     environment = {
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
         "CLOUD": str(cloud),
         "TYPE": "v5p-8",
         "SEED": "7",
+        "HF_TOKEN": "hf_mine",
         "TMPDIR": str(tmp_path),
     }
     # No SHARE: the runs lie on the worker. `setup` installs a Python, so it is left out here.
@@ -168,7 +206,10 @@ def test_a_slice_is_made_runs_on_every_worker_is_preempted_and_goes_on(tree, tmp
     name = "snorkel-mistral-7b-seed7"
     for worker in (0, 1):
         told = cloud / f"worker-{worker}" / "align" / "runs" / name / "told"
-        assert told.read_text() == "snorkel-mistral-7b v5p-8 7\n"
+        assert told.read_text() == "snorkel-mistral-7b v5p-8 7 hf_mine\n"
+        assert (cloud / f"worker-{worker}" / ".align_token").stat().st_mode & 0o77 == 0
+    assert "hf_mine" not in (cloud / "calls").read_text()  # no command line has the token
+    assert not list(tmp_path.glob("tmp.*"))
     fetched = tree / "runs" / name
     assert sorted(p.name for p in fetched.rglob("*")) == ["final-hf", "start", "told"]
 
@@ -194,6 +235,77 @@ def test_a_slice_is_made_runs_on_every_worker_is_preempted_and_goes_on(tree, tmp
     made = script("tpu_pod.sh", "create", "copy", cwd=tree, **environment)
     assert made.returncode == 0 and "made anew" in made.stdout
     assert (cloud / "state").read_text() == "READY\n"
+
+
+@pytest.fixture
+def bare(tree, tmp_path):
+    """(tree, environment) for scripts/setup.sh: on a machine with a GPU, and nothing installed."""
+    shutil.copy(ROOT / "requirements.txt", tree)
+    (tree / "jax.py").write_text(JAX)
+    stub(tmp_path / "bin", "python", PYTHON)
+    stub(tmp_path / "bin", "nvidia-smi", SMI)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    return tree, NO_TPU | {"PATH": path, "PYTHON": "python", "DRIVER": "580.65", "FINDS": "gpu"}
+
+
+@pytest.mark.parametrize(
+    "flag,environment,jax,torch",
+    [
+        ("", {"DRIVER": "575.57"}, "jax[cuda12]", False),
+        ("", {"DRIVER": "580.65"}, "jax[cuda13]", False),
+        ("--torch", {"DRIVER": "580.65"}, "jax[cuda13]", True),
+        ("", TPU | {"FINDS": "tpu"}, "jax[tpu]", False),
+        ("", {"FINDS": "cpu"}, "jax", True),
+    ],
+)
+def test_setup_installs_jax_for_the_accelerator_and_torch_where_it_is_used(
+    bare, tmp_path, flag, environment, jax, torch
+):
+    tree, common = bare
+    if environment == {"FINDS": "cpu"}:
+        stub(tmp_path / "bin", "nvidia-smi", NO_SMI)
+    for _ in range(2):  # the second time nothing is left to do
+        done = script("setup.sh", *filter(None, [flag]), cwd=tree, **common | environment)
+        assert done.returncode == 0, done.stderr
+    first, model = (tree / "asked").read_text().splitlines()
+    assert first.endswith(f"-r .venv/requirements.txt {jax}") and "--no-deps" in model
+    wanted = (tree / "requirements.txt").read_text().splitlines(keepends=True)
+    left_out = [] if torch else [x for x in wanted if x.startswith(("torch==", "llm-blender=="))]
+    assert len(left_out) == (0 if torch else 2)
+    installed = (tree / ".venv/requirements.txt").read_text()
+    assert installed == "".join(x for x in wanted if x not in left_out)
+
+
+def test_setup_fails_where_jax_sees_no_accelerator_until_it_does(bare):
+    tree, environment = bare
+    for _ in range(2):
+        failed = script("setup.sh", cwd=tree, **environment | {"FINDS": "cpu"})
+        assert failed.returncode == 1
+        assert "jax[cuda13] is installed and sees no accelerator" in failed.stderr
+    assert (tree / ".venv/installed").read_text() == ""
+    meant = script("setup.sh", cwd=tree, **environment | {"FINDS": "cpu", "JAX_PLATFORMS": "cpu"})
+    assert meant.returncode == 0 and len((tree / ".venv/installed").read_text().split()) == 2
+
+
+@pytest.mark.parametrize(
+    "smi,environment,tuned",
+    [(NO_SMI, NO_TPU, True), (SMI, NO_TPU, False), (NO_SMI, TPU, False)],
+    ids=["cpu", "gpu", "tpu"],
+)
+def test_the_loop_has_a_cache_of_programs_and_on_a_cpu_alone_settings_for_malloc(
+    tmp_path, smi, environment, tuned
+):
+    stub(tmp_path / "bin", "nvidia-smi", smi)
+    recipe = "echo run=$RUNS/x NAME=x SEED=0 ITERATIONS=1 'PROMPTS_0=(p)'"
+    stage = "echo $JAX_COMPILATION_CACHE_DIR ${GLIBC_TUNABLES:-none} >$RUNS/told; exit 2"
+    stub(tmp_path / "bin", "python", f"#!/bin/bash\n[[ $2 != *.recipe ]] || exec {recipe}\n{stage}")
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    environment = environment | {"PATH": path, "PYTHON": "python", "RUNS": str(tmp_path / "runs")}
+    (tmp_path / "runs").mkdir()
+    assert script("iterate.sh", **environment).returncode == 2
+    cache, malloc = (tmp_path / "runs" / "told").read_text().split()
+    assert cache == f"{tmp_path}/runs/.compiled"
+    assert malloc.startswith("glibc.malloc." if tuned else "none")
 
 
 def test_a_slurm_job_saves_at_its_time_limit_and_goes_back_into_the_queue(tree, tmp_path):

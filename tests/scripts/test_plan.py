@@ -219,6 +219,11 @@ def test_cycles_and_exchange_are_read_off_a_compilers_text():
 # ------------------------------------------------------------------------------ by shapes
 
 
+def test_of_two_nodes_of_gpus_each_holds_a_copy_of_the_weights():
+    plan = dataclasses.replace(plan_of("gpu-8x80gb"), on=slices.parse("h100:16"))
+    assert (plan.meshes["sample"], plan.meshes["dpo"]) == ((2, 1, 8), (2, 8, 1))
+
+
 def test_what_lies_in_memory_is_known_without_a_compiler():
     plan = plan_of()
     told = by_shapes(plan)

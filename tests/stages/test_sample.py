@@ -183,6 +183,23 @@ def test_the_cache_memory_decides_the_slots(base, tmp_path, capsys):
     refused(capsys, code, "raise --cache-memory")
 
 
+def test_slots_must_fit_in_the_memory_at_the_longest_prompt_that_the_flag_allows(
+    base, tmp_path, monkeypatch, capsys
+):
+    lengths = sorted(len(r["prompt_token_ids"]) for r in tiny.read_jsonl(base / "samples.jsonl"))
+    limit, flags = lengths[3], ("--mesh", "1", "1", "-1")
+    positions = -(-(limit + 12) // 16) * 16
+    free = 4 * 4 * 2 * 2 * 2 * 8 * positions * 4  # four slots, on each of four devices
+    monkeypatch.setattr("sharding.chips.free_memory", lambda mesh: free)
+    refused(capsys, run_sample(base, *flags, out=tmp_path / "s.jsonl"), "are free: lower --slots")
+    flags += "--max-prompt-length", f"{limit}"
+    assert run_sample(base, *flags, out=tmp_path / "t.jsonl") == 0
+    manifest = read_manifest(str(tmp_path / "t.jsonl"))
+    aside = f"set aside: prompt longer than {limit} tokens"
+    assert manifest.counts == {"in": 7, "out": 4, aside: 3}
+    assert manifest.arguments["max_prompt_length"] == limit
+
+
 def test_a_file_of_the_checkpoint_is_never_written_over(base, capsys):
     before = (base / "model" / "manifest.json").read_bytes()
     code = run_sample(base, "--overwrite", out="model/manifest.json")
