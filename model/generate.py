@@ -131,6 +131,12 @@ def cache_unit(platform: str) -> int:
     return attention_tpu.LANES if platform == "tpu" else 16
 
 
+def side_buffer(platform: str) -> str | None:
+    """Where the keys and values of a call are kept, as slot_state.advance takes it: on TPUs beside
+    the cache."""
+    return "tpu" if platform == "tpu" else None
+
+
 def round_up(length: int, unit: int) -> int:
     return -(-length // unit) * unit
 
@@ -179,8 +185,7 @@ class Sampler:
         self.group = min(sampling.n, slots)  # answers that share one prefill, as a rule
         self.longest_prompt = longest_prompt
         platform = jax.default_backend()
-        self.on_cpu, side_buffer = platform == "cpu", "tpu" if platform == "tpu" else None
-        self.unit = cache_unit(platform)
+        self.on_cpu, self.unit = platform == "cpu", cache_unit(platform)
         self.longest = round_up(longest_prompt + sampling.max_new_tokens, self.unit)
         self.tokens_drawn = 0  # in finished answers, without EOS
         self.waiting: deque[Group] = deque()
@@ -196,7 +201,7 @@ class Sampler:
         how = {"config": config, "precision": precision}
         prefill, start = slot_state.BY_PARTS if self.on_cpu else slot_state.WHOLE
         self._prefill, self._start = partial(prefill, **how), partial(start, config=config)
-        self._advance = partial(slot_state.advance, **how, side_buffer=side_buffer)
+        self._advance = partial(slot_state.advance, **how, side_buffer=side_buffer(platform))
 
     # ------------------------------------------------------------------ answers, one by one
 

@@ -29,6 +29,7 @@ from jax.sharding import AbstractMesh
 from model import decoder, kv_cache, logprobs, losses, packing, slot_state, train
 from model.config import DecoderConfig
 from model.precision import precision_of
+from model.prompt_rows import PREFILL_PROMPTS
 from model.rankers import deberta, deberta_tpu
 from scripts.bench import shapes
 from scripts.plan import slices
@@ -125,44 +126,47 @@ def _whole(mesh, dimensions, dtype=np.int32):
     return jax.ShapeDtypeStruct(dimensions, dtype, sharding=meshes.replicated(mesh))
 
 
-def _of(kind: type, a):
-    """A settings' class with those of its fields that are flags."""
-    return kind(**{f.name: getattr(a, f.name) for f in dataclasses.fields(kind)})
-
-
-def _sampler(config, mesh, a) -> tuple[dict, list]:
+def _sampler(config, mesh, a) -> tuple:
+    """(The parameters, the slots' state, how programs compute with them.)"""
     precision = precision_of(a.dtype, a.chip)
     params = kv_cache.unstacked(decoder.abstract(config, mesh, precision.operands))
-    return params, kv_cache.abstract_cache(config, mesh, a.slots, a.length, precision.activations)
+    kept = kv_cache.abstract_cache(config, mesh, a.slots, a.length, precision.activations)
+    state = jax.eval_shape(lambda: slot_state.empty(config, a.slots, a.length, precision))
+    state = jax.tree.map(lambda x: _whole(mesh, x.shape, x.dtype), state) | {"cache": kept}
+    return params, state, {"config": config, "precision": precision}
 
 
 def decode(config, mesh, a) -> Program:
     """A step of all slots, in a call of as many as there can be."""
-    (params, cache), precision = _sampler(config, mesh, a), precision_of(a.dtype, a.chip)
-    state = jax.eval_shape(lambda: slot_state.empty(config, a.slots, a.length, precision))
-    state = jax.tree.map(lambda x: _whole(mesh, x.shape, x.dtype), state) | {"cache": cache}
-    how = {"config": config, "precision": precision, "side_buffer": a.side_buffer}
-    advance = jax.jit(partial(slot_state.advance, **how), donate_argnums=1)
+    params, state, how = _sampler(config, mesh, a)
+    advance = partial(slot_state.advance, **how, side_buffer=a.side_buffer)
+    advance, steps = jax.jit(advance, donate_argnums=1), slot_state.STEPS_PER_CALL
     args = (params, state, _whole(mesh, ()), _whole(mesh, ()))
-    inside, steps = {"parameters": params, "cache": cache}, slot_state.STEPS_PER_CALL
+    inside = {"parameters": params, "cache": state["cache"]}
     return Program(advance, args, inside, devices=mesh.size, trips=steps, steps=steps)
 
 
 def prefill(config, mesh, a) -> Program:
     """A row of prompts, beside the slots' cache."""
-    params, cache = _sampler(config, mesh, a)
-    names = ("tokens", "positions", "prompts")
+    params, state, how = _sampler(config, mesh, a)
+    row = {name: _whole(mesh, (1, a.tokens)) for name in ("tokens", "positions", "prompts")}
     # The program has no use for the vocabulary's matrix, so the compiler leaves it out.
-    unused = {name: x for name, x in params.items() if name == "unembed"}
     used = {name: x for name, x in params.items() if name != "unembed"}
-    precision = precision_of(a.dtype, a.chip)
-    return Program(
-        jax.jit(lambda params, row: kv_cache.prefill(params, config, **row, precision=precision)),
-        (params, {name: _whole(mesh, (1, a.tokens)) for name in names}),
-        {"parameters": used},
-        {"parameters": unused, "cache": cache},
-        devices=mesh.shape["tensor"],  # one row: on every part of the batch
-    )
+    beside = {"parameters": params.get("unembed", ()), "cache": state["cache"]}
+    call = jax.jit(lambda params, row: kv_cache.prefill(params, **how, **row))
+    # One row: on every part of the batch.
+    return Program(call, (params, row), {"parameters": used}, beside, mesh.shape["tensor"])
+
+
+def start(config, mesh, a) -> Program:
+    """The answers to a full row of prompts: these are copied from it to the slots."""
+    params, state, how = _sampler(config, mesh, a)
+    row_kv = kv_cache.abstract_cache(config, mesh, 1, a.tokens, how["precision"].activations)
+    logits_pv = _whole(mesh, (PREFILL_PROMPTS, config.vocab_size), np.float32)
+    starting = slot_state.nothing_starts(PREFILL_PROMPTS * min(a.n, a.slots), a.slots)
+    call = jax.jit(partial(slot_state.WHOLE[1], config=config), donate_argnums=0)
+    args = (state, row_kv, logits_pv, starting)
+    return Program(call, args, {"cache": state["cache"]}, {"parameters": params})
 
 
 def gradients(config, mesh, a) -> Program:
@@ -174,10 +178,10 @@ def gradients(config, mesh, a) -> Program:
     batch = meshes.placed_batch(mesh, packed)
     sides = [name for name in losses.Pairs._fields if not name.startswith("pi_")]
     batch |= {name: _whole(mesh, (size,), np.float32) for name in (*sides, "weights")}
-    precision = precision_of(a.dtype, a.chip)
-    how = {"config": config, "precision": precision, "remat": a.remat}
+    how = {"config": config, "precision": precision_of(a.dtype, a.chip), "remat": a.remat}
     loss = partial(losses.pair_loss, loss=losses.Loss(), **how)
-    trainer = train.Trainer(loss, _of(train.Optimization, a), 100, params)
+    settings = {f.name: getattr(a, f.name) for f in dataclasses.fields(train.Optimization)}
+    trainer = train.Trainer(loss, train.Optimization(**settings), 100, params)
     before = params if a.batch_size > size else None
     # The chunks of the responses in model/logprobs.py.
     step = logprobs.chunk_length(*packed["targets"].shape, mesh.abstract_mesh)
@@ -201,7 +205,7 @@ def layer(_, mesh, a) -> Program:
     return Program(deberta.layer, args, {"parameters": first}, {"parameters": [params, others]})
 
 
-BUILDERS = {each.__name__: each for each in (decode, prefill, gradients, layer)}
+BUILDERS = {each.__name__: each for each in (decode, prefill, start, gradients, layer)}
 
 
 def main(topology: str) -> None:
@@ -224,7 +228,7 @@ def main(topology: str) -> None:
             told = longest.describe(bool(topology), mesh.size)
             _, work = usual.traced()
         # Along fsdp it is the weights that travel, as many whatever the lengths.
-        share = work["flops"] / told["flops"]
+        share = work["flops"] / told["flops"] if told["flops"] else 1.0
         exchange = told["exchange"] * (share if mesh.shape["fsdp"] == 1 else 1)
         work |= {"cycles": told["cycles"] * share, "exchange": exchange}
         print(json.dumps({"name": program["name"], "usual": work, **told}), flush=True)

@@ -9,8 +9,9 @@ import jax
 
 from model import decoder
 from model.config import DecoderConfig
-from model.generate import cache_unit, round_up
+from model.generate import cache_unit, round_up, side_buffer
 from model.packing import bucket, coarse_bucket
+from model.prompt_rows import PREFILL_TOKENS
 from scripts.bench.shapes import PAIRRM
 from scripts.plan.slices import Slice
 from scripts.recipe import Recipe, with_flags
@@ -28,7 +29,6 @@ START = {"sample": 65.0, "rank": 125.0, "dpo": 95.0, "kl": 65.0}
 START_ON_CPU = {"sample": 13.0, "rank": 2.0, "dpo": 17.0, "kl": 5.0}
 DISK = 1e9  # bytes a second of a checkpoint, one host
 PAIRRM_LONGEST = 2048  # tokens: its own limit on three texts
-
 
 # times: in a whole run. programs: name → how often each time. start: seconds beside them.
 Stage = namedtuple("Stage", "name kind times programs start")
@@ -56,12 +56,10 @@ class Plan:
         self.dtypes = {"sample": self.sampling.dtype, "dpo": self.training.dtype}
         self.dtypes |= {"rank": recipe.rank.get("dtype") or "float32", "kl": self.kl.dtype}
         self.pairrm = ".py:" not in recipe.ranker
-        self.meshes = {"rank": (1, 1, 1)}
-        for stage, mesh, choose in (
-            ("sample", self.sampling.mesh, decoding_sizes),
-            ("dpo", self.training.mesh, training_sizes),
-        ):
-            self.meshes[stage] = self._filled(stage, mesh or choose(self.on.size, self.config))
+        drawn = self.sampling.mesh or decoding_sizes(self.on.size, self.config)
+        trained = self.training.mesh or training_sizes(self.on.size, self.config)
+        self.meshes = {"sample": self._filled("sample", drawn), "rank": (1, 1, 1)}
+        self.meshes["dpo"] = self._filled("dpo", trained)
         cut = math.prod(self.meshes["sample"][:2])
         slots = min(self.sampling.slots or 256, self.prompts * self.sampling.n)
         self.slots = -(-slots // cut) * cut
@@ -89,9 +87,8 @@ class Plan:
 
     def on_more(self, factor: int) -> "Plan":
         """The plan on so many times the chips, with the meshes that the stages choose."""
-        if factor == 1:
-            return self
-        plan = self.changed("sample", mesh=None).changed("dpo", mesh=None)
+        meshes = {} if factor == 1 else {"mesh": None}
+        plan = self.changed("sample", **meshes).changed("dpo", **meshes)
         return dataclasses.replace(plan, on=self.on.times(factor))
 
     # ---------------------------------------------------------------- the programs
@@ -100,34 +97,33 @@ class Plan:
         """What scripts/plan/compile.py is asked. A program is compiled at the longest texts that
         are allowed, which decide its memory, and traced with `usual` in place of these arguments,
         which decides its time. A step of sampling, bound by memory, is compiled at both."""
-        chip = {"chip": self.on.chip.name}
+        kind, chip = self.on.compiler, {"chip": self.on.chip.name}
         drawn = dataclasses.asdict(self.sampling) | chip
         trained = dataclasses.asdict(self.training) | chip
         (tokens, answer, most), limit = self.lengths, self.sampling.max_new_tokens
-        unit = cache_unit(self.on.compiler)
-        longest = round_up(round(most) + limit, unit)
         # The longest of n lengths that fall off exponentially is the mean times ln n.
         times = max(1.0, math.log(self.slots))
         usual = coarse_bucket(round(min(most, tokens * times) + min(limit, answer * times)))
-        usual = round_up(usual, unit)
-        drawn |= {"slots": self.slots, "length": longest}
-        drawn["side_buffer"] = "tpu" if self.on.compiler == "tpu" else None
+        longest, usual = (round_up(x, cache_unit(kind)) for x in (round(most) + limit, usual))
+        drawn |= {"slots": self.slots, "length": longest, "side_buffer": side_buffer(kind)}
         prompts = drawn | {"tokens": coarse_bucket(round(most))}
         # Of answers whose lengths fall off so, those that make a pair too long are cut.
         prompt = min(trained["max_prompt_length"], tokens)
         said = answer * -math.expm1((prompt - trained["max_length"]) / answer)
         mean = {"max_prompt_length": round(prompt), "max_length": round(prompt) + round(said)}
-        ranked = {"dtype": self.dtypes["rank"]} | chip
-        ranked |= self._comparisons(PAIRRM_LONGEST)
+        ranked = {"dtype": self.dtypes["rank"]} | chip | self._comparisons(PAIRRM_LONGEST)
+        # A TPU's compiler chooses how the cache lies: by another choice it would be held twice.
+        needed = {"start": kind == "tpu", "layer": self.pairrm}
         asked = [
             ("sample: a step", "decode", drawn, {}),
             ("sample: a usual step", "decode", drawn | {"length": min(usual, longest)}, {}),
             ("sample: prompts", "prefill", prompts, {"tokens": coarse_bucket(round(tokens))}),
+            ("sample: starts", "start", drawn | {"tokens": 4 * PREFILL_TOKENS}, {}),
             ("rank: a layer", "layer", ranked, self._comparisons()),
             ("dpo: gradients", "gradients", trained, mean),
         ]
         keys, config = ("name", "build", "given", "usual"), dataclasses.asdict(self.config)
-        programs = [dict(zip(keys, each)) for each in asked if self.pairrm or each[1] != "layer"]
+        programs = [dict(zip(keys, each)) for each in asked if needed.get(each[1], True)]
         where = [self.meshes[each["name"].partition(":")[0]] for each in programs]
         return [each | {"config": config, "mesh": mesh} for each, mesh in zip(programs, where)]
 

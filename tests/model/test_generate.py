@@ -1,6 +1,7 @@
 """The sampling engine: what it draws, and that nothing but (seed, prompt, index) decides it."""
 
 import threading
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -41,6 +42,12 @@ def answers(sampling, slots=8, prompts=PROMPTS, seed=0, params=None, answered=()
     longest = max(len(ids) for _, ids in prompts)
     sampler = Sampler(config, params, as_text, sampling, slots, longest)
     return dict(sampler.run(prompts, answered=answered))
+
+
+def placed(params, config, mesh):
+    return jax.device_put(
+        params, jax.tree.map(lambda x: x.sharding, decoder.abstract(config, mesh))
+    )
 
 
 def per_row(sampling, rows: int) -> dict:
@@ -217,8 +224,7 @@ def test_answers_are_the_same_on_four_devices(shape):
     base = answers(sampling, prompts=PROMPTS[:3])
     config = tiny.config()
     mesh = make_mesh(*shape)
-    shardings = jax.tree.map(lambda x: x.sharding, decoder.abstract(config, mesh))
-    params = jax.device_put(tiny.params(config), shardings)
+    params = placed(tiny.params(config), config, mesh)
     with jax.set_mesh(mesh):
         sharded = answers(sampling, prompts=PROMPTS[:3], params=params)
     assert {k: [a.token_ids for a in v] for k, v in sharded.items()} == {
@@ -410,19 +416,60 @@ def test_a_stop_string_is_looked_for_in_the_new_tokens_alone():
     assert sorted(decoded)[:-1] == [n for n in sorted(decoded) if n <= 48] and max(decoded) == 160
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_answers_by_a_tpus_programs_are_those_of_a_cpus(window):
-    """The keys of a call beside the cache, and the kernel that reads the cache, interpreted."""
+def sampler_of(platform: str, monkeypatch, slots: int, sampling: Sampling, **changes) -> Sampler:
+    """A sampler that is made as on that platform."""
+    config = tiny.config(**changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: platform)
+        return Sampler(config, tiny.params(config), as_text, sampling, slots, longest_prompt=70)
+
+
+def test_answers_by_an_accelerators_programs_are_those_of_a_cpus(monkeypatch):
+    """Programs compiled whole, longer rows of prompts, and calls that end once several slots are
+    idle."""
+    sampling = Sampling(n=1, temperature=1.0, top_p=0.9, max_new_tokens=40)
+    often = {"eos_token_ids": tuple(range(2, 14))}  # so that answers end at different steps
+    lengths = (3, 20, 9, 5, 12, 7, 16, 8) * 5
+    rng = np.random.default_rng(3)
+    prompts = [(f"p{i}", rng.integers(14, 320, n).tolist()) for i, n in enumerate(lengths)]
+    sampler = sampler_of("gpu", monkeypatch, 32, sampling, **often)
+    assert (sampler._prefill.func, sampler._start.func) == slot_state.WHOLE
+    assert sampler.prefill_tokens == 2048 and sampler.unit == 16
+    wanted, how_many = [], sampler._wanted
+    monkeypatch.setattr(sampler, "_wanted", lambda: wanted.append(how_many()) or wanted[-1])
+    made = dict(sampler.run(prompts))
+    assert max(wanted) == 32 // 16
+    expected = answers(sampling, 32, prompts, **often)
+    assert made.keys() == expected.keys()
+    for prompt_id, (b,) in expected.items():
+        (a,) = made[prompt_id]
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+        assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("platform,kept", [("tpu", "tpu"), ("gpu", None), ("cpu", None)])
+def test_a_sampler_keeps_a_calls_keys_beside_the_cache_on_tpus_alone(platform, kept, monkeypatch):
+    sampler = sampler_of(platform, monkeypatch, 8, Sampling())
+    assert sampler._advance.keywords["side_buffer"] == generate.side_buffer(platform) == kept
+    assert sampler.unit == (attention_tpu.LANES if kept else 16)
+
+
+@pytest.mark.parametrize("window,shape", [(None, None), (40, None), (40, (2, 1, 2))])
+def test_answers_by_a_tpus_programs_are_those_of_a_cpus(window, shape):
+    """The keys of a call beside the cache, and the kernels that read and write the cache,
+    interpreted; on a mesh, each device with its rows and heads."""
     sampling = Sampling(n=2, temperature=1.0, top_p=1.0, max_new_tokens=58)
-    config = tiny.config(sliding_window=window, max_position_embeddings=256)
-    made = []
-    for side_buffer in (None, "interpret"):
-        sampler = Sampler(config, tiny.params(config), as_text, sampling, 8, longest_prompt=70)
-        how = {"config": config, "precision": FLOAT32, "side_buffer": side_buffer}
+    changes = {"sliding_window": window, "max_position_embeddings": 256}
+    config = tiny.config(**changes)
+    params, mesh = tiny.params(config), None if shape is None else make_mesh(*shape)
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        params = params if mesh is None else placed(params, config, mesh)
+        sampler = Sampler(config, params, as_text, sampling, 8, longest_prompt=70)
+        how = {"config": config, "precision": FLOAT32, "side_buffer": "interpret"}
         sampler._advance = partial(slot_state.advance, **how)
-        made.append(dict(sampler.run(PROMPTS[:4])))
-    for prompt_id, answers_of in made[0].items():
-        for a, b in zip(answers_of, made[1][prompt_id]):
+        made = dict(sampler.run(PROMPTS[:4]))
+    for prompt_id, expected in answers(sampling, prompts=PROMPTS[:4], **changes).items():
+        for a, b in zip(made[prompt_id], expected, strict=True):
             assert a.token_ids == b.token_ids and a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 

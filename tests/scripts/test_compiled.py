@@ -1,5 +1,5 @@
-"""What accelerators' compilers make of the programs, read off the compiled text: nothing runs as a
-slow loop, and sums that cross devices are fp32."""
+"""What accelerators' compilers make of the programs: nothing runs as a slow loop, sums that cross
+devices are fp32, and the cache lies in memory once."""
 
 import dataclasses
 import re
@@ -22,8 +22,8 @@ SMALL = dataclasses.replace(
 )
 
 
-def compiled_text(machine: str, name: str, config=MISTRAL_7B, **flags) -> str:
-    """Of a program of the published recipe, with a model of two layers."""
+def compiled(machine: str, name: str, config=MISTRAL_7B, **flags) -> dict:
+    """What there is to say of a program of the published recipe, with a model of two layers."""
     config = dataclasses.replace(config, num_hidden_layers=LAYERS)
     plan = command.make(command.Args("snorkel-mistral-7b", machine)).changed("dpo", **flags)
     plan = dataclasses.replace(plan, config=config)
@@ -31,7 +31,7 @@ def compiled_text(machine: str, name: str, config=MISTRAL_7B, **flags) -> str:
         pytest.skip(f"no compiler: bash scripts/plan/setup.sh {plan.on.compiler}")
     programs = [each for each in plan.programs() if each["name"] == name]
     (told,) = compiler.described(plan.on, programs, compiles=True)
-    return told["text"]
+    return told
 
 
 def sources(text: str, operation: str) -> list[str]:
@@ -43,7 +43,7 @@ def sources(text: str, operation: str) -> list[str]:
 
 @pytest.mark.parametrize("machine", ["v5e-16", "v5p-8", "v6e-8"])
 def test_a_decode_step_on_a_tpu_has_no_loop_over_the_slots(machine):
-    text = compiled_text(machine, "sample: a usual step")
+    text = compiled(machine, "sample: a usual step")["text"]
     loops = sources(text, "while")
     (steps,) = [name for name in loops if name.endswith("advance)/while")]
     within = [name for name in loops if name != steps]
@@ -53,9 +53,16 @@ def test_a_decode_step_on_a_tpu_has_no_loop_over_the_slots(machine):
     assert sum(f"{steps}/body" in name and "attention" in name for name in kernels) == LAYERS
 
 
+@pytest.mark.parametrize("machine", ["v5e-16", "v5p-8"])
+def test_a_tpu_copies_prompts_to_the_slots_without_a_second_cache(machine):
+    parts = compiled(machine, "sample: starts")["parts"]
+    one_layers_keys = parts["cache"] / LAYERS / 2
+    assert parts["temporary"] < one_layers_keys < 2**30
+
+
 def test_a_tpu_sums_gradients_in_fp32_and_the_vocabularys_once_per_chunk_of_1024_tokens():
     flags = {"micro_batch_size": 8, "mesh": (1, -1, 1)}  # two pairs a chip, two chunks of answers
-    text = compiled_text("v5e:2x2", "dpo: gradients", SMALL, **flags)
+    text = compiled("v5e:2x2", "dpo: gradients", SMALL, **flags)["text"]
     travels = []  # (kind of exchange, what is exchanged, where in the program)
     for line in text.splitlines():
         if exchange := compiler.COLLECTIVE.search(line):
