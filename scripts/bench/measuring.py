@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from model import slot_state
+from model import generate, slot_state
 from model.precision import matmul_precision, precision_of
 from scripts.bench import shapes
 from scripts.bench.machine import timed
@@ -112,7 +112,7 @@ class DecodeCall:
                 jnp.int32(slot_state.STEPS_PER_CALL),
                 config=config,
                 precision=precision,
-                side_buffer="tpu" if jax.default_backend() == "tpu" else None,
+                side_buffer=generate.side_buffer(jax.default_backend()),
             ).compile()
         )
 
