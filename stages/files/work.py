@@ -122,7 +122,9 @@ class Work:
             made = parse_manifest(file, f"remove {self.folder} to begin anew")
             if states:
                 _refuse_other_run(manifest, made, str(self.folder), f"remove {self.folder}")
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and not all(  # a manifest that was cut off bears our mark
+            path.name.endswith(disk.MARK) for path in self.folder.iterdir()
+        ):
             raise UserError(f"{self.folder} is not of this stage: choose another --out, or move it")
         manifest.write(str(file))
         for path in self.folder.glob("state-*"):
@@ -234,9 +236,13 @@ class Work:
 
 
 def _remove(out: str) -> None:
-    """Remove what OUT's training no longer needs."""
+    """Remove what OUT's training no longer needs: the manifest last, by which the folder is known
+    as ours, should the process be killed here."""
     folder = epath.Path(f"{out}.work")
     if (folder / "manifest.json").exists():
+        for path in folder.iterdir():
+            if path.name != "manifest.json":
+                path.rmtree() if path.is_dir() else path.unlink()
         folder.rmtree()
 
 
