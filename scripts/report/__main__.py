@@ -19,9 +19,9 @@ import tyro
 from etils import epath
 
 from scripts.report import gather, plots, tables
-from sharding.errors import check_least
+from sharding.errors import UserError, check_least, check_scheme
 from stages.files.benchmarks import conversation_key
-from stages.files.paths import write_atomically
+from stages.files.paths import check_place, write_atomically
 from stages.files.rows import messages_of
 from stages.files.run import run_main
 
@@ -33,13 +33,25 @@ class Args:
     terms: bool = False
     """Print the terms of the reward too, of the start model and of the newest."""
     out: str | None = None
-    """The page to write; default: report.html in the run's folder."""
+    """The page to write, in the place of an earlier one; default: report.html in the run's
+    folder."""
     answers: int = 1000
     """Put the answers to at most this many held-out prompts into the page, which says so."""
 
 
+PAGE = b"<!doctype html>\n<!-- scripts.report -->\n"  # how a page of ours begins
+
+
 def main(args: Args) -> None:
     check_least(args, answers=0)
+    check_scheme(args.run)
+    if args.out is not None:
+        check_place(args.out, "--out")
+        out = epath.Path(args.out)
+        if out.exists() and not out.read_bytes().startswith(PAGE):
+            raise UserError(
+                f"--out {args.out} is no page of this command: give another path, or move it"
+            )
     run = gather.read(args.run)
 
     # ---- the terminal

@@ -25,10 +25,10 @@ from model.disk import naming
 from sharding.errors import UserError, check_scheme
 from stages.files.paths import (
     check_distinct,
+    check_place,
     file_sha256,
     local_path,
     make_folder,
-    normalised,
     publish,
     try_lock,
     write_atomically,
@@ -160,6 +160,21 @@ def _short(value) -> str:
 
 # ---------------------------------------------------------------------- the file
 
+UNKNOWN = "exists and has no manifest: move it, or pass --overwrite"
+
+
+def check_before(path: str, stage: str, arguments: dict, overwrite: bool) -> None:
+    """Raise UserError where `Output.open` would, as far as that is known before the work of which
+    the file is made. arguments: of the manifest, those that are known."""
+    check_place(path, "--out")
+    if overwrite or not epath.Path(path).exists():
+        return
+    if (theirs := read_manifest(path)) is None:
+        raise UserError(f"{path} {UNKNOWN}")
+    known = {name: x for name, x in theirs.arguments.items() if name in arguments}
+    theirs = Manifest(theirs.stage, known, {}, {})
+    refuse_other(Manifest(stage, arguments, {}, {}), theirs, path)
+
 
 class Output:
     """One stage's output file.
@@ -189,8 +204,7 @@ class Output:
         that the same command can be given again.
         Raises UserError.
         """
-        if path.endswith("/") or epath.Path(normalised(path, "--out")).is_dir():
-            raise UserError(f"{path} is a folder: give the path of the file to write")
+        check_place(path, "--out")
         inputs = {role: entry["path"] for role, entry in manifest.inputs.items()}
         check_distinct(inputs, {"--out": path})
         output = cls(path, manifest)
@@ -215,7 +229,7 @@ class Output:
         """Check that the file that is there is this very run's, finished."""
         theirs = read_manifest(self.path)
         if theirs is None:
-            raise UserError(f"{self.path} exists and has no manifest: move it, or pass --overwrite")
+            raise UserError(f"{self.path} {UNKNOWN}")
         refuse_other(self.manifest, theirs, self.path)
         say_if_edited(self.path, theirs)
         if epath.Path(self.partial).exists():  # killed just before it removed it?

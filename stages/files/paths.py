@@ -9,14 +9,23 @@ import fcntl
 import hashlib
 import io
 import os
-import stat
 
 from etils import epath
 
 from model.disk import MARK, naming, put_in_place
 from sharding.errors import UserError, check_scheme
 
-GZIP = b"\x1f\x8b"
+# How files begin that hold no lines to read: what to say of them.
+PACKED = {
+    b"\x1f\x8b": "is compressed by gzip: unpack it first (gunzip)",
+    b"BZh": "is compressed by bzip2: unpack it first (bunzip2)",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it first (unzstd)",
+    b"\x04\x22\x4d\x18": "is compressed by lz4: unpack it first (unlz4)",
+    b"\xfd7zXZ\0": "is compressed by xz: unpack it first (unxz)",
+    b"7z\xbc\xaf\x27\x1c": "is compressed by 7-Zip: unpack it first (7z x)",
+    b"PK\x03\x04": "is compressed by zip: unpack it first (unzip)",
+    b"PAR1": "is a Parquet file: scripts.convert reads a folder of them",
+}
 
 
 def is_remote(path: str) -> bool:
@@ -31,6 +40,20 @@ def normalised(path: str, flag: str) -> str:
     if not path:
         raise UserError(f"{flag} is empty: give a path")
     return str(path).rstrip("/") or "/"
+
+
+def check_place(path: str, flag: str) -> None:
+    """Raise UserError where no file can be written, or be put in the place of what is there."""
+    if normalised(path, flag) != str(path) or epath.Path(path).is_dir():
+        raise UserError(f"{path} is a folder: give the path of the file to write")
+    if is_special(path):
+        raise UserError(f"{path} is no regular file: give the path of the file to write")
+
+
+def is_special(path: str) -> bool:
+    """Whether a pipe or a device is there, which epath takes for a file."""
+    there = not is_remote(path) and os.path.exists(path)
+    return there and not (os.path.isfile(path) or os.path.isdir(path))
 
 
 def check_distinct(inputs: dict[str, str], outputs: dict[str, str]) -> None:
@@ -63,7 +86,11 @@ def check_distinct(inputs: dict[str, str], outputs: dict[str, str]) -> None:
 
 # What stages/files/output.py writes beside a file.
 MANIFEST = ".manifest.json"
-BESIDE = (MANIFEST, ".set_aside.jsonl", ".partial", ".partial.manifest.json")
+BESIDE = (
+    MANIFEST,
+    ".set_aside.jsonl",
+    *(f".partial{end}" for end in ("", MANIFEST, ".sorted", ".set_aside")),
+)
 
 
 def _identity(path: str):
@@ -89,29 +116,37 @@ def _is_part(path: str, folder: str) -> bool:
 
 
 def open_input(path: str) -> io.BufferedReader:
+    """The file, open for reading its lines or its text. Raises UserError as `open_any` does, and
+    where it is compressed."""
+    opened = open_any(path)
+    start = opened.read(8)
+    for magic, why in PACKED.items():
+        if start.startswith(magic):
+            raise UserError(f"{path} {why}")
+    opened.seek(0)
+    return opened
+
+
+def open_any(path: str) -> io.BufferedReader:
     """The file, open for reading bytes. Raises UserError where there is none, where it is a folder
-    or a pipe (a stage reads its input more than once), or compressed, and for other schemes than
-    gs://."""
+    or a pipe (a stage reads its input more than once), and for other schemes than gs://."""
     check_scheme(path)
     file = epath.Path(path)
     if not file.exists():
         raise UserError(f"{path} does not exist: give the path of a file")
     if file.is_dir():
         raise UserError(f"{path} is a folder: give the path of a file")
-    if not is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
+    if is_special(path):
         raise UserError(f"{path} is a pipe or a device: write its content to a file first")
     opened = file.open("rb")
     if is_remote(path):  # each unbuffered line would ask the object store anew
         opened = io.BufferedReader(opened, 1 << 22)
-    if opened.read(2) == GZIP:
-        raise UserError(f"{path} is compressed by gzip: unpack it first (gunzip)")
-    opened.seek(0)
     return opened
 
 
 def file_sha256(path: str) -> str:
     """The sha256 of a file's content, 64 hex digits."""
-    with open_input(path) as file:
+    with open_any(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

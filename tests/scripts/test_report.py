@@ -1,10 +1,12 @@
 """The page of a run, and its table in the terminal: on a run of small files, complete and not."""
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,6 +251,23 @@ def test_fewer_answers_are_shown_and_said_and_what_is_no_run_is_refused(run, tmp
     assert any(re.match("1 of 4 held-out prompts", text) for text in page.texts)
     assert run_main(report.main, report.Args, [str(tmp_path)]) == 2
     assert "is no run" in capsys.readouterr().err
+
+
+def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(run, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    for _ in range(2):
+        assert run_main(report.main, report.Args, [str(run), "--out", str(page)]) == 0
+    thesis = tmp_path / "thesis.html"
+    thesis.write_text("<!doctype html>\nmine")
+    os.mkfifo(tmp_path / "pipe")
+    places = (thesis, tmp_path, f"{tmp_path}/new/", tmp_path / "pipe", "/dev/null", "file:///x")
+    capsys.readouterr()
+    for place in map(str, (*places, run / "iteration_1/pairs.jsonl")):
+        assert run_main(report.main, report.Args, [str(run), "--out", place]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and place in error
+    assert thesis.read_text().endswith("mine") and (tmp_path / "pipe").is_fifo()
+    assert Path("/dev/null").is_char_device() and tiny.read_jsonl(run / "iteration_1/pairs.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -470,7 +470,17 @@ def test_the_input_is_never_written_over_whatever_it_is_called(capsys, prompts, 
     assert prompts.read_bytes() == before
 
 
-@pytest.mark.parametrize("end", [".manifest.json", ".set_aside.jsonl", ".partial"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        ".manifest.json",
+        ".set_aside.jsonl",
+        ".partial",
+        ".partial.manifest.json",
+        ".partial.sorted",
+        ".partial.set_aside",
+    ],
+)
 def test_an_input_with_the_name_of_a_file_beside_the_output_is_kept(capsys, prompts, out, end):
     out.parent.mkdir()
     source = prompts.rename(f"{out}{end}")
@@ -546,6 +556,16 @@ def test_what_cannot_be_read_twice_or_is_compressed_is_refused_by_name(capsys, p
         code, _, stderr = run(capsys, target, out)
         assert code == 2 and f"{scheme}:// is not supported" in stderr
     assert not list(tmp_path.glob("o.jsonl*"))
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_a_pipe_or_a_device_is_no_output_and_stays(capsys, prompts, tmp_path, overwrite):
+    os.mkfifo(tmp_path / "pipe")
+    for target in (tmp_path / "pipe", Path("/dev/null")):
+        before = target.stat()
+        code, _, stderr = run(capsys, prompts, target, *overwrite)
+        assert code == 2 and "is no regular file" in stderr and stderr.count("\n") == 1
+        assert target.stat().st_ino == before.st_ino and target.stat().st_mode == before.st_mode
 
 
 @pytest.mark.parametrize("out", ["new/", "a/b/", "{0}/"])

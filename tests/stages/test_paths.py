@@ -1,12 +1,19 @@
 """Paths: local and remote, whole files, and what is one file under two names."""
 
+import bz2
+import gzip
+import io
+import lzma
 import subprocess
 import sys
+import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sharding.errors import UserError
-from stages.files import paths
+from stages.files import paths, rows
 from stages.files.paths import local_path
 
 
@@ -64,3 +71,45 @@ except OSError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == f"{tmp_path}/x File too large\n"
+
+
+# ---------------------------------------------------------------------- what holds no lines
+
+
+def zipped(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("p.jsonl", content)
+    return file.getvalue()
+
+
+def parquet(content: bytes) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"prompt": [content.decode()]}), file)
+    return file.getvalue()
+
+
+def packed_by(codec: str):
+    return lambda content: pa.compress(content, codec, asbytes=True)
+
+
+@pytest.mark.parametrize(
+    ("pack", "words"),
+    [
+        (gzip.compress, "is compressed by gzip: unpack it first (gunzip)"),
+        (bz2.compress, "is compressed by bzip2: unpack it first (bunzip2)"),
+        (lzma.compress, "is compressed by xz: unpack it first (unxz)"),
+        (packed_by("zstd"), "is compressed by zstd: unpack it first (unzstd)"),
+        (packed_by("lz4"), "is compressed by lz4: unpack it first (unlz4)"),
+        (lambda content: b"7z\xbc\xaf\x27\x1c" + content, "is compressed by 7-Zip"),
+        (zipped, "is compressed by zip: unpack it first (unzip)"),
+        (parquet, "is a Parquet file"),
+    ],
+)
+def test_a_compressed_input_is_refused_by_its_name_and_can_be_hashed(tmp_path, pack, words):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(pack(b'{"prompt": "a"}\n'))
+    with pytest.raises(UserError) as error:
+        rows.read(str(path), rows.Prompt)
+    assert str(error.value).startswith(f"{path} {words}")
+    assert len(paths.file_sha256(str(path))) == 64
