@@ -79,18 +79,22 @@ def main(args: Args) -> None:
     lineage = read_lineage(args.ranked, ranked.sha256)
     test_ids = ids_of_test_split(ranked.ids, args)
 
+    # Both are opened before one is written: what is in the way of the test split is found now.
+    opened = {}
+    for split, path in outputs.items():
+        arguments = {"split": split, "strategy": args.strategy, "seed": args.seed}
+        arguments |= {"length_penalty": args.length_penalty}
+        arguments |= {"test_fraction": args.test_fraction, "test_count": args.test_count}
+        manifest = Manifest(
+            stage="pairs",
+            arguments=arguments,
+            inputs={"ranked": an_input(args.ranked, ranked.sha256)},
+            identities=lineage.identities if lineage else {},
+        )
+        opened[split] = Output.open(path, manifest, args.overwrite)
+
     with stop_signal() as check_stop:
-        for split, path in outputs.items():
-            arguments = {"split": split, "strategy": args.strategy, "seed": args.seed}
-            arguments |= {"length_penalty": args.length_penalty}
-            arguments |= {"test_fraction": args.test_fraction, "test_count": args.test_count}
-            manifest = Manifest(
-                stage="pairs",
-                arguments=arguments,
-                inputs={"ranked": an_input(args.ranked, ranked.sha256)},
-                identities=lineage.identities if lineage else {},
-            )
-            output = Output.open(path, manifest, args.overwrite)
+        for split, output in opened.items():
             if output.finished:
                 continue
             order = [i for i in ranked.ids if (i in test_ids) == (split == "test")]

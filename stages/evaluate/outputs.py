@@ -22,7 +22,7 @@ from stages import rank, sample
 from stages.evaluate.judge import official_command
 from stages.files.benchmarks import conversation_key, local_file, read_instructions
 from stages.files.dtypes import Dtype
-from stages.files.output import Manifest, Output, an_input, read_manifest
+from stages.files.output import Manifest, Output, an_input, check_before, read_manifest
 from stages.files.paths import check_distinct
 from stages.files.rows import Prompt, Ranked, RowFile, Sample, read
 
@@ -96,6 +96,11 @@ def main(args: Outputs) -> None:
         {"--out": args.out} | {f"{name} beside --out": path for name, path in written.items()},
     )
 
+    if processes.is_first():  # before hours of work; the other files are opened before theirs
+        check_before(args.out, STAGE, final_arguments(args), args.overwrite)
+        if args.best_of > 1:
+            check_before(ranked, "rank", {}, args.overwrite)
+
     # -------------------------------------------------------------------------- prompts
     if processes.is_first():
         write_prompts(args, prompts)
@@ -147,6 +152,7 @@ def main(args: Outputs) -> None:
         write_outputs(args, answered)
 
 
+STAGE = "evaluate outputs"
 # How a ranker finds the best: by all scores, or in a knock-out that scores only the best.
 BEST_OF_N = {"full": "full", "bubble": "best"}
 
@@ -182,15 +188,22 @@ def check_all_answered(args: Outputs, prompts: str, answered: RowFile[Sample]) -
         )
 
 
-def write_outputs(args: Outputs, answered: RowFile[Sample]) -> None:
-    """Write model_outputs.json: to each instruction its only answer, or the best-scored one."""
+def final_arguments(args: Outputs) -> dict:
+    """The arguments in the manifest of model_outputs.json."""
     generator = args.generator or Path(args.checkpoint).name
     if args.generator is None and args.best_of > 1:
         generator += f"-best-of-{args.best_of}"
+    return {"generator": generator, "best_of": args.best_of}
+
+
+def write_outputs(args: Outputs, answered: RowFile[Sample]) -> None:
+    """Write model_outputs.json: to each instruction its only answer, or the best-scored one."""
+    arguments = final_arguments(args)
+    generator = arguments["generator"]
     role = "samples" if args.best_of == 1 else "ranked"
     manifest = Manifest(
-        stage="evaluate outputs",
-        arguments={"generator": generator, "best_of": args.best_of},
+        stage=STAGE,
+        arguments=arguments,
         inputs={role: an_input(answered.path, answered.sha256)},
         identities=read_manifest(answered.path).identities,
     )

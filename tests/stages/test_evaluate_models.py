@@ -19,7 +19,7 @@ from model.checkpoint_writing import save
 from scripts import convert
 from stages import rank, sample
 from stages.evaluate import __main__ as evaluate
-from stages.files.output import Output, manifest_path, read_manifest
+from stages.files.output import Manifest, Output, manifest_path, read_manifest
 from tests import tiny
 from tests.stages.test_evaluate import error_line, run
 
@@ -121,6 +121,36 @@ def test_the_benchmark_is_never_written_over(folder, tmp_path, capsys):
         assert run(*argv(folder, tmp_path / "m.json", *more)) == 2
         assert "is the input (--benchmark)" in error_line(capsys)
         assert benchmark.read_bytes() == before
+
+
+def test_what_is_in_the_way_is_found_before_hours_of_sampling(
+    folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sample, "main", lambda args: pytest.fail("sampled"))
+    best = ("--best-of", "2", "--ranker", f"{folder}/reward.py:reward")
+    mine, pipe, out = tmp_path / "mine.json", tmp_path / "pipe.json", tmp_path / "m.json"
+    mine.write_text("[]")
+    os.mkfifo(pipe)
+    (tmp_path / "folder.json").mkdir()
+    for name, made in (
+        ("judged", Manifest("evaluate judge", {}, {}, {})),
+        ("named", Manifest("evaluate outputs", {"generator": "other", "best_of": 2}, {}, {})),
+    ):
+        (tmp_path / f"{name}.json").write_text("[]")
+        made.write(manifest_path(str(tmp_path / f"{name}.json")))
+    tiny.write_jsonl(tmp_path / "m.ranked.jsonl", [])
+    for place, more, words in (
+        (mine, [], "has no manifest"),
+        (pipe, ["--overwrite"], "is no regular file"),
+        (tmp_path / "folder.json", ["--overwrite"], "is a folder"),
+        (tmp_path / "judged.json", [], 'stage "evaluate judge" there'),
+        (tmp_path / "named.json", [], 'generator "other" there'),
+        (out, [], "m.ranked.jsonl exists and has no manifest"),
+    ):
+        assert run(*argv(folder, place, *best, *more)) == 2
+        assert words in error_line(capsys)
+    assert mine.read_text() == "[]" and pipe.is_fifo()
+    assert not list(tmp_path.glob("*.prompts.jsonl*"))
 
 
 def test_an_instruction_without_an_answer_fails(folder, tmp_path, capsys):

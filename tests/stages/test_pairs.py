@@ -1,6 +1,7 @@
 """Pairs from ranked answers: which, in what form, and what is said of the others."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -354,3 +355,26 @@ def test_paths_that_cannot_be_are_refused(capsys, tmp_path, out):
     same = run(capsys, source, out, "--test-count", 1, "--test-out", out)
     assert same[0] == 2 and "are the same file" in same[2]
     assert len(read(source)) == 2
+
+
+def test_what_is_in_the_way_of_the_test_split_is_found_before_a_pair_is_written(
+    capsys, tmp_path, out
+):
+    source = ranked(tmp_path / "ranked.jsonl", *many(20))
+    (tmp_path / "mine.jsonl").write_text("mine\n")
+    ranked(tmp_path / "other.jsonl", row("a", [1, 2]), manifest=True)
+    os.mkfifo(tmp_path / "pipe")
+    for place, words in (
+        (f"{tmp_path}/new/", "is a folder"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "mine.jsonl", "has no manifest"),
+        (tmp_path / "mine.jsonl" / "t.jsonl", "cannot be made"),
+        (tmp_path / "other.jsonl", "from other arguments"),
+        (tmp_path / "pipe", "no regular file"),
+        (tmp_path / ("x" * 300), "cannot be written"),
+    ):
+        code, _, stderr = run(capsys, source, out, "--test-count", 5, "--test-out", place)
+        assert code == 2 and words in stderr and stderr.count("\n") == 1
+        assert not out.exists()
+    assert (tmp_path / "mine.jsonl").read_text() == "mine\n"
+    assert run(capsys, source, out, "--test-count", 5)[0] == 0
