@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath, epy
 
 from model import checkpoint, checkpoint_writing, disk
+from model.disk import naming
 from sharding import processes
 from sharding.errors import UserError
 from stages.files.lock import lock, lock_file
@@ -135,7 +136,8 @@ class Work:
         make_folder(self.log_folder)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in aside)
         aside_file = self.log_folder / "set_aside.jsonl"
-        aside_file.write_text(lines) if lines else aside_file.unlink(missing_ok=True)
+        with naming(str(aside_file)):
+            aside_file.write_text(lines) if lines else aside_file.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------ the states
 
@@ -208,8 +210,9 @@ class Work:
         """Write a step's metrics to metrics.jsonl and for TensorBoard."""
         if self._metrics is None:  # not process 0
             return
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._metrics.flush()
+        with naming(self._metrics.name):
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.flush()
         Value = proto.summary_pb2.Summary.Value
         scalars = [Value(tag=name, simple_value=x) for name, x in values.items()]
         self._event(step, summary=proto.summary_pb2.Summary(value=scalars))
@@ -218,8 +221,9 @@ class Work:
 
     def _event(self, step: int, **content) -> None:
         event = proto.event_pb2.Event(wall_time=time.time(), step=step, **content)
-        self._board.write_event(event)
-        self._board.flush()
+        with naming(str(self.log_folder / "tensorboard")):
+            self._board.write_event(event)
+            self._board.flush()
 
     def _sync_log(self) -> None:
         """What a state or OUT makes needless to compute again must not be lost from the log."""
@@ -227,8 +231,10 @@ class Work:
             disk.sync(str(self.log_folder))
 
     def close_log(self) -> None:
-        self._metrics.close()
-        self._board.close()
+        with naming(self._metrics.name):  # what a full disk did not take is tried again here
+            self._metrics.close()
+        with naming(str(self.log_folder / "tensorboard")):
+            self._board.close()
 
     def _keep_log(self) -> None:
         if self._remote_log is not None and self.log_folder.exists():
@@ -254,7 +260,8 @@ def _copy(source: epath.PathLike, target: epath.PathLike) -> None:
         if path.is_dir():
             _copy(path, to)
         else:
-            path.copy(to, overwrite=True)
+            with naming(str(to)):
+                path.copy(to, overwrite=True)
 
 
 def kept_array(
