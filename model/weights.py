@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from etils import epath
 
-from sharding.errors import UserError, first_line
+from sharding.errors import UserError, check_scheme, first_line
 
 LARGEST_SIZES = {"num_hidden_layers": 10_000}  # of others: whatever an int32 holds
 FLOAT32 = 2.0**-126, 2.0**127
@@ -27,6 +27,7 @@ def local_folder(src: str, files: list[str], revision: str = "main") -> tuple[st
     `files`: patterns of the names to fetch from the hub or an object store. A folder of an object
     store is copied for as long as this process lives. Raises UserError.
     """
+    check_scheme(src)
     if epath.Path(src).is_dir():
         check_links(src, files)
         return (_copied(src, files) if "://" in src else src), None

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import tyro
 from etils import epath
 
-from sharding.errors import UserError, at
+from sharding.errors import UserError, at, check_scheme
 from stages import dpo, pairs, rank, sample
 from stages.evaluate import kl
 from stages.files.paths import write_atomically
@@ -312,6 +312,7 @@ def check_prompts(where: str, recipe: Recipe) -> None:
             shown = ", ".join(f"{k} = {x}" for k, x in table.items() if isinstance(x, int))
             raise UserError(f"{where}: {name} takes no rows ({shown})")
         for file in (recipe.source(i)[0] for i in iterations if "file" in table):
+            check_scheme(file, f"{where}: {name}.file")
             if not epath.Path(file).is_file():
                 raise UserError(f"{where}: {name}.file: {file} does not exist")
             if not file.endswith(".jsonl"):

@@ -485,6 +485,9 @@ def test_of_a_gated_model_is_said_what_to_do(tmp_path, monkeypatch, capsys, stat
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(tmp_path):
     with pytest.raises(UserError, match="neither a folder nor a hub id"):
         convert.main(convert.FromHf("/no/such/folder", str(tmp_path / "C")))
+    for scheme in ("https", "file", "s3", "hf"):
+        with pytest.raises(UserError, match=f"{scheme}:// is not supported"):
+            convert.main(convert.FromHf(f"{scheme}://a/b", str(tmp_path / "C")))
 
 
 @pytest.mark.parametrize("name", ["from-hf", "from-gguf", "to-hf", "from-parquet"])

@@ -251,6 +251,9 @@ def test_fewer_answers_are_shown_and_said_and_what_is_no_run_is_refused(run, tmp
     assert any(re.match("1 of 4 held-out prompts", text) for text in page.texts)
     assert run_main(report.main, report.Args, [str(tmp_path)]) == 2
     assert "is no run" in capsys.readouterr().err
+    for scheme in ("s3", "https", "file"):
+        assert run_main(report.main, report.Args, [f"{scheme}://b/runs/a"]) == 2
+        assert f"{scheme}:// is not supported" in capsys.readouterr().err
 
 
 def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(run, tmp_path, capsys):

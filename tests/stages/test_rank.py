@@ -163,6 +163,9 @@ def test_bubble_and_max_wins_agree_with_the_full_matrix(folder):
     [
         ("nothing/here", [], "hub"),
         ("/no/folder", [], "neither a folder nor a hub id"),
+        ("https://huggingface.co/llm-blender/PairRM", [], "https:// is not supported"),
+        ("s3://bucket/PairRM", [], "s3:// is not supported"),
+        ("file:///srv/PairRM", [], "file:// is not supported"),
         ("{0}", [], "config.json is missing"),
         ("{0}/pairrm", ["--comparisons", "bubble", "--aggregation", "max_wins"], "bubble"),
         ("{0}/reward.py:reward", ["--backend", "jax"], "--backend is for PairRM"),
