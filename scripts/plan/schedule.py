@@ -87,8 +87,9 @@ class Plan:
 
     def on_more(self, factor: int) -> "Plan":
         """The plan on so many times the chips, with the meshes that the stages choose."""
-        meshes = {} if factor == 1 else {"mesh": None}
-        plan = self.changed("sample", **meshes).changed("dpo", **meshes)
+        if factor == 1:
+            return self
+        plan = self.changed("sample", mesh=None).changed("dpo", mesh=None)
         return dataclasses.replace(plan, on=self.on.times(factor))
 
     # ---------------------------------------------------------------- the programs

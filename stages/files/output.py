@@ -160,7 +160,7 @@ def _short(value) -> str:
 
 # ---------------------------------------------------------------------- the file
 
-UNKNOWN = "exists and has no manifest: move it, or pass --overwrite"
+NO_MANIFEST = "exists and has no manifest: move it, or pass --overwrite"
 
 
 def check_before(path: str, stage: str, arguments: dict, overwrite: bool) -> None:
@@ -170,7 +170,7 @@ def check_before(path: str, stage: str, arguments: dict, overwrite: bool) -> Non
     if overwrite or not epath.Path(path).exists():
         return
     if (theirs := read_manifest(path)) is None:
-        raise UserError(f"{path} {UNKNOWN}")
+        raise UserError(f"{path} {NO_MANIFEST}")
     known = {name: x for name, x in theirs.arguments.items() if name in arguments}
     theirs = Manifest(theirs.stage, known, {}, {})
     refuse_other(Manifest(stage, arguments, {}, {}), theirs, path)
@@ -229,7 +229,7 @@ class Output:
         """Check that the file that is there is this very run's, finished."""
         theirs = read_manifest(self.path)
         if theirs is None:
-            raise UserError(f"{self.path} {UNKNOWN}")
+            raise UserError(f"{self.path} {NO_MANIFEST}")
         refuse_other(self.manifest, theirs, self.path)
         say_if_edited(self.path, theirs)
         if epath.Path(self.partial).exists():  # killed just before it removed it?

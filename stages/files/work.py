@@ -20,7 +20,6 @@ import numpy as np
 from etils import epath, epy
 
 from model import checkpoint, checkpoint_writing, disk
-from model.disk import naming
 from sharding import processes
 from sharding.errors import UserError
 from stages.files.lock import lock, lock_file
@@ -136,7 +135,7 @@ class Work:
         make_folder(self.log_folder)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in aside)
         aside_file = self.log_folder / "set_aside.jsonl"
-        with naming(str(aside_file)):
+        with disk.naming(str(aside_file)):
             aside_file.write_text(lines) if lines else aside_file.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------ the states
@@ -210,7 +209,7 @@ class Work:
         """Write a step's metrics to metrics.jsonl and for TensorBoard."""
         if self._metrics is None:  # not process 0
             return
-        with naming(self._metrics.name):
+        with disk.naming(self._metrics.name):
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             self._metrics.flush()
         Value = proto.summary_pb2.Summary.Value
@@ -221,7 +220,7 @@ class Work:
 
     def _event(self, step: int, **content) -> None:
         event = proto.event_pb2.Event(wall_time=time.time(), step=step, **content)
-        with naming(str(self.log_folder / "tensorboard")):
+        with disk.naming(str(self.log_folder / "tensorboard")):
             self._board.write_event(event)
             self._board.flush()
 
@@ -231,9 +230,9 @@ class Work:
             disk.sync(str(self.log_folder))
 
     def close_log(self) -> None:
-        with naming(self._metrics.name):  # what a full disk did not take is tried again here
+        with disk.naming(self._metrics.name):  # what a full disk did not take is tried again here
             self._metrics.close()
-        with naming(str(self.log_folder / "tensorboard")):
+        with disk.naming(str(self.log_folder / "tensorboard")):
             self._board.close()
 
     def _keep_log(self) -> None:
@@ -260,7 +259,7 @@ def _copy(source: epath.PathLike, target: epath.PathLike) -> None:
         if path.is_dir():
             _copy(path, to)
         else:
-            with naming(str(to)):
+            with disk.naming(str(to)):
                 path.copy(to, overwrite=True)
 
 
