@@ -482,8 +482,8 @@ def test_a_small_models_programs_are_compiled_for_accelerators(machine):
 def test_the_published_recipe_fits_its_machines(machine):
     plan = plan_of(machine)
     told = compiled(plan)
-    command.show(command.memory_table(plan, told))
-    command.show(command.time_table(plan, told, None))
+    command.show(f"{machine}, GiB per chip:", command.memory_table(plan, told))
+    command.show(f"{plan.hours(told):.1f} hours, seconds:", command.time_table(plan, told))
     assert all(command.fits(each, plan) for each in told.values())
     assert told["sample: a step"]["parts"]["temporary"] < GIB  # the cache is there once
     if machine != "gpu-8x80gb":  # attention is a kernel there: no scores are in memory
