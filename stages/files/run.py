@@ -29,7 +29,7 @@ from sharding.errors import UserError
 # caller's mistake only where a stage looks for it, and says so there.
 REFUSED_BY_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP, errno.ESTALE),
 }
 
 
@@ -169,7 +169,9 @@ def _told(error: BaseException) -> tuple[int, str]:
         return 2, f"error: {error}"
     if variables := _variables(error):
         return 2, f"error: {variables}: {getattr(error, 'strerror', None) or error}"
-    if isinstance(error, OSError) and error.errno in REFUSED_BY_DISK:
+    refused = isinstance(error, OSError) and error.errno in REFUSED_BY_DISK
+    # Without a path, a socket or a process may have been refused: a bug of ours.
+    if refused and (error.filename or not isinstance(error, PermissionError)):
         path = f"{error.filename}: " if error.filename else ""
         return 2, f"error: {path}{error.strerror}: make room or give another path"
     return 1, "".join(traceback.format_exception(error)).rstrip()

@@ -432,7 +432,10 @@ def test_a_broken_manifest_is_named(capsys, prompts, out):
         assert code == 2 and "not a manifest" in stderr
 
 
-@pytest.mark.parametrize("bug", [ZeroDivisionError(), FileExistsError(17, "File exists")])
+@pytest.mark.parametrize(
+    "bug",
+    [ZeroDivisionError(), FileExistsError(17, "File exists"), PermissionError(13, "a socket's")],
+)
 def test_a_bug_is_no_callers_mistake(bug):
     def main(args):
         raise bug
