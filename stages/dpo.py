@@ -3,9 +3,9 @@
     python -m stages.dpo --checkpoint C --pairs pairs.jsonl --out C2 --beta 0.1 --learning-rate 5e-7
 
 The reference's log-probs are computed once, before training, by the function that training uses.
-They are kept beside the pairs, in PAIRS.reference/, where the next training on the same pairs takes
-them from, e.g. with another beta or loss. Then the reference's parameters are freed. The policy's
-parameters are fp32 whatever the dtype of computation.
+They are kept beside the pairs, in PAIRS.reference/, so that another training on the same pairs,
+e.g. with another beta or loss, does not compute them again. Then the reference's parameters are
+freed. The policy's parameters are fp32 whatever the dtype of computation.
 
 OUT is a checkpoint folder. OUT.log/ holds metrics.jsonl (TRL's names), TensorBoard events and the
 pairs that were set aside. OUT.work/ holds what a stopped run needs to go on, and is removed when
@@ -67,7 +67,7 @@ class Args(processes.Flags):
     """sigmoid is DPO; sigmoid_norm normalises it by length; simpo needs no reference.
     model/losses.py has the formulas and papers."""
     beta: float = 0.1
-    """How strongly the policy is tied to the reference."""
+    """β: how strongly the policy is tied to the reference."""
     label_smoothing: float = 0.0
     """The share of pairs assumed to be in the wrong order, for sigmoid and robust."""
     gamma: float = 0.0
@@ -109,7 +109,7 @@ class Args(processes.Flags):
     on."""
     rows: Literal["packed", "pairs", "responses"] = "packed"
     """What a row of a batch holds: all pairs that one device gets of a micro-batch, one pair, or
-    one response behind its own prompt. Packed is the fastest by far; the numbers are the same."""
+    one response after its own prompt. Packed is the fastest by far; the numbers are the same."""
     mesh: tuple[int, int, int] | None = None
     """Devices along data, fsdp, tensor; -1: the rest. Default: all along fsdp, as far as the
     model's width divides, the rest along data."""
@@ -122,11 +122,11 @@ class Args(processes.Flags):
     eval_every: int = 0
     """Steps between two evaluations on --test-pairs; 0: only before and after."""
     allow_other_model: bool = False
-    """Train on pairs that another model than the reference sampled."""
+    """Accept pairs that were sampled by another model than the reference."""
 
 
-# Flags that say where, how fast or whether, and do not change the result: they may change when a
-# stopped run goes on. The paths are compared by the content behind them.
+# Flags that do not change the result, only where, how fast or whether it is computed: they may
+# change when a stopped run goes on. Paths are among them: the files' contents are compared.
 MAY_CHANGE = {
     *("checkpoint", "reference", "pairs", "test_pairs", "out", "allow_other_model"),
     *("micro_batch_size", "remat", "rows", "mesh", "shardings"),
@@ -171,7 +171,7 @@ def main(args: Args) -> None:
     if working.is_finished(args.out, manifest):
         print(f"{args.out} is finished already")
         return
-    # For cards. Read before the training, at whose end these files may be gone.
+    # For the model card. Read now, since these files may be gone when the training ends.
     made_of = provenance(args.pairs, files["pairs"].sha256)
     known = {"parent": checkpoint.read_manifest(args.checkpoint), "data": made_of}
 
@@ -204,7 +204,7 @@ def main(args: Args) -> None:
         working.open_work(args.out, manifest, total_steps, args.keep_states, aside) as work,
     ):
         # ------------------------------------------------------------ reference log-probs
-        params = None  # of the reference, where they are needed
+        params = None  # the reference's, loaded only if its log-probs are not kept already
         check_together = processes.loop_check(check_stop, STOPPED_TOGETHER)
 
         def compute(role: str) -> np.ndarray:
@@ -221,7 +221,7 @@ def main(args: Args) -> None:
                     args.pairs, train, reference_p2["pairs"], *computed_in
                 )
         if not starts_at_reference:
-            params = None  # frees them
+            params = None  # frees the reference's memory
 
         def sides_of(role: str, indices: np.ndarray) -> dict[str, np.ndarray]:
             return reading.sides([examples[role][i] for i in indices], reference_p2[role][indices])
@@ -288,7 +288,7 @@ def main(args: Args) -> None:
 
 
 def checked(args: Args) -> "tuple[Args, losses.Loss, training.Optimization]":
-    """(the flags with their paths normalised, the loss, what the optimizer needs). UserError for a
+    """(the flags with normalised paths, the loss, the optimizer's settings). Raises UserError for a
     flag that makes no sense."""
     check_least(args, epochs=1, batch_size=1, micro_batch_size=1)
     check_least(args, save_every=0, keep_states=1, eval_every=0)

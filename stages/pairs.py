@@ -7,11 +7,11 @@ Blank answers are used as neither. A prompt makes no pair, and is set aside with
 fewer than two answers have text, all their scores tie, or the best and the worst read the same.
 
 With --length-penalty L an answer's score becomes its standard score among the prompt's answers,
-less L times the standard score of its length in characters (model/rankers/lengths.py). The rejected
-answer still scores below the chosen one by the ranker's own scores, so no pair contradicts the
-ranker. The stage prints how the penalty changes the gap in length between chosen and rejected, and
-warns if it does not narrow it. `all_rm_scores` stay the ranker's. The manifest's results hold the
-lengths of sampled, chosen and rejected answers and how scores go with length.
+minus L times the standard score of its length in characters (model/rankers/lengths.py). The
+rejected answer still scores below the chosen one by the ranker's own scores, so no pair contradicts
+the ranker. The stage prints how the penalty changes the gap in length between chosen and rejected,
+and warns if it does not narrow it. `all_rm_scores` stay the ranker's. The manifest's results hold
+the lengths of sampled, chosen and rejected answers, and their correlation with the scores.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ with epy.lazy_imports():  # loaded at its first use, so that --help answers at o
 
 SIDES = ("chosen", "rejected")
 OF_A_SIDE = ("token_ids", "end_token_id", "logprob", "finish_reason")
-# The columns made here; the rest of a row is carried through.
+# The columns that this stage makes; all other fields of a row are carried through.
 MADE = (
     *("prompt", *SIDES, "all_generated_responses", "all_rm_scores"),
     *("chosen_index", "rejected_index"),
@@ -61,7 +61,7 @@ class Args:
     test_out: str | None = None
     """The test split's file. Default: OUT with .test.jsonl for .jsonl."""
     seed: int = 0
-    """Decides the test split and max-random. Each prompt's draw depends on its prompt_id alone."""
+    """The seed of the test split and max-random. A draw depends on it and the prompt_id alone."""
     overwrite: bool = False
     """Replace outputs that exist."""
 
@@ -79,7 +79,7 @@ def main(args: Args) -> None:
     lineage = read_lineage(args.ranked, ranked.sha256)
     test_ids = ids_of_test_split(ranked.ids, args)
 
-    # Both are opened before one is written: what is in the way of the test split is found now.
+    # Both are opened before either is written, so that a refused test split costs no work.
     opened = {}
     for split, path in outputs.items():
         arguments = {"split": split, "strategy": args.strategy, "seed": args.seed}
@@ -132,10 +132,12 @@ def write_split(args: Args, ranked, order: list[str], output: Output, check_stop
 
 def make_pair(row: Ranked, args: Args) -> tuple[Fields | None, str | None]:
     """(the row of pairs.jsonl, None), or (None, why the prompt makes no pair). Raises UserError
-    where the row has a field that is made here."""
+    where the row has a field that this stage makes."""
     taken = [name for name in MADE if name in row.fields and name != "prompt"]
     if taken:
-        raise UserError(f"{row.where}: the field {taken[0]!r} is made here: rename it in the input")
+        raise UserError(
+            f"{row.where}: stages.pairs makes the field {taken[0]!r} itself: rename it in the input"
+        )
     picked = choose(row, args)
     if isinstance(picked, str):
         return None, picked
@@ -168,12 +170,12 @@ def choose(row: Ranked, args: Args) -> tuple[int, int] | str:
         penalised = lengths.penalised(list(worth.values()), characters, args.length_penalty)
         worth = dict(zip(usable, penalised))
     best = max(usable, key=lambda i: (worth[i], -i))
-    # The ranker's own scores decide what is lower, so that the pair is a preference of its own.
+    # By the ranker's own scores, so that the ranker itself prefers the chosen answer.
     lower = [i for i in usable if row.scores[i] < row.scores[best]]
     if not lower:
         return "the length penalty outweighs the scores"
     worst = min(lower, key=lambda i: (worth[i], i))
-    if args.strategy == "max-random":  # drawn by hash, not by order
+    if args.strategy == "max-random":  # a hash decides, not the order of the rows
         worst = lower[int(drawn(row.prompt_id, args.seed, "rejected"), 16) % len(lower)]
     if row.texts[best] == row.texts[worst]:
         return "chosen and rejected are the same text"

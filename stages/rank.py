@@ -83,7 +83,7 @@ PAIRRM_DEFAULTS = {
     "device": "accelerator",
     "dtype": "float32",
 }
-# What an earlier ranking may have left in a row; the rest is carried through.
+# Fields that an earlier ranking may have left in a row; all others are carried through.
 MADE = ("scores", "comparisons", "score_terms", "truncated")
 
 
@@ -126,9 +126,9 @@ def main(args: Args) -> None:
 
 
 def make_two_devices(args) -> None:
-    """For PairRM in a single process on CPU: let JAX, where it is not loaded yet, make two devices
-    of the cores, since it computes the attention of a batch on one core. Not more of them: each
-    holds a copy of the weights. args: --ranker, and the flags of several processes."""
+    """Have JAX split the CPU into two devices for PairRM, which computes the attention of a batch
+    on one core. Two and no more, since each holds a copy of the weights. Nothing is done where JAX
+    is loaded already, or several processes compute. args: --ranker, and processes.Flags."""
     flags = os.environ.get("XLA_FLAGS", "")
     can = "jax" not in sys.modules and "device_count" not in flags and (os.cpu_count() or 1) > 1
     if can and is_pairwise(args.ranker) and args.place() is None:
@@ -147,13 +147,13 @@ def ranker_path(ranker: str) -> str:
 
 
 def ranker_options(args: Args, pairwise: bool) -> dict:
-    """What open_ranker takes beside the name: PairRM's settings. Raises UserError."""
+    """The arguments of open_ranker beside the name: PairRM's settings. Raises UserError."""
     chosen = {name: value for name in PAIRRM_DEFAULTS if (value := getattr(args, name)) is not None}
     if chosen and not pairwise:
         raise UserError(f"--{next(iter(chosen))} is for PairRM, and {args.ranker} is a function")
     if args.comparisons not in (None, "full") and args.aggregation is not None:
         raise UserError(
-            f"--aggregation is for --comparisons full: {args.comparisons} scores the ends alone"
+            f"--aggregation is for --comparisons full: {args.comparisons} scores only some answers"
         )
     for name in ("device", "dtype"):
         if args.backend == "llm-blender" and name in chosen:
@@ -166,8 +166,8 @@ def ranker_options(args: Args, pairwise: bool) -> dict:
 def requests_of(
     samples: RowFile[Sample], left: list[str], output: Output | Elsewhere, pairwise: bool
 ) -> Iterator[Request]:
-    """The rows that are still to be ranked, for a pairwise ranker also those that are (see
-    Request.is_ranked); what cannot be ranked is set aside."""
+    """The requests of the rows that are not ranked yet; for a pairwise ranker also of those that
+    are (Request.is_ranked says why). A row that cannot be ranked is set aside."""
     waiting = set(left)
     for prompt_id in samples.ids if pairwise else left:
         row, is_ranked = samples[prompt_id], prompt_id not in waiting
@@ -186,7 +186,7 @@ def requests_of(
 
 
 def request_of(row: Sample) -> Request:
-    """What a ranker is asked about a row."""
+    """The row as a ranker's request."""
     return Request(
         where=row.where,
         prompt_id=row.prompt_id,
@@ -207,8 +207,9 @@ def rank_all(
     fields: Callable[[Ranking], dict],
     unit: str | None = None,
 ) -> None:
-    """Write request.row | fields(ranking) of every request as it is ranked; a signal stops between
-    two. A ranker that does not compute on the mesh runs in process 0, and the others wait.
+    """Write request.row | fields(ranking) of every request as soon as it is ranked; a signal stops
+    the loop between two requests. A ranker that does not compute on the mesh runs in process 0,
+    and the others wait.
 
     done: (rows that are ranked already, rows in all); unit: what the ranker counts, shown per
     second.
@@ -253,14 +254,14 @@ def ranked_fields(ranking: Ranking) -> dict:
 
 
 def results_of(args: Args, output: Output) -> dict:
-    """What the ranking shows of itself, for the manifest."""
+    """The manifest's results: figures over all rankings, and the ranker's name."""
     report = Report()
     for row, reason in output.rows():
         if reason is None:
             texts = [response["text"] for response in row["responses"]]
             matrix, truncated = row.get("comparisons"), row.get("truncated")
             report.add(texts, Ranking(row["scores"], matrix, truncated=truncated))
-    # The ranker's name for people; its identity decides the scores.
+    # The name is for people to read; the manifest's identity of the ranker decides.
     is_local = Path(args.ranker.partition(":")[0]).exists()
     return report.results() | {"ranker": Path(args.ranker).name if is_local else args.ranker}
 

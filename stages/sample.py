@@ -4,7 +4,7 @@
 
 Each row gains `prompt_token_ids` and `responses`: n times {text, token_ids, end_token_id, logprob,
 finish_reason}. Rows are written as their answers end; a run that is stopped goes on where it was.
-A prompt too long for the model's context (less --max-new-tokens) is set aside with its reason.
+A prompt that leaves no room for --max-new-tokens in the model's context is set aside.
 
 The devices of several hosts work as one: --coordinator HOST:PORT --processes 4 and --process-id 0
 to 3, the rest of the command the same. Process 0 writes. Machines without a network between them
@@ -62,25 +62,25 @@ class Args(processes.Flags):
     max_new_tokens: int = 256
     """An answer ends after this many tokens."""
     max_prompt_length: int | None = None
-    """Longer prompts, in tokens, are set aside: one of them sizes the cache of all slots. Default:
-    what the model's context leaves."""
+    """A prompt of more tokens is set aside, since the longest prompt sizes the cache of all slots.
+    Default: what the model's context leaves."""
     stop_strings: tuple[str, ...] = ()
     """An answer also ends before any of these."""
     seed: int = 0
-    """Decides every draw, together with prompt_id, answer and position."""
+    """The seed of sampling. A draw depends on it, the prompt_id, the answer and the position."""
     slots: int | None = None
-    """Answers in the making at a time: more is faster, and takes more memory. Default: as many as
-    --cache-memory holds, at most 64 on a CPU and 256 on accelerators."""
+    """How many answers are sampled at the same time: more is faster, and takes more memory.
+    Default: as many as --cache-memory holds, at most 64 on a CPU and 256 on accelerators."""
     cache_memory: str | None = None
-    """Memory for the keys and values of all slots at their longest, over all devices, e.g. 8GiB.
-    Default: a quarter of a machine's free memory, four fifths of what accelerators have free."""
+    """Memory for the keys and values of all slots at full length, over all devices, e.g. 8GiB.
+    Default: a quarter of a CPU machine's free memory, four fifths of the accelerators'."""
     dtype: Dtype = "auto"
     """The dtype of computation. auto: bfloat16 on accelerators, float32 on CPUs; a run that goes on
-    keeps the dtype it began with. On CPUs that multiply in it (amx_bf16 or avx512_bf16), bfloat16
-    is faster, but more answers depend on slots and order of the prompts."""
+    keeps the dtype it began with. On CPUs with bfloat16 instructions (amx_bf16 or avx512_bf16) it
+    is faster, but more answers depend on the slots and the order of the prompts."""
     mesh: tuple[int, int, int] | None = None
     """Devices along data, fsdp, tensor; -1: the rest. Default: along tensor as far as the key heads
-    and the MLP divide, the rest along data; along fsdp, every token would collect the weights."""
+    and the MLP divide, the rest along data. Along fsdp, each token would collect the weights."""
     shardings: bool = False
     """Print a table of what lies where: shapes, cuts, bytes per device."""
     slice: str | None = None
@@ -191,7 +191,7 @@ def checked(args: Args) -> "generate.Sampling":
     """What decides the draws. Raises UserError for a flag that makes no sense."""
     check_least(args, slots=1, max_prompt_length=1)
     if args.slots is not None and args.cache_memory is not None:
-        raise UserError("--slots and --cache-memory say the same thing twice: give one of them")
+        raise UserError("--slots and --cache-memory both set the number of slots: give one of them")
     if args.cache_memory is not None:
         parse_bytes(args.cache_memory, "--cache-memory")
     names = [field.name for field in dataclasses.fields(generate.Sampling)]
@@ -208,16 +208,16 @@ def parse_slice(text: str | None) -> tuple[int, int]:
 
 
 def load_samplers(args: Args, config, tokenizer, sampling, mesh, longest: int, prompts: int, bar):
-    """The engines (generate.Sampler) with the checkpoint's weights, for so many prompts: one, or on
-    a CPU in bf16 two with half the slots each, which keep its cores busier. longest: tokens of the
-    longest prompt."""
+    """The engines (generate.Sampler) that answer the prompts with the checkpoint's weights: one, or
+    on a CPU in bfloat16 two with half the slots each, since two keep the cores busier. longest:
+    tokens of the longest prompt."""
     params = checkpoint.load(args.checkpoint, mesh)[1]
     precision = precisions.precision_of(args.dtype)
     params = decoder.stored_in(params, precision)
     unit = generate.cache_unit(mesh.devices.flat[0].platform)
     length = generate.round_up(longest + args.max_new_tokens, unit)
     slot_bytes = kv_cache.cache_bytes(config, length, precision.activations)
-    if config.num_key_value_heads % mesh.shape["tensor"]:  # the heads are not cut, but copied
+    if config.num_key_value_heads % mesh.shape["tensor"]:  # each device holds all heads
         slot_bytes *= mesh.shape["tensor"]
     slots = min(processes.from_all(count_slots(args, mesh, slot_bytes, args.n * prompts)))
     bar.write(f"{slots} slots, a KV cache of at most {slots * slot_bytes / 1e9:.2f} GB")
@@ -235,8 +235,8 @@ def load_samplers(args: Args, config, tokenizer, sampling, mesh, longest: int, p
 
 
 def count_slots(args: Args, mesh, slot_bytes: int, answers: int) -> int:
-    """How many answers are made at a time, a multiple of the parts that the mesh cuts a batch in.
-    slot_bytes: the keys and values of one; answers: how many there are in all."""
+    """How many answers are sampled at the same time: a multiple of the number of parts into which
+    the mesh cuts a batch. slot_bytes: keys and values of one answer; answers: how many in all."""
     shards = meshes.batch_shards(mesh)
     slots, on_cpu = args.slots, mesh.devices.flat[0].platform == "cpu"
     free = chips.free_memory(mesh)
@@ -249,7 +249,7 @@ def count_slots(args: Args, mesh, slot_bytes: int, answers: int) -> int:
         if slots < 1:
             raise UserError(
                 f"the keys and values of {shards} answers take {slot_bytes * shards / 1e9:.2f} GB, "
-                f"and {memory / 1e9:.2f} GB are for them: raise --cache-memory, or lower "
+                f"and {memory / 1e9:.2f} GB are set apart for them: raise --cache-memory, or lower "
                 "--max-new-tokens or --max-prompt-length"
             )
         slots = min(slots, 64 if on_cpu else 256)

@@ -11,11 +11,11 @@ from stages.files.benchmarks import ModelOutput, read_outputs
 def read_both(
     files: tuple[str, str], response: int, common: bool
 ) -> tuple[list[tuple[ModelOutput, ModelOutput]], list[str], Counter]:
-    """(pairs of answers to the same instruction in the first file's order, the models that the
-    answers of each file are of, counts).
+    """(pairs of answers to the same instruction in the first file's order, the model of each file,
+    counts).
 
-    response: which of a samples.jsonl's. Raises UserError where only one of the files answers an
-    instruction, unless the `common` ones are enough.
+    response: the index of the response that is taken from each row of a samples.jsonl. common:
+    leave out instructions that only one file answers; otherwise UserError is raised for them.
     """
     ours, baseline = (read_outputs(path, response) for path in files)
     shared = [key for key in ours if key in baseline]

@@ -214,7 +214,7 @@ def ask_all(
             try:
                 row = ask(args, client, chat(template, ours.key, *texts), stopping)
             except BaseException:
-                stopping.set()  # here, before this thread takes the next pair from the queue
+                stopping.set()  # at once, before this thread takes the next pair from the queue
                 raise
             if switched and row["preference"] is not None:
                 row["preference"] = 3 - row["preference"]  # 2 where our answer is better
@@ -224,13 +224,13 @@ def ask_all(
         waiting = {pool.submit(ask_or_stop, *pair) for pair in todo}
         try:
             while waiting:
-                check_stop()  # also while nothing comes back: a server may ask to wait for minutes
+                check_stop()  # also while no reply comes: a server may ask to wait for minutes
                 finished, _ = wait(waiting, CHECK_EVERY, return_when=FIRST_COMPLETED)
                 for future in finished:
                     waiting.remove(future)
                     try:
                         row = future.result()
-                    except CancelledError:  # not sent, since another one failed, which comes up too
+                    except CancelledError:  # not sent, since another request failed
                         continue
                     output.write(row)
                     spent += row["tokens"]

@@ -140,7 +140,7 @@ def check_flags(args: Kl) -> None:
     check_least(args, batch_size=1, prompts=1)
 
 
-# The sampler's settings that draw from the model's own distribution.
+# Settings of the sampler with which it draws from the model's own distribution.
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 
 

@@ -125,7 +125,7 @@ def main(args: Outputs) -> None:
         )
     )
     processes.wait()
-    gc.collect()  # what cycles still hold of the model, before the ranker needs the memory
+    gc.collect()  # frees the model, which cycles may hold, before the ranker needs the memory
     answered = read(samples, Sample)
     check_all_answered(args, prompts, answered)
 

@@ -162,7 +162,7 @@ WITHOUT_SPACES = (
 SUPERSCRIPTS = re.compile("[\u00b9\u00b2\u00b3\u2070-\u207f]+")
 NUMBER = "[\u00bc-\u00be\u2080-\u2089\u2150-\u2189\u2460-\u249b\u24ea-\u24ff]"
 SET_APART = re.compile(rf"(?<=\d)(?={NUMBER})|(?<={NUMBER})(?=\d)")
-# Markdown's *one*, **two** and ***three*** stars, and those before the items of a list.
+# Markdown's stars: around *one*, **two** or ***three***, and before the items of a list.
 STARS = re.compile(
     r"(?<![\d*])(\*{2,3})(?=\S)[^*\n]+(?<=\S)\1(?![\d*])"
     r"|(?<![\w*)\]])\*(?=\S)[^*\n]+(?<=\S)\*(?![\w*])"
@@ -171,9 +171,9 @@ STARS = re.compile(
 )
 WORD = r"[^\W\d_]{2}"  # the beginning or the end of one
 SLASH = re.compile(rf"(?<={WORD})\s*/\s*(?={WORD})")  # and/or
-# What are operators in x-3, -5, n!, != and 1:2, and no punctuation as in GPT-4, Hi! and "so: this".
-# They become a minus sign, and wide forms, of which NFKC leaves none in a text.
-VARIABLE = "a-zα-ωа-я"  # one letter of these
+# Signs that are operators, as in x-3, -5, n!, != and 1:2. In GPT-4, Hi! and "so: this" they are
+# punctuation. Operators become a minus sign or a wide form, which NFKC leaves in no text.
+VARIABLE = "a-zα-ωа-я"  # a single letter is a variable
 DASH = "[-\u2010-\u2013]"
 OPERATORS = {
     "\N{MINUS SIGN}": rf"(?<![^\W\d_]){DASH}(?=\s*\d)"
@@ -197,14 +197,14 @@ class _Characters(dict):
         script = unicodedata.name(character, "").split(" ")[0].split("-")[0]
         becomes = " "  # punctuation, spaces, control characters
         if 0xE0020 <= code <= 0xE007F:
-            becomes = character  # of the flag of Scotland
+            becomes = character  # tags, as in the flag of Scotland
         elif category == "Cf" or 0xFE00 <= code <= 0xFE0F:
             becomes = ""  # invisible: joiners, soft hyphens, variation selectors
         elif character in "#%&*/@§‰′！：．" or (category[0] == "S" and character != "`"):
             becomes = f" {SAME.get(character, character)} "
         elif category in ("Cn", "Co", "Cs") or script in WITHOUT_SPACES:
-            becomes = f" {character} "  # the first three: what this Python does not know
-        elif category[0] in "LMN":  # a mark is a part of its word: Hindi's vowels, say
+            becomes = f" {character} "  # Cn, Co, Cs: not in this Python's Unicode, private, halves
+        elif category[0] in "LMN":  # marks belong to their word, e.g. Hindi's vowel signs
             becomes = character
         self[code] = becomes
         return becomes

@@ -140,7 +140,7 @@ def _prompt_fields(row: Fields, where: str, counts: Counter) -> Fields:
 
 
 def asked_texts(row: Fields, where: str) -> list[str]:
-    """All that a row of any of these files asks: its user turns."""
+    """The user turns of a row of any of these files."""
     if "turns" in row:
         texts = _turns(row, where)
     elif "prompt" in row or not ("messages" in row or "instruction" in row):
@@ -162,8 +162,8 @@ def instruction_of(row: Fields, where: str) -> str:
 
 
 def conversation_key(messages: list[dict]) -> str:
-    """What the same conversation has in every file: the text of a single user turn, or the
-    canonical JSON of several turns."""
+    """Equal for the same conversation in any file: the text of a single user turn, or the canonical
+    JSON of several turns."""
     return messages[0]["content"] if len(messages) == 1 else canonical(messages)
 
 
@@ -282,7 +282,7 @@ def _preference(row: Fields, where: str) -> float:
     if value is None or value != value:
         return math.nan
     value = field(row, "preference", (int, float), where)
-    value = 1.5 if value == 0 else value  # early files wrote a draw so
+    value = 1.5 if value == 0 else value  # a draw, in early files
     if not 1 <= value <= 2:
         raise UserError(f"{where}: preference is {value}, not between 1 and 2: correct the file")
     return value - 1

@@ -18,8 +18,9 @@ with epy.lazy_imports():  # loads JAX, which --help does without
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 SETTLED = ("float32", "bfloat16")
-# Stages that compute in float32 on CPUs unless bfloat16 is asked for: a sampler in bfloat16 gave
-# 72% of its answers again in other slots and another order, and the KL compares with the sampler.
+# Stages that compute in float32 on CPUs unless bfloat16 is asked for. With other slots and another
+# order of prompts, a sampler in bfloat16 repeated only 72% of its answers. The KL compares with a
+# sampler.
 FLOAT32_ON_CPU = {"sample", "evaluate kl"}
 
 
@@ -28,13 +29,13 @@ def settle_dtype(manifest: Manifest, begun: Iterable[Manifest]) -> str:
     the same in all processes. A run that goes on keeps the dtype that it began with. A line says
     which dtype it is, unless the run is finished.
 
-    begun: the manifests at this run's place, finished or not, of this run or of another.
+    begun: the manifests that lie where this run writes, finished or not, its own or another run's.
     """
     asked = manifest.arguments["dtype"]
     same = next((made for made in begun if _is_same_run(manifest, made)), None)
     dtype, why = asked, "asked for"
     if asked == "auto":
-        platform = meshes.list_devices()[0].platform  # first, since it refuses devices not there
+        platform = meshes.list_devices()[0].platform  # first, since this refuses a missing device
         if same:
             dtype = same.arguments["dtype"]
         elif platform == "cpu" and manifest.stage in FLOAT32_ON_CPU:
@@ -52,7 +53,7 @@ def settle_dtype(manifest: Manifest, begun: Iterable[Manifest]) -> str:
 
 
 def _is_same_run(manifest: Manifest, made: Manifest) -> bool:
-    """Whether `made` describes the run of `manifest`, in any dtype where that one says "auto"."""
+    """Whether `made` describes the run of `manifest`; if that says "auto", any dtype will do."""
     dtype = manifest.arguments["dtype"]
     if dtype == "auto" and isinstance(made.arguments, dict):
         dtype = made.arguments.get("dtype")

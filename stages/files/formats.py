@@ -142,7 +142,7 @@ def split_facts(directory: str) -> list[dict]:
                         "data": None if data is None else parse_json(data),
                     }
                 )
-        except (pa.ArrowException, ValueError, OSError) as error:  # the last: of its thrift
+        except (pa.ArrowException, ValueError, OSError) as error:  # OSError: a damaged footer
             raise UserError(
                 f"{file} cannot be read ({first_line(error)}): remove it, or copy it again"
             ) from None
@@ -234,8 +234,8 @@ def write_rows(
     counts: Counter,
     overwrite: bool = False,
 ) -> None:
-    """Write `rows`: (row, why it is set aside or None), whose prompt_ids differ. counts: of the
-    rows, complete once they are all made."""
+    """Write `rows`: (row, why it is set aside or None), with different prompt_ids. counts: filled
+    while the rows are made."""
     output = Output.open(out, manifest, overwrite)
     if output.finished:
         return
@@ -265,7 +265,7 @@ class Shards:
             )
         if is_folder and set(os.path.abspath(source)) & set("[]*?"):
             raise UserError(
-                f"{source}: the library datasets takes [ ] * ? in a path for a pattern: rename the "
+                f"{source}: the library datasets reads [ ] * ? in a path as a pattern: rename the "
                 "folder, or give a symbolic link to it"
             )
         config, _, name = (split or "").rpartition("/")
@@ -340,7 +340,7 @@ def _why_not_opened(source: str, config: str, error: Exception) -> str:
 
 def _json_values(row: dict, where: str, counts: Counter) -> Fields:
     """The row with values that JSON can hold: dates as ISO text; null for NaN, infinities and
-    bytes, which `counts` tells. The published columns must not need that. Raises UserError."""
+    bytes, each counted in `counts`. The published columns must need neither. Raises UserError."""
 
     def convert(value, column: str):
         if value is None or isinstance(value, str | bool | int):

@@ -67,7 +67,7 @@ def train(
             processes.all_check(check_stop, STOPPED_TOGETHER)
             if save_every and step % save_every == 0 and not is_last:
                 work.save_state(step, state)
-    except (UserError, Stopped):  # the state is whole, and that after `step` steps
+    except (UserError, Stopped):  # `state` is whole: the one after `step` steps
         work.save_state(step, state)
         work.finish_saving()
         raise

@@ -48,7 +48,7 @@ class Manifest:
     identities: dict[str, str]  # "model", "tokenizer", "chat_template", "ranker", … → identity
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     results: dict = dataclasses.field(default_factory=dict)  # what the stage measured
-    seconds: float | None = None  # the last sitting's; a stopped stage has more of them
+    seconds: float | None = None  # of the last sitting alone, if the stage was stopped
 
     def __post_init__(self) -> None:
         self.inputs = with_roles(self.inputs)
@@ -69,8 +69,8 @@ def an_input(path: str, sha256: str | None = None) -> dict:
 
 
 def with_roles(inputs: dict) -> dict[str, dict]:
-    """A manifest's inputs, role → {"path", "sha256"}. Earlier versions wrote path → sha256: there
-    the path stands for the role. TypeError: they are no such table."""
+    """A manifest's inputs, role → {"path", "sha256"}. Earlier versions wrote path → sha256: the
+    path is then also the role. Raises TypeError for anything else."""
     if not isinstance(inputs, dict):
         raise TypeError(f"its inputs are {inputs!r}")
     return {
@@ -101,8 +101,8 @@ def parse_manifest(file: epath.Path, mend: str) -> Manifest:
 
 
 def read_begun(path: str) -> Iterator[Manifest]:
-    """The manifests of the output `path`, of the finished one and of the one in the making, as far
-    as they can be read. Nothing is refused here: `Output.open` does that."""
+    """The manifests of the finished and of the unfinished output at `path`, if they can be read.
+    Nothing is refused here: `Output.open` does that."""
     for file in (path, f"{local_path(path)}.partial"):
         with contextlib.suppress(UserError):
             if (manifest := read_manifest(file)) and epath.Path(file).exists():
@@ -110,8 +110,8 @@ def read_begun(path: str) -> Iterator[Manifest]:
 
 
 def read_lineage(path: str, sha256: str | None = None) -> Manifest | None:
-    """The manifest of a stage's input; a line on the screen where there is none, or where the file
-    was edited since (that is allowed: the files are there to be edited). sha256: the file's."""
+    """The manifest of a stage's input. Prints a line if there is none, or if the file was edited
+    since it was written, which users may do. sha256: the file's."""
     manifest = read_manifest(path)
     if manifest is None:
         print(f"{path}: no manifest, so its lineage is not checked (taken as your own file)")
@@ -164,8 +164,8 @@ NO_MANIFEST = "exists and has no manifest: move it, or pass --overwrite"
 
 
 def check_before(path: str, stage: str, arguments: dict, overwrite: bool) -> None:
-    """Raise UserError where `Output.open` would, as far as that is known before the work of which
-    the file is made. arguments: of the manifest, those that are known."""
+    """Refuse what `Output.open` would refuse, as far as that is known before the work whose result
+    the file will hold. arguments: those of the manifest that are known. Raises UserError."""
     check_place(path, "--out")
     if overwrite or not epath.Path(path).exists():
         return
@@ -199,9 +199,9 @@ class Output:
     def open(cls, path: str, manifest: Manifest, overwrite: bool = False) -> "Output":
         """Begin the file, or go on with it, under a lock; or find it finished.
 
-        overwrite: replace a file of other arguments, finished or not, and an edited one. What is
-        there stays until the new file is whole. A file of this very run goes on or is finished, so
-        that the same command can be given again.
+        overwrite: replace a file of other arguments, finished or not, or an edited one. The old
+        file stays until the new one is whole. A file of this very run is never replaced, so that
+        the same command can be given again.
         Raises UserError.
         """
         check_place(path, "--out")
@@ -217,7 +217,7 @@ class Output:
         return output
 
     def _is_another(self) -> bool:
-        """Whether the file that is there is not what this run would write."""
+        """Whether the existing file is another one than this run would write."""
         try:
             theirs = read_manifest(self.path)
         except UserError:
@@ -226,13 +226,13 @@ class Output:
         return not same or theirs.results.get("sha256") != file_sha256(self.path)
 
     def _recognise(self) -> None:
-        """Check that the file that is there is this very run's, finished."""
+        """Check that the existing file is the finished one of this very run."""
         theirs = read_manifest(self.path)
         if theirs is None:
             raise UserError(f"{self.path} {NO_MANIFEST}")
         refuse_other(self.manifest, theirs, self.path)
         say_if_edited(self.path, theirs)
-        if epath.Path(self.partial).exists():  # killed just before it removed it?
+        if epath.Path(self.partial).exists():  # killed just before it removed the partial file?
             with open(self.partial, "rb") as file:
                 try_lock(file, self.path)
                 self._remove_partial()
@@ -264,7 +264,7 @@ class Output:
         self.manifest.write(manifest_path(self.partial))
 
     def _resume(self) -> None:
-        """Read what is there; a line cut off by a kill is dropped, and its row made again."""
+        """Read the rows so far; a line cut off by a kill is dropped, and its row made again."""
         end = 0
         with open(self.partial, "rb") as file:
             for line in file:
@@ -355,7 +355,7 @@ class Output:
         self._publish(whole, set_aside if aside else None, results)
 
     def finish_as(self, content: dict | list, counts: dict[str, int], results: dict | None = None):
-        """Write OUT as the JSON `content` that was made of the rows, not as the rows."""
+        """Write as OUT the JSON `content` that was made of the rows, not the rows themselves."""
         text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
         self.manifest.counts = dict(counts)
         whole = f"{self.partial}.sorted"
@@ -363,14 +363,15 @@ class Output:
         self._publish(whole, None, results)
 
     def _publish(self, whole: str, set_aside: str | None, results: dict | None):
-        """Put the finished files in their places, such that a kill between two of them leaves
-        nothing that says it is finished and is not."""
+        """Put the finished files in their places, in an order such that a kill between two steps
+        never leaves an output that seems finished and is not."""
         self.manifest.seconds = round(time.monotonic() - self._opened, 1)
         self.manifest.results = dict(results or {}) | {"sha256": file_sha256(whole)}
         if set_aside is not None:
             self.manifest.results["set_aside_sha256"] = file_sha256(set_aside)
-        # What --overwrite replaces goes first: under the new manifest it would pass for the new
-        # file. The manifest goes before the file, which without one would pass for a user's own.
+        # The files that --overwrite replaces are removed first: beside the new manifest they would
+        # look like the new ones. The manifest is written before the file, which without one would
+        # look like a user's own.
         for old in (self.path, f"{self.path}.set_aside.jsonl"):
             epath.Path(old).unlink(missing_ok=True)
         if set_aside is not None:
@@ -394,7 +395,7 @@ def _is_at(file, path: str) -> bool:
 
 
 def begins(path: str, start: bytes) -> bool:
-    """Whether a file is empty or begins so, if in a line that was cut off."""
+    """Whether a file begins with `start`, or was cut off within it."""
     with open(path, "rb") as file:
         return start.startswith(file.read(len(start)))
 

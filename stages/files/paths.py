@@ -15,7 +15,7 @@ from etils import epath
 from model.disk import MARK, naming, put_in_place
 from sharding.errors import UserError, check_scheme
 
-# How files begin that hold no lines to read: what to say of them.
+# First bytes of files that hold no lines to read, and what to say of such a file.
 PACKED = {
     b"\x1f\x8b": "is compressed by gzip: unpack it first (gunzip)",
     b"BZh": "is compressed by bzip2: unpack it first (bunzip2)",
@@ -43,7 +43,7 @@ def normalised(path: str, flag: str) -> str:
 
 
 def check_place(path: str, flag: str) -> None:
-    """Raise UserError where no file can be written, or be put in the place of what is there."""
+    """Raise UserError if `path` is something that no file may replace: a folder, pipe or device."""
     if normalised(path, flag) != str(path) or epath.Path(path).is_dir():
         raise UserError(f"{path} is a folder: give the path of the file to write")
     if is_special(path):
@@ -51,7 +51,7 @@ def check_place(path: str, flag: str) -> None:
 
 
 def is_special(path: str) -> bool:
-    """Whether a pipe or a device is there, which epath takes for a file."""
+    """Whether `path` is a pipe or a device, which epath takes for a file."""
     there = not is_remote(path) and os.path.exists(path)
     return there and not (os.path.isfile(path) or os.path.isdir(path))
 

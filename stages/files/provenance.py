@@ -18,9 +18,9 @@ def provenance(path: str, sha256: str | None = None) -> list[Entry]:
     """The manifest of the file `path`, then those of the files that it was made from, and so on.
 
     An entry is {"file": its name, "sha256", "edited": whether its content is no longer what its
-    manifest says} and the manifest's fields; files go by their name alone, since a card tells the
-    world nothing of a user's folders. The walk ends at files that have no manifest, that are gone
-    or that have another content than was read. sha256: of the file, where it is known.
+    manifest says} and the manifest's fields. Files are named without their folders, since cards are
+    published. The walk ends at files that have no manifest, are gone, or have changed since they
+    were read. sha256: of the file, where it is known.
     """
     if (manifest := read_manifest(path)) is None:
         return []

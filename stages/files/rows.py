@@ -25,7 +25,7 @@ from stages.files.paths import is_remote, open_input, text_sha256
 Fields = dict  # a row as JSON has it
 FINISH_REASONS = ("stop", "length", "stop_string")
 MERGED = "merged: the same prompt again"
-# Fields by which other data sets give a part of the task apart from the prompt.
+# Fields in which other data sets keep a part of the task beside the prompt.
 NOT_ASKED = (
     *("input", "context", "passage", "documents", "history", "image", "images"),
     *("system", "system_prompt", "system_message", "tools", "functions"),
@@ -98,9 +98,9 @@ class Response:
         check_token_ids(end, f"{prefix}end_token_id", where, vocabulary)
 
     def with_end(self, ids: list[int], end_id: int | None) -> list[int]:
-        """The answer's ids and, if it ended by itself, the EOS that was drawn, unless the ids of
-        another tool have it already. end_id: the EOS with which the chat template ends a turn, for
-        rows that do not tell."""
+        """The answer's ids and, if it ended by itself, the EOS that was drawn. Ids of other tools
+        may end with the EOS already. end_id: the EOS with which the chat template ends a turn, for
+        rows without `end_token_id`."""
         end = end_id if self.end_token_id is None else self.end_token_id
         is_complete = self.finish_reason != "stop" or end is None or ids[-1:] == [end]
         return ids if is_complete else [*ids, end]
@@ -261,8 +261,8 @@ class RowFile(Generic[Kind]):
 
 
 def read(path: str, kind: type[Kind], each: Callable[[Kind], None] | None = None) -> RowFile[Kind]:
-    """The rows of a file, all checked; `each` is called with every distinct one. Raises UserError
-    with file, line and field."""
+    """The rows of a file, all checked; `each` is called with every distinct row. Raises UserError
+    that names file, line and field."""
     return RowFile(path, kind, each)
 
 
@@ -323,7 +323,7 @@ def _fields_once(pairs: list[tuple]) -> Fields:
     return fields
 
 
-MOST_NESTED = 100  # lists and objects in one another; Python's own limit depends on the caller
+MOST_NESTED = 100  # levels; Python's own limit depends on how deep the caller is
 
 
 def parse_json(text: str | bytes, **options):
@@ -415,7 +415,7 @@ def _turns(messages: list, where: str) -> list[dict]:
 
 
 def refuse_unasked(fields: Fields, messages: list[dict], where: str) -> None:
-    """Raise UserError where a field of NOT_ASKED holds what does not stand in the messages."""
+    """Raise UserError where a field of NOT_ASKED holds a text that the messages do not have."""
     for name in NOT_ASKED:
         value = fields.get(name)
         if not value or value != value or not (text := str(value).strip()):  # NaN: none, by pandas

@@ -55,13 +55,13 @@ def join(out: str, paths: tuple[str, ...]) -> None:
     sums = {k: sum(s.get(k, 0) for s in sittings) for k in ("tokens", "seconds")}
     slots = max(s.get("slots", 0) for s in sittings)
     output.finish(order, counts, {"last_sitting": sums | {"slots": slots}})
-    # What was computed, not what putting it together took.
+    # The time of the sampling, without that of joining.
     output.manifest.seconds = sum(manifest.seconds or 0 for _, manifest in parts.values())
     output.manifest.write(manifest_path(out))
 
 
 def _slice_of(path: str, slices: int) -> tuple[Manifest, int]:
-    """The manifest of a finished slice, and which one of so many it is."""
+    """The manifest of a finished slice, and the slice's number. slices: how many there are."""
     if not epath.Path(path).exists():
         unfinished = epath.Path(f"{path}.partial").exists()
         raise UserError(f"{path} {'is not finished' if unfinished else 'does not exist'}")

@@ -30,7 +30,8 @@ with epy.lazy_imports():  # slow: it imports torch where that is installed
     from tensorboardX import event_file_writer, proto
 
 STATE = re.compile(r"state-(\d+)")
-LOGGED = {"metrics.jsonl": b'{"step": ', "set_aside.jsonl": b'{"file": '}  # and how they begin
+# File of OUT.log → how it begins.
+LOGGED = {"metrics.jsonl": b'{"step": ', "set_aside.jsonl": b'{"file": '}
 
 
 def is_finished(out: str, manifest: Manifest) -> bool:
@@ -44,7 +45,7 @@ def is_finished(out: str, manifest: Manifest) -> bool:
             f"--out {out} exists and is no checkpoint of this stage: choose another ({error})"
         ) from error
     _refuse_other_run(manifest, made, out, "choose another --out")
-    left = epath.Path(f"{out}.work"), epath.Path(lock_file(out))  # by one that was killed here
+    left = epath.Path(f"{out}.work"), epath.Path(lock_file(out))  # by a process killed here
     if processes.is_first() and any(path.exists() for path in left):
         with contextlib.suppress(UserError), lock(out):
             _remove(out)
@@ -52,8 +53,8 @@ def is_finished(out: str, manifest: Manifest) -> bool:
 
 
 def read_begun(out: str, manifest: Manifest) -> Iterator[Manifest]:
-    """The manifests of the training of `out`, of the finished one and of the one in the making, as
-    far as they can be read. Nothing is refused here: `is_finished` and `open_work` do that."""
+    """The manifest of the finished or unfinished training of `out`, if it can be read. Nothing is
+    refused here: `is_finished` and `open_work` do that."""
     unfinished = epath.Path(f"{out}.work") / "manifest.json"
     with contextlib.suppress(UserError, TypeError, KeyError, AttributeError):
         if checkpoint_writing.is_taken(out):
@@ -63,7 +64,7 @@ def read_begun(out: str, manifest: Manifest) -> Iterator[Manifest]:
 
 
 def _without_unknown(made: Manifest, manifest: Manifest) -> Manifest:
-    """`made` without what earlier versions counted as an argument and changes nothing."""
+    """`made` without arguments that only earlier versions recorded; they change no result."""
     known = {k: v for k, v in made.arguments.items() if k in manifest.arguments}
     return dataclasses.replace(made, arguments=known)
 
@@ -107,7 +108,7 @@ class Work:
         self._metrics = self._board = None
 
     def begin(self, manifest: Manifest, aside: list[dict]) -> None:
-        """Refuse what is in the way, then make OUT.work and remove what a cut-off save left."""
+        """Refuse files that are not ours, then make OUT.work and remove an unfinished save."""
         if checkpoint_writing.is_taken(self.out):
             raise UserError(f"{self.out} was finished by another process just now")
         for folder in (self.folder, epath.Path(self.log_folder)):
@@ -130,7 +131,7 @@ class Work:
         for path in self.folder.glob("state-*"):
             if path not in map(self._state, states):
                 path.rmtree() if path.is_dir() else path.unlink()
-        if self._remote_log and states and not self.log_folder.exists():  # of another machine
+        if self._remote_log and states and not self.log_folder.exists():  # begun elsewhere
             _copy(self._remote_log, self.log_folder)
         make_folder(self.log_folder)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in aside)
@@ -158,14 +159,14 @@ class Work:
         return step, checkpoint_writing.load_state(str(self._state(step)), shapes)
 
     def save_state(self, step: int, state: dict) -> None:
-        """Begin to save; the next call, or `finish_saving`, waits for its end."""
+        """Begin to save in the background; the next call, or `finish_saving`, waits for the end."""
         self.finish_saving()
         self._sync_log()
         if not processes.from_first(np.array(step in self.states())):
             self._finish = checkpoint_writing.save_state(str(self._state(step)), state)
 
     def finish_saving(self) -> None:
-        """Wait until the state is whole; then the oldest ones go."""
+        """Wait until the state is whole, then remove all states but the newest `keep`."""
         finish, self._finish = self._finish, lambda: None
         finish()
         if processes.is_first():
@@ -174,7 +175,7 @@ class Work:
                 self._state(old).rmtree()
 
     def done(self) -> None:
-        """OUT is whole: nothing more is needed to go on."""
+        """Remove OUT.work: OUT is whole, and nothing is needed to go on."""
         if processes.is_first():
             self._keep_log()
             _remove(self.out)
@@ -182,8 +183,8 @@ class Work:
     # --------------------------------------------------------------------------- the log
 
     def open_log(self, step: int) -> None:
-        """Forget the metrics of steps after `step`, which will be made again; the last step's
-        evaluation too, since no state is saved after it."""
+        """Drop the metrics of steps after `step`, which will be computed again, and the evaluation
+        after the last step, since no state is saved after it."""
         file = self.log_folder / "metrics.jsonl"
         kept = []
         for line in file.read_text().splitlines() if file.exists() else []:
@@ -196,8 +197,8 @@ class Work:
                 kept.append(line + "\n")
         write_atomically(str(file), "".join(kept))
         self._metrics = open(file, "a")
-        # Not its SummaryWriter, which writes in a thread: when a full disk ends that, the next call
-        # waits for ever.
+        # tensorboardX's SummaryWriter writes in a thread. If a full disk ends that thread, the next
+        # call waits for ever, so events are written here.
         folder = self.log_folder / "tensorboard"
         make_folder(folder)
         self._board = event_file_writer.EventsWriter(str(folder / "events"))
@@ -225,12 +226,12 @@ class Work:
             self._board.flush()
 
     def _sync_log(self) -> None:
-        """What a state or OUT makes needless to compute again must not be lost from the log."""
+        """Sync the log: steps before a saved state, or before OUT, are not computed again."""
         if self._metrics is not None:
             disk.sync(str(self.log_folder))
 
     def close_log(self) -> None:
-        with disk.naming(self._metrics.name):  # what a full disk did not take is tried again here
+        with disk.naming(self._metrics.name):  # writes what a full disk refused before
             self._metrics.close()
         with disk.naming(str(self.log_folder / "tensorboard")):
             self._board.close()
@@ -241,8 +242,8 @@ class Work:
 
 
 def _remove(out: str) -> None:
-    """Remove what OUT's training no longer needs: the manifest last, by which the folder is known
-    as ours, should the process be killed here."""
+    """Remove OUT.work, the manifest last: if the process is killed here, the manifest shows that
+    the folder is ours."""
     folder = epath.Path(f"{out}.work")
     if (folder / "manifest.json").exists():
         for path in folder.iterdir():

@@ -339,7 +339,7 @@ def test_broken_files_and_odd_paths_get_one_line(tmp_path, capsys):
     folder = csv(tmp_path / "numbers", train="prompt\n12\n")
     assert "row 1: field 'prompt' is int, not str" in refused(capsys, folder, out, reader=reader)
     folder = csv(tmp_path / "a[1]", train="prompt\na\n")
-    assert "takes [ ] * ? in a path for a pattern" in refused(capsys, folder, out, reader=reader)
+    assert "reads [ ] * ? in a path as a pattern" in refused(capsys, folder, out, reader=reader)
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "train.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     line = refused(capsys, tmp_path / "json", out, reader=reader)

@@ -315,7 +315,7 @@ def test_test_count_takes_that_many_prompts(capsys, tmp_path, out):
             {"prompt": "b", "responses": [answer("x", token_ids="1 2")], "scores": [1]},
             "field 'token_ids' is str, not list",
         ),
-        (row("b", [1, 2], chosen="mine"), "the field 'chosen' is made here: rename it"),
+        (row("b", [1, 2], chosen="mine"), "stages.pairs makes the field 'chosen' itself: rename"),
         (row("a", [2, 1]), "stood above with another prompt or other responses or other scores"),
         (row("other", [2, 1], prompt_id=text_sha256("a")), "stood above with another"),
         (row(" ", [1, 2]), "line 2: the prompt is empty"),
