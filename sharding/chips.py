@@ -14,7 +14,7 @@ class Chip:
     """One chip. Rates are per second."""
 
     name: str
-    kinds: tuple[str, ...]  # how jax's device_kind begins
+    kinds: tuple[str, ...]  # beginnings of jax's device_kind
     memory: float  # bytes that a program may use
     bf16: float  # FLOP/s of matrix products
     fp32: float  # the same where fp32 means fp32 (model/precision.py)
@@ -57,7 +57,7 @@ def of_kind(device_kind: str) -> Chip | None:
 
 
 def free_memory(mesh) -> int:
-    """Bytes that are free on the mesh's devices together; simulated ones share the machine's."""
+    """Bytes free on all devices of the mesh together; CPU devices share the machine's memory."""
     if mesh.devices.flat[0].platform == "cpu":
         return available_memory()
     stats = [device.memory_stats() for device in mesh.local_devices]
@@ -65,7 +65,7 @@ def free_memory(mesh) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that new work on this machine may take: what is free and what the kernel gives back."""
+    """Bytes that new work on this machine may take: free memory and caches the kernel can drop."""
     with open("/proc/meminfo") as file:
         line = next(line for line in file if line.startswith("MemAvailable"))
     return 1024 * int(line.split()[1])

@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def at(place: str) -> Iterator[None]:
-    """Put the place of a mistake before the UserError that is raised within."""
+    """Put the place of a mistake before the text of a UserError that is raised within."""
     try:
         yield
     except UserError as error:
@@ -23,7 +23,7 @@ def at(place: str) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """One line, not too long, of what may hold names out of other people's files."""
+    """The text as one short line of printable characters: names in it may come from anyone."""
     text = text if len(text) < 2000 else f"{text[:1500]} … {text[-400:]}"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 

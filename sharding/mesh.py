@@ -31,12 +31,12 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
-    "act_embed": (),  # the width of an activation: its batch is cut already
+    "act_embed": (),  # the width of an activation, whose batch is already cut along fsdp
     None: (),
 }
 
 # Of N simulated CPU devices, each holds a thread of XLA's pool while it waits in a collective, and
-# the pool has one a core: with more devices than cores a collective can wait for good. XLA reads
+# the pool has one per core: with more devices than cores a collective can wait for good. XLA reads
 # the pool's size from here when the first device is asked for.
 if simulated := re.search(r"device_count=(\d+)", os.environ.get("XLA_FLAGS", "")):
     os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 4 * int(simulated[1]))))
@@ -45,7 +45,7 @@ if simulated := re.search(r"device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh over `devices` (default: all). One size may be -1: the rest. Raises UserError where
     the sizes do not multiply to the number of devices."""
-    if jax.config.jax_enable_x64:  # set by a reward file, or by whoever imports this
+    if jax.config.jax_enable_x64:  # a reward file or an importing program may set it
         raise UserError("JAX's jax_enable_x64 is on, which changes results: leave it off")
     devices = list_devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -67,10 +67,10 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
 
 
 def list_devices() -> list:
-    """All processes' devices. Raises UserError where JAX cannot use those that it is to use."""
+    """All processes' devices. Raises UserError where JAX cannot use the ones it is told to use."""
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter for cuda where JAX has no plugin
+    except (RuntimeError, AssertionError) as error:  # AssertionError: cuda without JAX's plugin
         platforms = os.environ.get("JAX_PLATFORMS")
         reason = first_line(error) if str(error) else "there is no such device"
         raise UserError(
@@ -81,15 +81,15 @@ def list_devices() -> list:
 
 
 def training_sizes(devices: int, config) -> tuple[int, int, int]:
-    """The mesh of a training for so many devices: everything cut into as many shards as the
-    model's width divides into; what is left over holds copies. config: model.config's."""
+    """The sizes of a training's mesh: everything is cut into as many shards as the model's width
+    divides into, and the remaining devices hold copies. config: model.config's."""
     fsdp = math.gcd(devices, config.hidden_size)
     return devices // fsdp, fsdp, 1
 
 
 def decoding_sizes(devices: int, config) -> tuple[int, int, int]:
-    """The mesh of a sampling for so many devices: heads and the MLP cut as far as they divide, the
-    rest holds copies. Along fsdp the weights would be collected anew for every token."""
+    """The sizes of a sampling's mesh: heads and the MLP are cut as far as they divide, and the
+    remaining devices hold copies. Along fsdp each token would collect all weights anew."""
     tensor = math.gcd(devices, config.num_key_value_heads, config.intermediate_size)
     return devices // tensor, 1, tensor
 
@@ -117,7 +117,7 @@ def placed_batch(mesh, batch: dict) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The batch on the mesh, each device given its rows alone. Every process holds all of it."""
+    """The batch on the mesh: each device gets only its rows. batch: whole, in every process."""
     return {
         name: jax.make_array_from_callback(x.shape, x.sharding, batch[name].__getitem__)
         for name, x in placed_batch(mesh, batch).items()
@@ -125,17 +125,17 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the mesh cuts a batch; 1 where none is set."""
+    """How many parts the mesh cuts a batch into; 1 for an empty mesh."""
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation's sharding inside jit, by logical names; no mesh set, nothing done."""
+    """Pin an activation's sharding inside jit, by logical names. Does nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -143,9 +143,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def by_axes(function: Callable, axes: tuple, out_axes: tuple) -> Callable:
-    """`function`, each device computing its part of the results: `axes` names those of each array
-    that it takes, `out_axes` those of each of its results. For what the compiler cannot cut, such
-    as a kernel. No mesh set: the function itself."""
+    """`function` with each device computing its part of the results, for what the compiler cannot
+    cut, such as a kernel. axes, out_axes: the logical axes of each argument and of each result.
+    Without a mesh: the function itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function
@@ -162,9 +162,9 @@ def by_axes(function: Callable, axes: tuple, out_axes: tuple) -> Callable:
 
 
 def by_rows(function: Callable) -> Callable:
-    """`function(weights, *arrays)`, each device computing its rows of the arrays (axis 0) with all
-    weights: for what the compiler cannot cut, such as a kernel. No mesh set: the function itself.
-    """
+    """`function(weights, *arrays)` with each device computing its rows of the arrays (axis 0) with
+    all weights, for what the compiler cannot cut, such as a kernel. Without a mesh: the function
+    itself."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
 

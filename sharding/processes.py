@@ -39,9 +39,9 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     from jax.experimental import multihost_utils
 
 BEAT = 0.5  # seconds between two signs of life
-ASKING = 1.0  # seconds between two questions to the others whether a loop should stop
-ARRIVAL = 600  # seconds within which all must have come: one may still be installing packages
-GRACE = 6  # beats after which another's death is known, where it made this process fail too
+ASKING = 1.0  # seconds between two exchanges in a loop of whether it should stop
+ARRIVAL = 600  # seconds to wait for all at the start: one may still be installing packages
+GRACE = 6  # beats to wait, after a failure here, for the news that another process died
 AGAIN = "run the same command again, on all, to go on"
 
 _others: "_Others | None" = None  # once this process has joined others
@@ -52,16 +52,16 @@ class Flags:
     """The flags of every stage that several processes can do together."""
 
     coordinator: str | None = None
-    """Several processes as one: HOST:PORT of process 0, or "auto" (SLURM, TPU pods). Default:
-    $COORDINATOR."""
+    """Run as one of several processes: HOST:PORT of process 0, or "auto" (SLURM, TPU pods).
+    Default: $COORDINATOR."""
     processes: int | None = None
-    """How many, with --coordinator HOST:PORT. Default: $PROCESSES."""
+    """How many processes, with --coordinator HOST:PORT. Default: $PROCESSES."""
     process_id: int | None = None
-    """Which one this is: 0, … Default: $PROCESS_ID."""
+    """The number of this process, from 0. Default: $PROCESS_ID."""
 
     def place(self) -> tuple[str, int, int] | str | None:
-        """(HOST:PORT, how many, which one), "auto", or None where this process is alone, with what
-        the environment says where a flag is not given. UserError: they do not fit together."""
+        """(HOST:PORT, how many, which one), "auto", or None where this process is alone. The
+        environment stands in for flags that are not set. UserError: they do not fit together."""
         coordinator = self.coordinator or os.environ.get("COORDINATOR") or None
         if coordinator in (None, "auto"):
             if (self.processes, self.process_id) != (None, None):
@@ -86,22 +86,22 @@ class Flags:
 
 
 def start(flags: Flags) -> None:
-    """Join the other processes, before anything asks for devices; nothing where this one is alone,
-    or where a stage that calls this one has joined them.
+    """Join the other processes, before anything asks for devices. Does nothing where this process
+    is alone, or has joined them already.
 
     From here on process 0 alone prints to stdout. Raises UserError where the flags do not fit
-    together, the processes do not find each other, or were given different flags: also one that
-    changes no result may change what programs they run.
+    together, the processes do not find each other, or their flags differ: even a flag that changes
+    no result may change which programs they run.
     """
     global _others
     place = flags.place()
     if place is None or _others is not None:
         return
-    # On CPU two programs in flight may meet in their collectives, in another order in each process,
-    # and wait for good: with one device a process this runs them one after the other. (The queues
-    # of accelerators keep their order.)
+    # On CPU, collectives of two programs in flight may come in another order in each process, and
+    # wait for ever. With one device per process this runs programs one after the other.
+    # (Accelerators' queues keep their order.)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM
     others = _Others()
     try:
         jax.distributed.initialize(
@@ -115,7 +115,7 @@ def start(flags: Flags) -> None:
         raise UserError(f"--coordinator {where}: {first_line(error)}") from None
     state = distributed.global_state
     others.me, others.count, others.client = state.process_id, state.num_processes, state.client
-    others.say()  # before `agree`, so that all know of one that dies right after it
+    others.say()  # before `agree`: a process that dies right after it is known
     _others = others
     places = {field.name for field in dataclasses.fields(Flags)}
     same = {name: x for name, x in dataclasses.asdict(flags).items() if name not in places}
@@ -126,17 +126,17 @@ def start(flags: Flags) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and tells."""
+    """Whether this is the process that writes files and prints."""
     return _others is None or jax.process_index() == 0
 
 
 def wait() -> None:
-    """Until all processes are here: what process 0 wrote before it, the others find after it."""
+    """Wait until all processes call this: what process 0 wrote before, the others can then read."""
     from_all(0)
 
 
 def from_first(values: np.ndarray) -> np.ndarray:
-    """Process 0's `values` in all processes; they have one shape and dtype everywhere."""
+    """Process 0's `values`, in all processes. Shape and dtype are the same everywhere."""
     if _others is None:
         return values
     _nothing_in_flight()
@@ -144,7 +144,7 @@ def from_first(values: np.ndarray) -> np.ndarray:
 
 
 def _nothing_in_flight() -> None:
-    """With several devices a process programs still overlap on CPU, see `start`: not these."""
+    """On CPU, wait for all programs: with several devices per process they overlap (`start`)."""
     if jax.default_backend() == "cpu":
         jax.block_until_ready(jax.live_arrays())
 
@@ -158,8 +158,8 @@ def from_all(value: int) -> list[int]:
 
 
 def all_check(check: Callable[[], None], of_another: Exception) -> None:
-    """Call `check`; where it raises an exception of `of_another`'s class in any process, raise in
-    all: its own exception, in the others `of_another`."""
+    """Call `check`. If it raises an exception of `of_another`'s class in any process, raise in all:
+    there the exception itself, in the others `of_another`."""
     raised = None
     try:
         check()
@@ -170,8 +170,8 @@ def all_check(check: Callable[[], None], of_another: Exception) -> None:
 
 
 def loop_check(check: Callable[[], None], of_another: Exception) -> Callable[[], None]:
-    """`all_check` for a loop, to be called each time round, equally often by all processes. It asks
-    the others about every ASKING seconds: together they settle after how many calls."""
+    """`all_check` for a loop: every process calls it in each round, and about every ASKING seconds
+    they exchange the results. Each time they agree on the rounds until the next exchange."""
     if _others is None:
         return check
     every, left, asked = 1, 1, time.monotonic()
@@ -199,18 +199,18 @@ def agree(text: str) -> bool:
 
 
 def leave() -> None:
-    """The end of a run that all processes come to: waits until all are here."""
+    """End a run that went well: wait until all processes are here."""
     if _others is not None:
         wait()
         _others.close()
 
 
 def fail(code: int, text: str) -> None:
-    """End with `code`, and all others with this process; returns only where it is alone. text: why,
-    for the user; where another's death is the cause, that is said instead."""
+    """End this process with `code`, and all others with it; returns only where it is alone. text:
+    why, for the user. If another process's death is the cause, that is said instead."""
     if _others is not None:
         if code != 75:
-            beats = _others.said[1] + GRACE + 1  # the dead one's last beat may be heard late
+            beats = _others.said[1] + GRACE + 1  # a dead process's last beat may be heard late
             while _others.said[1] < beats and _others.thread.is_alive():
                 time.sleep(BEAT / 5)
             _others.name_the_dead((GRACE - 1) * BEAT)
@@ -219,7 +219,7 @@ def fail(code: int, text: str) -> None:
 
 
 class _Others:
-    """What the other processes hear of this one and this one hears of them, in a thread."""
+    """A thread that tells the other processes of this one, and notes what they tell."""
 
     def __init__(self):
         text = os.environ.get("PROCESS_TIMEOUT") or "100"
@@ -230,7 +230,7 @@ class _Others:
         # What each process said last, and for how many seconds it has been silent since.
         self.heard: dict[str, tuple[list, float]] = {"0": (self.said, 0.0)}
         self.over, self.ending = threading.Event(), threading.Lock()
-        # While the main thread waits for the others it handles no signal: the thread sees them.
+        # The main thread handles no signal while it waits for the others, so the thread reads them.
         self.signals, received = socket.socketpair()
         received.setblocking(False)
         signal.set_wakeup_fd(received.detach(), warn_on_full_buffer=False)
@@ -246,7 +246,7 @@ class _Others:
         while not self.over.is_set():
             if select.select([self.signals], [], [], BEAT)[0]:
                 number, signals = self.signals.recv(1)[0], signals + 1
-                # A loop has a handler of its own, and saves its work first, but for the second one.
+                # A loop's own handler saves its work first; a second signal ends the process.
                 if signals > 1 or signal.getsignal(number) is signal.default_int_handler:
                     text = f"stopped: {AGAIN}"
                     self.end(75, text, f"process {self.me} ({self.said[0]}): {text}")
@@ -271,21 +271,21 @@ class _Others:
             said = _message(text) or before
             if name is None or said is None:
                 continue
-            # Beats are counted: a machine that slept has heard nothing, and missed nothing.
+            # Own beats are counted, not seconds: a machine that slept has missed no beat.
             self.heard[name] = said, (silent + BEAT if said == before else 0.0)
             _, _, code, why = said
             if why:
                 self.end(2 if code == 2 else 75, why)
 
     def name_the_dead(self, seconds: float) -> None:
-        """End where a process has said nothing for so long."""
+        """End the run if a process has been silent for so long."""
         name, (said, silent) = max(self.heard.items(), key=lambda item: item[1][1])
         if silent >= seconds:
             how = "died" if seconds < self.timeout else f"has been silent for {seconds:.0f} s"
             self.end(75, f"process {name} ({said[0]}) {how}: {AGAIN}")
 
     def end(self, code: int, text: str, why: str = "") -> None:
-        """Tell the user `text` and the others why, and end."""
+        """Print `text`, tell the other processes `why` (default: `text`), and end."""
         self.ending.acquire()  # never released: whoever comes second waits for the end
         self.said[2:] = code, why or text
         if self.client is not None:
@@ -296,7 +296,7 @@ class _Others:
         os._exit(code)
 
     def _abort(self, _) -> None:
-        # As in `end`, but not for ever: JAX aborts with its lock held, for which `end` may wait.
+        # Waits for `end` for a while only: JAX aborts with a lock held that `end` may wait for.
         self.ending.acquire(timeout=2 * GRACE * BEAT)
         code, why = self.said[2:]
         os.write(2, f"\n{why or f'another process died: {AGAIN}'}\n".encode())
@@ -310,8 +310,8 @@ class _Others:
 
 
 def _message(text: bytes) -> list | None:
-    """What a process said: its host, beats, exit code and why it ends. None for anything else,
-    since everybody who reaches the port can write into the store."""
+    """A process's message: its host, beats, exit code and why it ends. None for anything else: who
+    reaches the port can write into the store."""
     try:
         said = json.loads(text)
     except (ValueError, RecursionError):

@@ -25,13 +25,13 @@ class Row:
     dtype: str
     spec: PartitionSpec
     count: int
-    bytes: int  # of all of them, each there once
+    bytes: int  # of all of them, without copies
     bytes_per_device: int
-    copies: int  # how often the mesh holds each
+    copies: int  # how many copies the mesh holds
 
 
 def rows(tree) -> list[Row]:
-    """A row for each array of the tree; those of a list that are alike share one."""
+    """A row for each array of the tree; equal arrays of a list share a row."""
     kinds: Counter[tuple] = Counter()
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]

@@ -70,15 +70,15 @@ class BlenderRanker:
             )
 
     def enough(self, comparisons: list) -> bool:
-        """Whether there is anything to compute: waiting for more gains nothing."""
+        """Whether there is anything to compute: larger batches are no faster here."""
         return bool(comparisons)
 
     def logits(
         self, comparisons: list, done: Callable[[int], None] = lambda n: None
     ) -> list[float]:
-        """As PairRM.logits; a comparison is (what `encode` gave, i, j). One at a time, so that
-        no text is padded."""
-        import torch  # here: seconds to load, and for this backend alone
+        """As PairRM.logits; a comparison is (what `encode` gave, i, j). Each is computed alone, so
+        that no text is padded."""
+        import torch  # here: takes seconds to load, and only this backend needs it
 
         all_logits = []
         for encoded, i, j in comparisons:

@@ -59,8 +59,8 @@ def aggregate(matrix: np.ndarray, aggregation: Aggregation) -> list[float]:
 def bubble(texts: list[str], prompt_id: str) -> Strategy:
     """Only the best and the worst answer: scores 1 and −1, and 0 for all others.
 
-    The best is found as in `best`; then the answers that never won meet until the worst is left.
-    Blank answers take no part if two others have text.
+    The best is found as in `best`. Then the answers that never won meet; the loser of each meeting
+    meets the next, until the worst is left. Blank answers take no part if two others have text.
     """
     same, order = _first_with_the_same(texts), _meeting_order(texts, prompt_id)
     logits: dict[Pair, float] = {}
@@ -78,7 +78,7 @@ def best(texts: list[str], prompt_id: str) -> Strategy:
     """Only the best answer, in 2(n−1) comparisons: score 1, and 0 for all others.
 
     Answers meet in an order drawn from the prompt_id; the winner meets the next one (as in
-    llm-blender's get_best_of_n; of a tie the second wins). Two answers meet in both orders, and i
+    llm-blender's get_best_of_n; at a tie the second wins). Two answers meet in both orders, and i
     wins if logit(i, j) > logit(j, i).
     """
     same, logits = _first_with_the_same(texts), {}
@@ -100,7 +100,7 @@ def _meeting_order(texts: list[str], prompt_id: str) -> list[int]:
 def _knockout(
     order: list[int], logits: dict[Pair, float]
 ) -> Generator[list[Pair], dict[Pair, float], tuple[int, set[int]]]:
-    """(the answer that is left, all answers that ever won); adds each comparison to `logits`."""
+    """(the last winner, all answers that ever won); adds each comparison to `logits`."""
     ahead, winners = order[0], set()
     for other in order[1:]:
         logits |= yield [(ahead, other), (other, ahead)]
@@ -129,7 +129,7 @@ class Report:
 
     def __init__(self):
         self._pairs = self._consistent = self._tied = self._cut = 0
-        self._sums = np.zeros(3)  # of squared scores, squared lengths, and their products
+        self._sums = np.zeros(3)  # sums of score², length² and their product
         self._cut_known = False
 
     def add(self, texts: list[str], ranking: Ranking):

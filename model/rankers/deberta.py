@@ -100,7 +100,7 @@ class DebertaConfig:
     num_hidden_layers: int
     num_attention_heads: int
     layer_norm_eps: float
-    position_buckets: int  # of each sign; the first half of them one token wide, then logarithmic
+    position_buckets: int  # per sign; the first half one token wide, then logarithmic
     max_relative_positions: int  # the distance at which the last bucket begins
 
     def __post_init__(self):
@@ -165,9 +165,10 @@ def from_hf(hf: dict) -> DebertaConfig:
 def relative_rows(config: DebertaConfig, length: int) -> np.ndarray:
     """B(δ) for δ = −(length−1) … length−1: rows of the table of relative positions, int32.
 
-    Distances up to half the buckets have a row each; farther distances share rows, the more the
-    farther (logarithmically); all beyond the last row share it. Computed in fp32, as torch's
-    make_log_bucket_position does: rounding decides where the logarithm falls on a bucket's border.
+    Distances up to half the buckets have a row each. Farther distances share rows, more of them
+    per row the farther they are (logarithmically); all beyond the last row share it. Computed in
+    fp32, as torch's make_log_bucket_position does: where the logarithm falls on a bucket's border,
+    rounding decides.
     """
     half = config.position_buckets // 2
     distance = np.arange(-(length - 1), length)
@@ -230,7 +231,7 @@ def gelu(x: jax.Array) -> jax.Array:
 def take(matrix: jax.Array, places: jax.Array) -> jax.Array:
     """Elements by their places in the flattened matrix, which must lie within it. On CPU several
     times as fast as take_along_axis, which checks each index in both dimensions."""
-    unsigned = places.astype(jnp.uint32)  # else JAX looks for negative places
+    unsigned = places.astype(jnp.uint32)  # signed ones JAX would check for negative values
     return matrix.reshape(-1).at[unsigned].get(mode="promise_in_bounds")
 
 
@@ -251,8 +252,9 @@ def attention(q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows_bts, 
     """Disentangled attention, [n, b, t, h]. rows_bts: the row of the position tables for each query
     and key (b may be 1); real_bs: which keys are text and not padding.
 
-    On CPU a block of queries of one head of one sequence after the other: the arrays of queries
-    times keys then fit into a core's cache. Elsewhere all at once. (TPUs: deberta_tpu.py.)
+    On CPU it is computed block by block, each of some queries of one head of one sequence, so that
+    the arrays of queries times keys fit into a core's cache. Elsewhere all at once. (TPUs have a
+    kernel in deberta_tpu.py.)
     """
     multiply = partial(product, operands=position_k_nhp.dtype)
     scale = np.float32((3 * q_nbth.shape[-1]) ** -0.5)
@@ -275,7 +277,7 @@ def attention(q_nbth, k_nbhs, v_nbsh, position_k_nhp, position_q_nph, rows_bts, 
                     scores_ts = jnp.where(real_s, scores_ts * scale, -1e30)
                     weights_ts = jnp.exp(scores_ts - jnp.max(scores_ts, axis=-1, keepdims=True))
                     out_th = multiply("ts,sh->th", weights_ts, v_sh)
-                    # Divided last, over h numbers a query instead of s.
+                    # Divided last: h numbers per query instead of s.
                     return (out_th / jnp.sum(weights_ts, axis=-1)[:, None]).astype(q_th.dtype)
 
                 return in_blocks(one_block, most, q_th, rows_ts)
@@ -309,8 +311,8 @@ def layer(
 
 def _layer(w: Params, x_btd, real_bt, read_br, config: DebertaConfig, kernel: bool) -> jax.Array:
     """One layer over all tokens [b, t, d]; with `read_br`, its output at those tokens alone,
-    [b, r, d]. kernel: compute attention for all tokens by the kernel of deberta_tpu.py, if it takes
-    this many. On a TPU that is quicker than looking up positions, even for a few tokens."""
+    [b, r, d]. kernel: compute attention for all tokens by the kernel of deberta_tpu.py, if it is
+    built for this length. On a TPU that is quicker than look-ups, even for a few tokens."""
     t = x_btd.shape[1]
     kernel = kernel and deberta_tpu.takes(t)
     by_distance = relative_rows(config, t)

@@ -4,8 +4,8 @@ the chip's own memory (VMEM).
 The scores of content to content are a product. The scores of content to position and of position to
 content are look-ups, element by element: B(q − k) for each query q and key k (deberta.py). A TPU is
 slow at that, so here they are products too. The tables of positions are laid out by distance, which
-makes a query's scores for all distances one row. Each row is then moved to where its keys are, one
-place more than the row before it, by a single instruction (a roll with a stride).
+makes a query's scores for all distances one row. A single instruction (a roll with a stride) then
+moves each row to where its keys are, one place further than the row before it.
 
 Axis letters as in model/rankers/deberta.py; r row of a block, c column of its scores by distance.
 """
@@ -26,7 +26,7 @@ LONGEST = 2048  # tokens; VMEM holds a head's keys, values and tables of such a 
 
 
 def runs_on(device_kind: str) -> bool:
-    """Whether a device of this kind (jax.Device.device_kind) has that roll: TPUs from v5 on."""
+    """Whether a device of this kind (jax.Device.device_kind) has that roll, as TPUs from v5 do."""
     version = re.match(r"TPU ?v?(\d+)", device_kind)
     return version is not None and int(version[1]) >= 5
 

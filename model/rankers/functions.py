@@ -34,9 +34,9 @@ LIBRARIES = [Path(os.__file__).parent, *(ROOT / n for n in "model sharding stage
 
 
 class FunctionRanker:
-    """A reward function from the user's file. `identity` is the sha256 of the file, of the modules
-    in its folder that it imports anywhere, of all modules of the user's that it loads when it is
-    imported itself, in whatever way and from wherever, and of the function's name."""
+    """A reward function from the user's file. `identity` is the sha256 of the function's name, the
+    file, the modules in its folder that it imports anywhere, and all modules of the user's that it
+    loads, however and from wherever, while it is imported itself."""
 
     on_mesh = False
 
@@ -130,9 +130,9 @@ class FunctionRanker:
         return Ranking(scores, terms=named)
 
     def _refuse_late(self) -> None:
-        """UserError for a module that was there when the file was opened, and that only the
-        function loaded: a change of it would go unseen. (What lies elsewhere than modules do is
-        what a library keeps, as compiled code.)"""
+        """Raise UserError for a module that existed when the file was opened, but is loaded only by
+        a call of the function, so that a change in it would not be noticed. Files outside the
+        folders of modules are passed over: libraries keep compiled code there."""
         for file in sorted(self._beside.ran - self._known):
             folders = [self._file.parent, *(Path(folder).resolve() for folder in self._beside.path)]
             found = any(file.is_relative_to(folder) for folder in folders)
@@ -145,10 +145,10 @@ class FunctionRanker:
 
     @contextlib.contextmanager
     def _user_code(self, problem: str, end: str = "") -> Iterator[None]:
-        """Run code of the user's, which may import the modules beside its file. What it raises
-        becomes a UserError; sys.exit would otherwise end the stage without a word."""
+        """Run code of the user's, which may import the modules beside its file. Whatever it raises
+        becomes a UserError, SystemExit too, which would end the stage without a word."""
         try:
-            with self._beside, contextlib.chdir(os.getcwd()):  # back to the stage's own folder
+            with self._beside, contextlib.chdir(os.getcwd()):  # the folder is restored
                 yield
         except KeyboardInterrupt:
             raise
@@ -160,9 +160,9 @@ class FunctionRanker:
 
 
 def _listed(scores, n: int) -> list | None:
-    """The scores as a list; None where they are none in a certain order: "12" would count as 1 and
-    2, a dict as its keys, a table as the names of its columns. n: how many are wanted, since a
-    generator may not end."""
+    """The scores as a list; None where they are no ordered numbers: "12" would be read as 1 and 2,
+    a dict as its keys, a table as its columns' names. n: how many are wanted, since a generator may
+    not end."""
     if isinstance(scores, str | bytes | Mapping | Set) or getattr(scores, "ndim", 1) != 1:
         return None
     if not isinstance(scores, Iterable):
@@ -185,12 +185,12 @@ def _short(value) -> str:
 # ------------------------------------------------------------------- the modules beside a file
 
 
-_watching: list[set[str]] = []  # the texts of modules that are run while one is here
+_watching: list[set[str]] = []  # the last set collects the paths of modules that are run
 
 
 def _watch(event: str, args: tuple) -> None:
-    """Python tells this what it opens and runs: `import` is only one of many ways to load a
-    module."""
+    """Note each module's text that Python opens or runs: `import` is only one of many ways to load
+    a module."""
     if _watching and event in ("exec", "open"):
         path = args[0].co_filename if event == "exec" else args[0]
         if isinstance(path, str) and path.endswith(".py"):
@@ -204,7 +204,7 @@ class _Beside:
     """The modules and packages of a reward file. Those in its folder can be imported by their own
     names while `with` lasts, before all others but Python's own. (On sys.path, a random.py in the
     folder would be imported by Python's own modules too, and a helper.py only once for all
-    rankers.) Those that it finds elsewhere, and what it puts on sys.path, are its own as well."""
+    rankers.) Modules that it finds elsewhere, and what it puts on sys.path, are its own as well."""
 
     def __init__(self, folder: Path):
         self._folder, self._loaded, self._hidden = str(folder), {}, {}
@@ -212,14 +212,14 @@ class _Beside:
         self.path, self.ran = None, set()
         names = {file.stem for file in folder.glob("*.py")}
         names |= {file.parent.name for file in folder.glob("*/__init__.py")}
-        for file in folder.glob("*/*.py"):  # not where another library has the folder's name
+        for file in folder.glob("*/*.py"):  # unless an installed library has the folder's name
             name = file.parent.name
             if name.isidentifier() and name not in names and not importlib.util.find_spec(name):
                 names.add(name)
         self._names = names - sys.stdlib_module_names
 
     def find_spec(self, name: str, path=None, target=None):
-        """Python asks this of an object in sys.meta_path."""
+        """What Python calls on the objects in sys.meta_path to find a module."""
         if path is not None or name not in self._names:
             return None
         return importlib.machinery.PathFinder.find_spec(name, [self._folder])
@@ -263,7 +263,7 @@ def imported_files(file: Path) -> set[Path]:
         path = todo.pop()
         try:
             nodes = list(ast.walk(ast.parse(path.read_bytes())))
-        except (SyntaxError, ValueError, RecursionError):  # told when it is imported
+        except (SyntaxError, ValueError, RecursionError):  # reported when it is imported
             continue
         named = set()
         for node in nodes:

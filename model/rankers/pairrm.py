@@ -56,7 +56,7 @@ TABLE = {f"pretrained_model.{name}": entry for name, entry in deberta.TABLE.item
 @dataclasses.dataclass(frozen=True)
 class PairrmConfig:
     encoder: deberta.DebertaConfig
-    tasks: int = 1  # outputs of the head, averaged
+    tasks: int = 1  # how many outputs the head has; they are averaged
     source_length: int = SOURCE_LENGTH
     candidate_length: int = CANDIDATE_LENGTH
 
@@ -136,10 +136,10 @@ class PairRM:
         tokens_per_batch: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ):
-        """folder: as the hub holds it, or its hub id. dtype: of the encoder, float32 or bfloat16.
+        """folder: as on the hub, or a hub id. dtype: the encoder's, float32 or bfloat16.
         tokens_per_batch: about how many tokens a device computes in one call (a longer comparison
-        goes alone); default: as many as suit a CPU's cache, or keep an accelerator busy. mesh:
-        default all devices."""
+        goes alone); default: as many as fit a CPU's cache, or keep an accelerator busy. mesh:
+        default: all devices."""
         self._files = open_folder(folder)
         self.config, self.identity = self._files.config, self._files.identity
         self.layout = Layout(self._files.tokenizer, self.config)
@@ -190,14 +190,14 @@ class PairRM:
         return logits
 
     def enough(self, comparisons: list[Comparison]) -> bool:
-        """Whether these make 8 batches: enough to put comparisons of similar length together, and
-        not so many that much is lost when a run is stopped."""
+        """Whether the comparisons fill 8 batches: enough to put similar lengths together, and not
+        so many that much is lost when a run is stopped."""
         tokens = sum(e.length(i, j) for e, i, j in comparisons)
         return tokens >= 8 * self.tokens_per_batch * batch_shards(self.mesh)
 
     def _padded(self, length: int) -> int:
-        """The length to compile for: on CPU many lengths, since compiling costs less than a
-        comparison there."""
+        """The length to compile for. On CPU there are many lengths, since compiling costs less than
+        a comparison there."""
         if self._on_cpu:
             return -(-length // 32) * 32
         return bucket(length, deberta_tpu.BLOCK if self._kernel else 32)
@@ -206,7 +206,7 @@ class PairRM:
         """(indices, the arrays that `compare` takes) of batches, the longest comparisons first.
 
         A batch takes the next comparisons by length, as many as `tokens_per_batch` allows, rounded
-        down to a power of two a device, so that few shapes are compiled. The last batch is filled
+        down to a power of two per device, so that few shapes are compiled. The last batch is filled
         up with its first comparison; on CPU, where computing takes longer than compiling, only
         until each device has as many rows as the others.
         """
@@ -397,7 +397,7 @@ def open_folder(name: str) -> Files:
     except (TypeError, ValueError, ArithmeticError, IndexError) as error:
         raise UserError(f"{source} cannot be read ({error}): download it again") from None
     check_tensors(str(folder), config, _slots(config), stored, set())
-    for tensor in _slots(config):  # here: a ranker may be needed only after hours of sampling
+    for tensor in _slots(config):  # now, since the weights may be loaded hours later
         if not np.isfinite(np.asarray(stored[tensor].read(), np.float32)).all():
             raise UserError(
                 f"{stored[tensor].file}: tensor {tensor} is not finite: download it again"

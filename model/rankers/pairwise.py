@@ -29,7 +29,7 @@ class PairwiseRanker:
         self, requests: Iterable[Request], done: Done
     ) -> Iterator[tuple[Request, Ranking]]:
         """Rankings as they become complete. The order of the prompts changes no ranking."""
-        # Only where a prompt's comparisons are all made at once is it known which shared a batch.
+        # With `full`, which comparisons share a batch is known: a prompt's are all made at once.
         in_one_round = self._comparisons == "full"
         requests = (r for r in requests if in_one_round or not r.is_ranked)
         active: list[_Active] = []

@@ -27,8 +27,8 @@ class Request:
     responses: list[str]
     finish_reasons: list[str]
     row: dict = dataclasses.field(default_factory=dict)  # the caller's own; no ranker reads it
-    # Ranked before a restart: it is not given back. A pairwise ranker still counts it, so that all
-    # other comparisons share a batch with the same ones as without the restart.
+    # Ranked before a restart, so no ranking is given back. A pairwise ranker still counts its
+    # comparisons, so that the others go into the same batches as without the restart.
     is_ranked: bool = False
 
 
