@@ -20,7 +20,7 @@ from stages.files.paths import text_sha256, write_atomically
 from stages.files.provenance import Entry, provenance, short_name
 from stages.files.rows import parse_json
 
-with epy.lazy_imports():  # they take two seconds, and only writing a card needs them
+with epy.lazy_imports():  # takes two seconds, and only writing a card needs them
     import datasets
     import jinja2
 
@@ -53,7 +53,7 @@ def model_card(checkpoint: dict, dtype: str, rounding: str | None, results: list
 
     checkpoint: the checkpoint's manifest. rounding: a sentence on what storing it as `dtype` loses.
     results: files of stages.evaluate compare, score or kl. Raises UserError for a file that is none
-    of these, or that measured another model.
+    of these, or has figures of another model.
     """
     chain = _chain(checkpoint)
     trainings = [made for made in chain if made["origin"].get("stage") == "dpo"]

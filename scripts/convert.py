@@ -38,7 +38,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
     from model import checkpoint, checkpoint_writing, gguf, gguf_file, hf, weights
     from model import config as model_config
 
-HUB_FILES = "README.md *.json *.jinja *.txt tokenizer*".split()  # beside the weights
+HUB_FILES = "README.md *.json *.jinja *.txt tokenizer*".split()  # what is read beside the weights
 
 
 @dataclasses.dataclass
@@ -220,8 +220,8 @@ def write_checkpoint(
 
 
 def content(origin: dict) -> dict:
-    """What decides the result of a conversion: not the files' paths, nor the names of their roles,
-    which checkpoints of earlier versions do not have."""
+    """What decides the result of a conversion. Paths do not, nor do the roles of files, which
+    checkpoints of earlier versions do not name."""
     inputs = with_roles(origin.get("inputs", {}))
     return origin | {"inputs": sorted(entry["sha256"] for entry in inputs.values())}
 
@@ -261,7 +261,7 @@ def to_hf(args: ToHf):
 
 
 def read_export(path: str) -> dict:
-    """The manifest of an exported model; empty where there is none, or something else."""
+    """The manifest of an exported model; empty where there is none, or another kind of file."""
     try:
         manifest = rows.parse_json(epath.Path(path).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -8,10 +8,10 @@ cd "$(dirname "$0")/.."
 
 python() { :; }
 SEED=0 LIMIT=0 ITERATIONS=3 RANKER= SAMPLE= HELDOUT_SAMPLE= RANK= PAIRS= DPO= KL= EXPORT_DTYPE=
-set +u # a recipe may name what the loop set before
+set +u # a recipe may use variables that the loop used to set
 # shellcheck source=/dev/null
 source "$file" >&2
-set -uf # no flag is a pattern of files
+set -uf # flags with * are no file patterns
 
 body() { declare -f "$1" | sed 's/^/#   /' || true; }
 echo "error: $1: recipes are TOML files now, and this one corresponds to" >&2

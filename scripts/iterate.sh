@@ -14,14 +14,14 @@
 #                with its number in each, on a file system that all see; COORDINATOR=auto on TPU pods
 set -euo pipefail
 [[ ${1:-} != -* ]] || { sed -n '2,14s/^# \?//p' "$0"; exit 2; }
-[[ ! -f ${1:-} ]] || set -- "$(realpath "$1")" "${@:2}" # a recipe's path is relative to where one is
+[[ ! -f ${1:-} ]] || set -- "$(realpath "$1")" "${@:2}" # a relative path is the caller's
 cd "$(dirname "$0")/.."
-[[ ${1:-} != *.sh || ! -f $1 ]] || exec bash scripts/from_shell.sh "$1" # as recipes were before
+[[ ${1:-} != *.sh || ! -f $1 ]] || exec bash scripts/from_shell.sh "$1" # recipes were shell files before
 
-[[ -n ${PYTHON:-} ]] || flock scripts/setup.sh bash scripts/setup.sh # one of several processes at a time
+[[ -n ${PYTHON:-} ]] || flock scripts/setup.sh bash scripts/setup.sh # one process at a time
 python() { PYTHONUTF8=1 command "${PYTHON:-.venv/bin/python}" "$@"; } # whatever the locale
-source scripts/together.sh # `once`, and how this ends
-settings=$(python -m scripts.recipe "$@") # refuses what cannot run, or is not what began this run
+source scripts/together.sh # `once`, and the exit code
+settings=$(python -m scripts.recipe "$@") # refuses a faulty recipe, and another than began this run
 eval "$settings"
 show_life
 [[ ! -f $run/finished || ! -d $run/iteration_$ITERATIONS/checkpoint ]] ||
@@ -29,8 +29,8 @@ show_life
 # Each program, however small, is compiled once and kept beside the runs, for all hosts of a pod.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(realpath -m "${RUNS:-runs}")/.compiled}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-# On CPU, XLA allocates its buffers anew at every call. Memory that goes back to the system meanwhile,
-# or lies in another thread's arena, costs a tenth of a training step, small pages another.
+# On CPU, XLA allocates its buffers anew at every call. Giving memory back to the system in between, or
+# using several threads' arenas, costs a tenth of a training step; small pages cost another tenth.
 keep_memory=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.arena_max=1
 has_tpu || has_gpu || export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:$keep_memory}
 
@@ -47,8 +47,8 @@ start_model() { # CHECKPOINT
     *) python -m scripts.convert from-hf "$MODEL" "$1" ;;
   esac
 }
-prepare() { # the held-out prompts and the start model; can the run go on to its end?
-  if [[ -f $run/finished ]]; then # with fewer iterations: its last model stays beside its checkpoint
+prepare() { # the held-out prompts, the start model, and a check that the run can go on to its end
+  if [[ -f $run/finished ]]; then # with fewer iterations: the exported model moves to its checkpoint
     local trained=("$run"/iteration_*/checkpoint)
     [[ ! -d $run/final-hf ]] || mv "$run/final-hf" "$run/iteration_${#trained[@]}/hf"
     rm "$run/finished"
@@ -69,7 +69,7 @@ compare() { # FOLDER OTHER NAME: its held-out answers against OTHER's, and how f
   python -m stages.evaluate kl --checkpoint "$2/checkpoint" --samples "$1/heldout.samples.jsonl" \
     --out "$1/kl_to_$3.json" "${KL[@]}"
 }
-finish() { # the last model for transformers, and what to know of the run
+finish() { # the last model for transformers, and the table of the run
   [[ -d $run/final-hf ]] || python -m scripts.convert to-hf "$model" "$run/final-hf" "${EXPORT[@]}" \
     --base "$run/start/checkpoint" --results "$it/against_start.json" "$it/kl_to_start.json"
   local table; table=$(python -m scripts.report "$run" --terms)

@@ -1,4 +1,4 @@
-"""Can a run go on to its end? Asked before hours of sampling, not after them.
+"""Check, before hours of sampling, that a run can go on to its end.
 
     python -m scripts.ready runs/demo --iterations 3 --ranker reward.py:reward
 
@@ -36,8 +36,8 @@ def main(args: Args) -> None:
     missing = sum(
         not (run / f"iteration_{k}/checkpoint").exists() for k in range(1, args.iterations + 1)
     )
-    # The checkpoints that stay; while one is trained, two of DPO's states (parameters and two
-    # moments each), since a state is only removed when the next one is whole; the export.
+    # The checkpoints, which stay; two of DPO's states (parameters and two moments each) during a
+    # training, since a state is removed only when the next one is whole; and the export.
     needed = missing * size + (6 * size if missing else 0) + size
     free = shutil.disk_usage(run).free
     print(f"disk: up to {needed / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB are free")

@@ -38,12 +38,12 @@ from stages.files.run import check_numbers, run_main
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = {"sample": sample.Args, "rank": rank.Args, "pairs": pairs.Args, "dpo": dpo.Args}
 STAGES |= {"evaluate.sample": sample.Args, "evaluate.kl": kl.Kl}
-# Flags that only decide where or how fast: they are no settings of a run.
+# Flags that only decide where or how fast: a run may go on with other values.
 HOW_FAST = {
     *("mesh", "slots", "cache_memory", "micro_batch_size", "remat", "rows", "device"),
     *("save_every", "keep_states", "eval_every", "shardings", "evaluate.kl.batch_size"),
 }
-# Flags that the loop gives, or cannot use; it leaves the seed of stages.pairs to the recipe.
+# Flags that the loop sets or cannot use. The seed of stages.pairs is left to the recipe.
 BY_LOOP = {
     *("seed", "test_pairs", "test_out", "coordinator", "processes", "process_id"),
     *("overwrite", "slice"),
@@ -74,14 +74,14 @@ SETTINGS: dict[str, Any] = {
     "evaluate": {"sample": flags_of("evaluate.sample"), "kl": flags_of("evaluate.kl")},
     "export_dtype": Literal["float32", "bfloat16", "float16"],
 }
-Variable = typing.NewType("Variable", str)  # of the environment, whose text may begin with a dash
+Variable = typing.NewType("Variable", str)  # an environment variable; may begin with a dash
 MACHINE = SETTINGS | {"plan": str, "environment": {"*": Variable}, "refuse": {"*": str}}
 APART = {"variant": {"*": SETTINGS}, "machine": {"*": MACHINE}, "from_environment": {"*": str}}
 
 
 @dataclasses.dataclass
 class Recipe:
-    """What a recipe asks for, with the variant, the machine and the environment worked in.
+    """What a recipe asks for, with the variant, the machine and the environment applied.
 
     A stage's table holds its flags, with underscores: dpo["batch_size"] is 64.
     """
@@ -133,7 +133,7 @@ def read(recipe: str, machine: str = "", environ: Mapping[str, str] = os.environ
     if environ.get("ZEPHYR"):
         raise UserError("ZEPHYR is now VARIANT: set VARIANT=2024, or nothing for 2023")
 
-    # The recipe, over it its variants, the machine, and the environment.
+    # Layers, each over the ones before: the recipe, its variants, the machine, the environment.
     variants, machines, variables = (raw.pop(key, {}) for key in APART)
     for table in (raw, *variants.values(), *machines.values()):
         for key in ("prompts", "heldout"):
@@ -149,7 +149,7 @@ def read(recipe: str, machine: str = "", environ: Mapping[str, str] = os.environ
         if text := environ.get(variable):
             raw = merge(raw, from_environment(variable, text, key))
 
-    # The whole.
+    # The result is checked as a whole.
     needed = ("model", "prompts", "heldout", "ranker", "iterations")
     for variable in on.get("environment", {}):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
@@ -180,8 +180,8 @@ def find(recipe: str) -> Path:
             return file
     names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
     hint = f"give a file, or one of {names}"
-    if recipe.startswith("mistral-"):  # the name that a machine's recipe had before
-        hint = f"say snorkel-mistral-7b {recipe.removeprefix('mistral-')}"
+    if recipe.startswith("mistral-"):  # each machine had a recipe of its own before
+        hint = f"give snorkel-mistral-7b {recipe.removeprefix('mistral-')}"
     raise UserError(f"no recipe {recipe}: {hint}")
 
 
@@ -227,7 +227,7 @@ def check(where: str, table: dict, known: dict, path: str = "") -> None:
         if isinstance(kind, dict) and isinstance(value, dict):
             check(where, value, kind, f"{path}{key}.")
         elif key in ("prompts", "heldout") and isinstance(value, str):
-            pass  # short for `file` alone
+            pass  # short for a table with `file` alone
         elif not conforms(value, kind):
             shown = json.dumps(value, default=str)
             raise UserError(f"{where}: {path}{key} is {shown}: it must be {described(kind)}")
@@ -244,7 +244,7 @@ def conforms(value: Any, kind: Any) -> bool:
         items = value if isinstance(value, list) else ()
         of = options[:1] * len(items) if options[-1] is ... else options
         return isinstance(value, list) and len(items) == len(of) and all(map(conforms, items, of))
-    if type(value) is float and not math.isfinite(value):  # and NaN is not equal to itself
+    if type(value) is float and not math.isfinite(value):  # NaN never equals the settings kept
         return False
     # A shell drops a zero byte, and a stage would take -x for a flag.
     if kind is Variable:
@@ -280,8 +280,8 @@ def with_flags(args: Any, table: dict) -> Any:
 
 
 def check_values(recipe: Recipe) -> None:
-    """Have the stages refuse values that make no sense, before the first of them works for hours.
-    Takes two seconds, since they load JAX for it."""
+    """Have the stages refuse values that make no sense, before the first stage works for hours.
+    Takes two seconds, since the stages load JAX for it."""
     for name, check_flags, args, table in (
         ("sample", sample.checked, sample.Args("C", "P", "S"), recipe.sample),
         ("evaluate.sample", sample.checked, sample.Args("C", "P", "S"), recipe.evaluate["sample"]),
@@ -295,7 +295,7 @@ def check_values(recipe: Recipe) -> None:
 
 
 def check_prompts(where: str, recipe: Recipe) -> None:
-    """Each table names one source of prompts, which exists where it is a local file."""
+    """Refuse a table that names no source of prompts, two of them, or a file that is missing."""
     if "split" in recipe.heldout and "dataset" in recipe.prompts:
         recipe.heldout.setdefault("dataset", recipe.prompts["dataset"])
     for name, iterations in (("prompts", range(1, recipe.iterations + 1)), ("heldout", [0])):
@@ -339,7 +339,7 @@ def settings_of(recipe: Recipe, seed: int, limit: int) -> dict[str, Any]:
 
 
 def bind(run: Path, settings: dict[str, Any], write: bool) -> None:
-    """Refuse to go on with a run that other settings began. write: keep a new run's settings."""
+    """Refuse to go on with a run that has other settings. write: keep a new run's settings."""
     file = run / "settings.json"
     if file.exists():
         try:
@@ -348,7 +348,7 @@ def bind(run: Path, settings: dict[str, Any], write: bool) -> None:
             raise UserError(f"{file} is damaged: restore it, or choose another NAME") from None
         for key in before | settings:
             old, new = (table.get(key, default_of(key)) for table in (before, settings))
-            # A dtype that was not named may be named: a stage that began with another one refuses.
+            # A dtype that was auto may be named: a stage that began with another one refuses it.
             if old != new and not (key.endswith(".dtype") and old == "auto"):
                 raise UserError(
                     f"{run} was begun with other settings ({key} was {json.dumps(old)}, now it is "
@@ -364,7 +364,7 @@ def bind(run: Path, settings: dict[str, Any], write: bool) -> None:
 
 
 def default_of(key: str) -> Any:
-    """A stage's own value for a setting that is not set; None for any other."""
+    """The stage's default for a setting that the recipe leaves out; None for other keys."""
     table, _, name = key.rpartition(".")
     value = getattr(STAGES.get(table), name, None)
     return list(value) if isinstance(value, tuple) else value
@@ -410,10 +410,10 @@ def main(args: Args) -> None:
         words = [source, *flags(dict(zip(("split", "first", "last"), rows)))]
         print(f"PROMPTS_{iteration}=({shlex.join(words)})")
     for variable, value in recipe.machine.get("environment", {}).items():
-        if variable == "XLA_FLAGS":  # a list: of two values of one flag the last holds
+        if variable == "XLA_FLAGS":  # a list, whose last value of a flag counts
             value = f"{value} {os.environ.get(variable, '')}".strip()
         elif variable in os.environ or variable.replace("XLA_", "XLA_PYTHON_") in os.environ:
-            continue  # the latter is XLA_CLIENT_MEM_FRACTION's earlier name: JAX refuses both
+            continue  # XLA_PYTHON_CLIENT_… is an earlier name; JAX refuses both at once
         print(f"export {variable}={shlex.quote(value)}")
 
 

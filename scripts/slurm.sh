@@ -3,11 +3,11 @@
 #
 #   sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 scripts/slurm.sh [RECIPE [MACHINE]]
 #
-# from the project's folder, on a file system that the nodes share; default: snorkel-mistral-7b
+# Call it from the project's folder, on a file system that the nodes share. Default: snorkel-mistral-7b
 # gpu-8x80gb. Flags of sbatch take precedence over those below. Five minutes before the time limit (or
 # at `scancel --batch --signal=USR1 JOB`) the stage saves its work and the job goes back into the queue,
-# as it does when it is preempted; it goes on where it was. NAME, VARIANT, SEED, … as for
-# scripts/iterate.sh, whose RUNS may lie elsewhere on the shared file system.
+# as it does when it is preempted; later it goes on where it was. NAME, VARIANT, SEED, … are as for
+# scripts/iterate.sh. RUNS may name another folder on a shared file system.
 #SBATCH --job-name=align
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -31,13 +31,13 @@ if [[ -z ${PYTHON:-} ]]; then
   export PYTHON=$PWD/.venv/bin/python
 fi
 if ((SLURM_JOB_NUM_NODES > 1)); then
-  # Told here and not found by jax: under SLURM it takes a process a GPU for granted, and would give
-  # each process only one of its node's.
+  # The addresses are set here. jax would find them itself under SLURM, but it assumes one process per
+  # GPU there, and would give each process only one GPU of its node.
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export COORDINATOR=${nodes[0]}:$((20000 + SLURM_JOB_ID % 10000)) PROCESSES=$SLURM_JOB_NUM_NODES
 fi
 
-# Signals reach this shell alone; step 0 is the srun below, with every process of every node.
+# Signals reach only this shell. Job step 0 is the srun below, with every process of every node.
 pass_on() { signalled=1; scancel --signal=TERM "$SLURM_JOB_ID.0" || true; }
 again=
 trap 'again=1; pass_on' USR1
@@ -45,11 +45,11 @@ trap 'pass_on' TERM
 # shellcheck disable=SC2016  # expanded by the tasks
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 bash -c '
   [[ -z ${PROCESSES:-} ]] || export PROCESS_ID=$SLURM_PROCID
-  unset SLURM_LOCALID # what jax would know SLURM by
+  unset SLURM_LOCALID # by which jax recognises SLURM
   exec bash scripts/iterate.sh "$@"' bash "$@" &
 task=$!
 signalled=1
-while [[ -n $signalled ]]; do # a signal ends `wait`, and not what it waits for
+while [[ -n $signalled ]]; do # a signal ends `wait`, but not the task
   signalled= code=0
   wait $task || code=$?
 done

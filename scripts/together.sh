@@ -1,10 +1,10 @@
 # One loop by several processes; scripts/iterate.sh sources this file.
 #
-# Every process runs the whole loop, and the stages by all together. What process 0 does alone the
-# others wait for: `once MARK COMMAND…`. They end where process 0 writes that it failed
-# (RUN/.process_0.failed), or shows no sign of life for PROCESS_TIMEOUT seconds (RUN/.process_0.alive,
-# which it renews once a second). All these files, and MARK, name the attempt that wrote them: what an
-# earlier command left says nothing of this one.
+# Every process runs the whole loop, and all run each stage together. `once MARK COMMAND…` has process
+# 0 do something alone, while the others wait for it. The others end when process 0 writes that it
+# failed (RUN/.process_0.failed), or shows no sign of life for PROCESS_TIMEOUT seconds
+# (RUN/.process_0.alive, which it renews once a second). All these files, and MARK, name the attempt
+# that wrote them, so that leftovers of an earlier command are not taken for this one's.
 
 has_tpu() { compgen -G '/dev/accel*' || compgen -G '/dev/vfio/[0-9]*'; } >/dev/null
 has_gpu() { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1
@@ -16,16 +16,16 @@ if [[ ${COORDINATOR:-} == auto ]]; then
 fi
 attempt="$(hostname).$$.$(date +%s%N)" begun=
 if [[ -n ${COORDINATOR:-} && ${PROCESS_ID:-0} != 0 ]]; then
-  exec >/dev/null # process 0 tells
+  exec >/dev/null # only process 0 prints
   mkdir -p "${RUNS:-runs}"
-  begun=$(mktemp "${RUNS:-runs}/.process_$PROCESS_ID.XXXXXX") # when, by the shared disk's clock
+  begun=$(mktemp "${RUNS:-runs}/.process_$PROCESS_ID.XXXXXX") # made at the shared disk's time
 fi
 
 once() { # MARK COMMAND…: by process 0 alone, which then makes the file MARK
   if [[ -z ${COORDINATOR:-} ]]; then
     "${@:2}"
   elif [[ $PROCESS_ID == 0 ]]; then
-    # One worker of a TPU pod cannot use its chips without the others.
+    # One worker of a TPU pod cannot use its chips without the other workers.
     COORDINATOR='' JAX_PLATFORMS=${JAX_PLATFORMS:-$(has_tpu && echo cpu || true)} "${@:2}"
     echo "$attempt" >"$1.new" && mv "$1.new" "$1"
   else
@@ -46,8 +46,8 @@ show_life() { # of process 0, in the background, as long as this shell lives
   alive=$!
 }
 
-# Contents are compared and not times: the hosts' clocks differ. Until the first sign of life
-# process 0 may still be installing packages.
+# Contents are compared, not times, since the hosts' clocks differ. The first sign of life may take
+# long: process 0 may still be installing packages.
 content() { cat "$run/.process_0.$1" 2>/dev/null || true; }
 patience=600 living= # the attempt of process 0 that has shown life
 wait_for() { # MARK
@@ -57,7 +57,7 @@ wait_for() { # MARK
     sleep 1
     read -r code by <<<"$(content failed)"
     if [[ -n $by && ($by == "$living" || $run/.process_0.failed -nt $begun) ]]; then
-      echo "process 0 ended with exit code $code: it said why" >&2
+      echo "process 0 ended with exit code $code: see its output" >&2
       exit $((code == 2 ? 2 : 75))
     fi
     now=$(content alive)
@@ -70,13 +70,13 @@ wait_for() { # MARK
   done
 }
 
-# A signal to the whole group stops the stage, which saves its work and gives 75; one to this shell
-# alone stops after the stage.
+# A signal to the whole process group stops the stage, which saves its work and ends with 75. A signal
+# to this shell alone ends the loop after the stage.
 trap 'exit 75' INT TERM USR1
 ended() { # the last command
   local code=$?
   if [[ $code == 1 && $1 =~ ^(cp|echo|mkdir|mktemp|mv|rm|sync|tee)' ' ]]; then
-    echo "error: ${BASH_REMATCH[1]} failed, as it says above: mend that, and run the same command again" >&2
+    echo "error: ${BASH_REMATCH[1]} failed (its message is above): mend that, and run the same command again" >&2
     code=2
   fi
   case $code in 130 | 137 | 143) code=75 ;; esac # a stage was killed, or stopped while it started

@@ -1,13 +1,13 @@
-"""Break the loop in every way, and see whether it still ends with the same result.
+"""Break the loop in every way, and check that it still ends with the same result.
 
     python -m scripts.torture /tmp/torture --kills 200 --each 20 --seed 0
 
 runs scripts/iterate.sh on a tiny model of random weights, once unbroken. Then it breaks runs at
 moments drawn from the seed, gives the same command again until it ends, and compares all files with
 the unbroken run's, bit by bit. Most moments are calls that change a file: scripts/torture.c, which
-every process loads, counts them, and those to break are drawn evenly from all stages, kinds of file
-and kinds of call of the unbroken run. The others are moments in time. FOLDER/results.json says what
-was being done when each fault came; FOLDER/wrong/ keeps the runs that ended otherwise.
+every process loads, counts these calls. Those to break are drawn evenly from all stages, kinds of
+file and kinds of call of the unbroken run. The other moments are times. FOLDER/results.json says
+what was being done at each fault; FOLDER/wrong/ keeps the runs that ended with another result.
 
 A try takes seconds, since the stages are forked from a process that has imported everything. Needs
 Linux and a C compiler; a FOLDER in memory (/dev/shm) is quickest.
@@ -45,7 +45,7 @@ from stages.files.run import run_main
 
 ROOT = Path(__file__).parents[1]
 COUNT, KILL, TERM, FULL, SHORT, FSYNC = range(6)  # as in torture.c
-# What happens, and the exit codes that the loop may then give; -9: it was killed.
+# Kind of fault → what torture.c does, the exit codes that are right then; -9: killed.
 KINDS = {"kill": (KILL, {-9}), "term": (TERM, {75}), "term_twice": (TERM, {75})}
 KINDS |= {"full": (FULL, {2}), "short": (SHORT, {0}), "fsync": (FSYNC, {2}), "clock": (KILL, {-9})}
 KINDS |= {
@@ -72,7 +72,7 @@ class State(ctypes.Structure):
 @dataclasses.dataclass
 class Args:
     folder: tyro.conf.Positional[str]
-    """Where the runs lie; it must not exist."""
+    """The folder of the runs; it must not exist."""
     kills: int = 200
     """How many kills with -9."""
     each: int = 20
@@ -80,13 +80,13 @@ class Args:
     kinds: tuple[str, ...] = tuple(KINDS)
     """Which kinds; `processes` kills one of two processes."""
     seed: int = 0
-    """Decides all moments."""
+    """The seed of all moments."""
 
 
 @dataclasses.dataclass
 class Fault:
-    """What is to happen in one attempt, and when: at call number `at` of those that `stage` and
-    `op` name (`when` 0: before it, 1: in the middle of a write, 2: after it), or after seconds."""
+    """The fault of one attempt, and its moment: call number `at` of the calls of kind `op` in
+    `stage` (`when` 0: before it, 1: in the middle of a write, 2: after it), or after `seconds`."""
 
     kind: str = ""
     at: int = 0
@@ -150,7 +150,7 @@ def write_inputs(folder: Path) -> None:
     save_file(tensors, folder / "model" / "model.safetensors")
 
 
-# In the place of Python: asks `serve` for a process, and ends as that does.
+# Runs in place of Python: asks `serve` for a process, and ends as that process does.
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -173,14 +173,14 @@ IMPORTED = """jax tokenizers model.checkpoint model.generate model.hf model.logp
 
 
 def serve(path: str) -> None:
-    """Fork a process for each that is asked for at the socket `path`: a module's imports are done,
-    JAX has asked for no devices, and no other thread runs."""
+    """Fork a process for each request at the socket `path`. All modules are imported already, JAX
+    has asked for no devices, and no other thread runs."""
     for name in IMPORTED.split():
         importlib.import_module(name)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(path)
     listening.listen()
-    warnings.simplefilter("ignore")  # that a module is imported and then run
+    warnings.simplefilter("ignore")  # runpy warns of modules that are imported already
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         asking = listening.accept()[0]
@@ -195,10 +195,10 @@ def serve(path: str) -> None:
             for descriptor in descriptors:
                 os.close(descriptor)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            with contextlib.suppress(BrokenPipeError):  # who asked was killed
+            with contextlib.suppress(BrokenPipeError):  # the client was killed
                 asking.send(code.to_bytes(4, "big", signed=True))
             os._exit(0)
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # likewise
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # so was its group
             os.setpgid(0, group)
         for number, descriptor in enumerate(descriptors):
             os.dup2(descriptor, number)
@@ -213,7 +213,7 @@ def serve(path: str) -> None:
         except SystemExit as ended:
             atexit._run_exitfuncs()
             sys.stdout.flush()
-            os._exit(ended.code)  # freeing all that was imported would take most of the time
+            os._exit(ended.code)  # freeing the imported modules would take most of the time
 
 
 class Loop:
@@ -361,15 +361,15 @@ def described(call: str) -> tuple[str, str, str]:
 def draw(
     rng: random.Random, calls: list[str], kind: str, links: int, tried: Counter
 ) -> Iterator[Fault]:
-    """A chain of faults for one run, in the order of the run, at most one for each stage. Of some
-    calls that are drawn, the one whose like was tried least is taken."""
+    """The faults of one run, in its order, at most one per stage. For each, some calls are drawn,
+    and the one whose kind was tried least is taken."""
     of_stage: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for call in calls:
         stage, op, _ = call.split("\t")
         # Before process 0 has shown life, the others wait for ten minutes.
         if kind != "processes" or "scripts.recipe" not in stage:
             of_stage[stage].append((op, call))
-    if kind == "short":  # many in one run, which goes on
+    if kind == "short":  # cuts many writes short in one run, which goes on
         yield Fault(kind, rng.randrange(20, 200), op="write")
         return
     allowed = OPS.get(kind, {op for entries in of_stage.values() for op, _ in entries})
@@ -397,7 +397,7 @@ def judge(fault: Fault, codes: list[int], took: float, said: list[str]) -> list[
 
 
 def break_a_run(loop: Loop, faults: list[Fault], whole: Path, keep: Path) -> list[dict]:
-    """Break a run by one fault after the other, then let it end: a row for each fault that came."""
+    """Break a run by one fault after the other, then let it end. A row per fault that came."""
     shutil.rmtree(loop.run, ignore_errors=True)
     processes, rows = 2 if faults[0].kind == "processes" else 1, []
     for fault in [*faults, Fault()]:
@@ -450,7 +450,7 @@ def main(args: Args) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """What was being done when each fault came, and how many ended otherwise."""
+    """What was being done at each fault, and how many runs ended with another result."""
     lines = ["| fault | stage | what was written | calls | faults | wrong |", "|-|-|-|-|-|-|"]
     groups = defaultdict(list)
     for row in rows:

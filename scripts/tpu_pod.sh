@@ -3,14 +3,14 @@
 #
 #   bash scripts/tpu_pod.sh [--dry-run] [STEP…]
 #
-# Steps; the same command goes on after any interruption. By default `create copy setup run log fetch`:
-#   create   make the slice; one that is there is taken, one that was preempted is made anew
+# The same command goes on after any interruption. The steps (default: create copy setup run log fetch):
+#   create   make the slice; an existing one is used, a preempted one is made anew
 #   copy     this tree to every worker (what git knows and does not ignore)
 #   setup    Python and the packages on every worker, SHARE mounted
 #   run      start scripts/iterate.sh on every worker, in the background: it outlives your connection
 #   log      follow worker 0's log to the end; its exit code is this script's
 #   fetch    the run's files to runs/NAME/ here: all but checkpoints, the last model included
-#   stop     end the run, its work saved; status: the slice's state; delete: the slice goes
+#   stop     end the run after its work is saved; status: print the slice's state; delete: delete it
 # --dry-run prints each command, exactly, and runs none.
 #
 # Environment:
@@ -18,21 +18,21 @@
 #   TPU=align           the slice's name
 #   PROJECT=            gcloud's default otherwise
 #   SPOT=1              a preemptible slice: a fraction of the price; SHARE keeps what is done
-#   VERSION=            the software of the VM; default: the one for TYPE
+#   VERSION=            the VM's software version; default: the one for TYPE
 #   SHARE=IP:/NAME      an NFS share (Filestore) for the runs, mounted on every worker
 #   RECIPE=             default: snorkel-mistral-7b
 #   MACHINE=            a [machine.NAME] of the recipe; default: the one for TYPE, where it has one
 #   NAME VARIANT SEED LIMIT and the variables of the recipe's [from_environment]
 #
-# The workers of a slice share no disk, theirs has 100 GB (a 7B run needs 300), and a preempted one
-# loses it: hence SHARE, which a slice of several hosts must have. NFS, and no bucket: stages append to
-# files, lock and rename them, so a preemption costs minutes, where a bucket would hold only what is
-# whole. Made once, in the slice's zone and network:
+# SHARE is required where a slice has several hosts. The workers of a slice share no disk; each
+# worker's has 100 GB where a 7B run needs 300, and a preempted worker loses it. It is NFS and no bucket:
+# stages append to files, lock and rename them, so a preemption costs minutes; a bucket would hold only
+# finished files. Make it once, in the slice's zone and network:
 #   gcloud filestore instances create align --zone=ZONE --tier=BASIC_SSD \
 #     --file-share=name=runs,capacity=2560GiB --network=name=default    → SHARE=ITS_IP:/runs
-# A gated model, as Mistral's: accept its terms on the hub and set HF_TOKEN, which `copy` puts into a
-# file of each worker's that you alone can read; or put its folder on the share and name it by
-# MODEL=/mnt/runs/…. Several workers want `ssh-add ~/.ssh/google_compute_engine` before.
+# For a gated model such as Mistral's, accept its terms on the hub and set HF_TOKEN, which `copy` puts
+# into a file on each worker that you alone can read. Or put the model's folder on the share and name it
+# by MODEL=/mnt/runs/…. With several workers, call `ssh-add ~/.ssh/google_compute_engine` first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 fail() { echo "error: $*" >&2; exit 2; }
@@ -47,7 +47,7 @@ for step in "${steps[@]}"; do
 done
 
 TYPE=${TYPE:-v5litepod-16} TPU=${TPU:-align}
-# TYPE counts chips, for v5p cores, of which a host has 8. Sources: cloud.google.com/tpu/docs/v5e, /v5p,
+# TYPE counts chips (for v5p cores, 8 per host). Sources: cloud.google.com/tpu/docs/v5e, /v5p,
 # /v6e for the types, /tpu/docs/runtimes for the software.
 [[ $TYPE =~ ^(v5litepod|v5p|v6e)-([0-9]+)$ ]] || fail "TYPE=$TYPE: v5litepod-N, v5p-N or v6e-N"
 case ${BASH_REMATCH[1]} in
@@ -70,7 +70,7 @@ MACHINE=${MACHINE-$(grep -oP "^\[machine\.\K$machine(?=\])" "$file" || true)}
 [[ -z $MACHINE ]] || grep -qF "[machine.$MACHINE]" "$file" || fail "MACHINE=$MACHINE: not in $file"
 [[ ${SEED:-0} == 0 ]] && seed= || seed=-seed$SEED
 NAME=${NAME:-$(basename "$RECIPE" .toml)${VARIANT:+-$VARIANT}$seed}
-[[ -z ${SPOT:-} ]] || SAVE_EVERY=${SAVE_EVERY:-25} # preempted within 30 s, less than a save takes
+[[ -z ${SPOT:-} ]] || SAVE_EVERY=${SAVE_EVERY:-25} # a preemption leaves 30 s, less than a save takes
 variables=$(sed -n '/^\[from_environment\]/,/^\[/s/^\([A-Za-z0-9_]*\) *=.*/\1/p' "$file")
 runs=runs
 [[ -z ${SHARE:-} ]] || runs=/mnt/runs
@@ -92,14 +92,14 @@ tpu() { # VERB ARGUMENTS…
   shift
   do_ gcloud compute tpus tpu-vm "$verb" "$@" ${ZONE:+"--zone=$ZONE"} ${PROJECT:+"--project=$PROJECT"}
 }
-on() { # WORKER ARGUMENTS…: of tpu_worker.sh
+on() { # WORKER ARGUMENTS…: runs tpu_worker.sh there
   tpu ssh "$TPU" --worker="$1" --command="bash tpu_worker.sh $(shown "${@:2}")"
 }
 state() { # READY, PREEMPTED, …; nothing where there is no slice
   dry='' tpu list --filter="name~/$TPU\$" --format='value(state)'
 }
 
-may_download() { # before a slice is paid for: does the hub give this token the recipe's model?
+may_download() { # checks, before a slice is paid for, that the hub gives this token the model
   local id status
   id=${MODEL:-$(sed -n 's/^model *= *"\(.*\)".*/\1/p' "$file")}
   [[ $id =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+$ ]] && command -v curl >/dev/null || return 0

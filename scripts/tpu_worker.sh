@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What scripts/tpu_pod.sh has done on each worker of a slice, in its home folder:
+# What scripts/tpu_pod.sh runs on each worker of a slice, in its home folder:
 #
 #   bash tpu_worker.sh copy                   unpack align.tgz to align/
 #   bash tpu_worker.sh setup [IP:/SHARE]      mount the share at /mnt/runs; Python and the packages
 #   bash tpu_worker.sh run SETTING=… RECIPE [MACHINE]   start the loop in the background
 #   bash tpu_worker.sh log                    follow it to its end, and end with its exit code
-#   bash tpu_worker.sh stop                   end it, its work saved
+#   bash tpu_worker.sh stop                   end it after its work is saved
 #
-# Beside align/: align.lock, held while the loop runs, when copy, setup and run leave all as it is;
-# align.asked, when it was last asked for; align.log; align.pid, the loop's process group; align.code,
-# its exit code.
+# Files beside align/: align.lock, held while the loop runs (copy, setup and run do nothing then);
+# align.asked, whose time is that of the last `run`; align.log; align.pid, the loop's process group;
+# align.code, its exit code.
 set -euo pipefail
 cd ~
 
@@ -18,7 +18,7 @@ setup() { # [IP:/SHARE]
   if [[ -n ${1:-} ]] && ! mountpoint -q /mnt/runs; then
     sudo apt-get -o DPkg::Lock::Timeout=600 install -y -q nfs-common
     sudo mkdir -p /mnt/runs
-    # The workers wait for files of each other: that one is not there yet must not be remembered.
+    # The workers wait for each other's files, so NFS must not remember that one was missing.
     sudo mount -t nfs -o lookupcache=positive "$1" /mnt/runs
     sudo chmod a+rwx /mnt/runs
   fi
@@ -36,7 +36,7 @@ run() { # SETTING=… RECIPE [MACHINE]
     sleep 0.1
   done
 }
-loop() { # as `run`; leads its process group, and outlives a signal to note the exit code
+loop() { # arguments as `run`; leads its process group, and survives a signal to write the exit code
   local code=0
   trap : TERM
   rm -f align.code

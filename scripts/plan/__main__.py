@@ -67,9 +67,9 @@ def main(args: Args) -> None:
     work = {each["name"]: each for each in told}
     show("GiB per chip, at the longest texts that are allowed:", memory_table(plan, work))
     if not compiles:
-        print("Activations and exchange are left out, for want of the machine's compiler. Install")
-        print(f"it: bash scripts/plan/setup.sh {plan.on.compiler}\n")
-    show("Seconds of each time; products, memory and exchange at least:", time_table(plan, work))
+        print("Activations and exchange are left out: the machine's compiler is not installed. To")
+        print(f"install it: bash scripts/plan/setup.sh {plan.on.compiler}\n")
+    show("Seconds per time; products, memory, exchange: lower bounds:", time_table(plan, work))
     hours = plan.hours(work)
     cost = f", {hours * plan.on.size * args.price:,.0f} dollars" if args.price else ""
     print(f"the whole run: {hours:.3g} hours, {hours * plan.on.size:.3g} chip-hours{cost}\n")
@@ -113,13 +113,13 @@ def characters(recipe, iteration: int) -> list[int]:
 
 
 def model_config(model: str) -> "schedule.DecoderConfig":
-    """Of a recipe's model."""
+    """The config of a recipe's model."""
     kind, _, name = model.partition(":")
     if kind == "gguf":
         return gguf.read_config(gguf.find(name))
     if kind == "checkpoint":
         return checkpoint.load_config(name)
-    if model == "mistralai/Mistral-7B-Instruct-v0.2":  # no hub is needed for it
+    if model == "mistralai/Mistral-7B-Instruct-v0.2":  # needs no hub
         return shapes.MISTRAL_7B
     files = ["config.json", "generation_config.json"]
     return hf.read_config(weights.local_folder(model, files)[0])
@@ -133,13 +133,13 @@ def fits(told: dict, plan) -> bool:
 
 
 def refusal(plan, told: dict, compiles: bool) -> str:
-    """One line: why a program does not fit, and what would make it."""
+    """One line: why a program does not fit, and what would make it fit."""
     parts = sorted(told["parts"].items(), key=lambda part: -part[1])
     why = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
     why = f"{told.get('refused', why)}; a chip of {plan.on} has {plan.on.chip.memory / GIB:.1f} GiB"
     for changed, flags in changes(plan, told["name"].partition(":")[0]):
         program = [each for each in changed.programs() if each["name"] == told["name"]]
-        # What lies in memory in any case is known at once, before a compilation.
+        # Parameters, moments and caches are known at once, before a compilation.
         known = (compiler.described(changed.on, program, c) for c in {False, compiles})
         if all(fits(*new, changed) for new in known):
             return f"{told['name']} does not fit ({why}): {changed.on} fits with {flags}"
@@ -201,7 +201,7 @@ def time_table(plan, work: dict[str, dict]) -> Iterator[list[str]]:
 
 # ------------------------------------------------------------ a run beside it, and more chips
 
-# The file whose manifest tells, in each folder of the run.
+# Stage → files whose manifests tell its seconds, in each folder of the run.
 FILES = {
     "held-out answers": ["heldout.samples.jsonl"],
     "sample": ["samples.jsonl"],
@@ -213,8 +213,8 @@ FILES = {
 
 
 def taken(run: str, iterations: int) -> dict[str, list[float]]:
-    """Seconds of each stage, one for each time it ran, by its manifests: from when it knows its
-    input to when its output is whole. Of a stage that was stopped, the last sitting's."""
+    """Seconds of each stage, one for each time it ran, by its manifests: from knowing its input
+    to the whole output. If a stage was stopped, these are the seconds since it last went on."""
     took: dict[str, list[float]] = {stage: [] for stage in FILES}
     for folder in ("start", *(f"iteration_{k + 1}" for k in range(iterations))):
         for stage, path in ((s, Path(run, folder, name)) for s in FILES for name in FILES[s]):

@@ -40,8 +40,8 @@ from sharding.errors import UserError, first_line
 
 HERE = Path(__file__).parent
 COMPILERS = HERE.parents[1] / ".compilers"
-MODULES = {"cpu": "jax", "tpu": "libtpu", "cuda": "jax_cuda13_plugin"}  # a compiler is part of it
-VARIABLES = {  # no device is looked for, no cloud asked which it is, no other compilation shut out
+MODULES = {"cpu": "jax", "tpu": "libtpu", "cuda": "jax_cuda13_plugin"}  # that hold a compiler
+VARIABLES = {  # look for no device, ask no cloud which machine this is, allow other compilations
     "JAX_PLATFORMS": "cpu",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -50,19 +50,19 @@ VARIABLES = {  # no device is looked for, no cloud asked which it is, no other c
 
 
 def installed(kind: str) -> bool:
-    """Whether a compiler for these devices is, here or by scripts/plan/setup.sh."""
+    """Whether a compiler for these devices is installed, by scripts/plan/setup.sh or beside JAX."""
     return (COMPILERS / kind).is_dir() or importlib.util.find_spec(MODULES[kind]) is not None
 
 
 def described(on: slices.Slice, programs: list[dict], compiles: bool) -> list[dict]:
-    """What `main` says of each program."""
+    """The figures of each program, as `main` prints them."""
     path = [str(COMPILERS / on.compiler), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-m", "scripts.plan.compile", str(on) if compiles else ""],
         input=json.dumps(programs),
         env={**os.environ, **VARIABLES, "PYTHONPATH": os.pathsep.join(path)},
         cwd=HERE.parents[1],
-        capture_output=True,  # libtpu complains of the TPU that is not there
+        capture_output=True,  # libtpu complains that there is no TPU
         text=True,
     )
     if done.returncode == 2:
@@ -73,7 +73,7 @@ def described(on: slices.Slice, programs: list[dict], compiles: bool) -> list[di
 
 
 # ---------------------------------------------------------------- in the compiler's process
-# a: the stage's flags, and what `Plan.programs` adds to them
+# In the builders, `a` holds the stage's flags and what `Plan.programs` adds to them.
 
 
 @dataclasses.dataclass
@@ -82,11 +82,11 @@ class Program:
 
     call: Callable
     args: tuple
-    inside: dict  # title → shapes that it takes or gives
-    beside: dict = dataclasses.field(default_factory=dict)  # title → shapes that lie there too
-    devices: int = 1  # that share its products
-    trips: int = 1  # how often a loop runs whose end depends on the data, if in no such loop
-    steps: int = 1  # of which one is told
+    inside: dict  # title → shapes of its arguments and results
+    beside: dict = dataclasses.field(default_factory=dict)  # of other arrays there
+    devices: int = 1  # how many share its products
+    trips: int = 1  # rounds of an outermost loop whose end depends on the data
+    steps: int = 1  # of one call; the figures are per step
 
     def traced(self):
         """(the traced function, {"flops", "bytes"} of one device)."""
@@ -97,8 +97,8 @@ class Program:
 
     def describe(self, compiles: bool, size: int) -> dict:
         """{"parts": title → bytes, "flops", "bytes", "cycles", "exchange"} of one device, and the
-        compiled "text"; "refused" if the compiler finds it too large. Without it: no temporaries,
-        cycles, exchange, text."""
+        compiled "text"; "refused" if the compiler finds it too large. Without compiling there are
+        no temporaries, cycles, exchange and text."""
         parts = Counter()
         for title, arrays in (*self.inside.items(), *self.beside.items()):
             parts[title] += table.bytes_per_device(arrays)
@@ -127,7 +127,7 @@ def _whole(mesh, dimensions, dtype=np.int32):
 
 
 def _sampler(config, mesh, a) -> tuple:
-    """(The parameters, the slots' state, how programs compute with them.)"""
+    """(the parameters, the slots' state, the keywords of the programs that compute with them)."""
     precision = precision_of(a.dtype, a.chip)
     params = kv_cache.unstacked(decoder.abstract(config, mesh, precision.operands))
     kept = kv_cache.abstract_cache(config, mesh, a.slots, a.length, precision.activations)
@@ -137,7 +137,7 @@ def _sampler(config, mesh, a) -> tuple:
 
 
 def decode(config, mesh, a) -> Program:
-    """A step of all slots, in a call of as many as there can be."""
+    """A step of all slots, within a call of STEPS_PER_CALL steps."""
     params, state, how = _sampler(config, mesh, a)
     advance = partial(slot_state.advance, **how, side_buffer=a.side_buffer)
     advance, steps = jax.jit(advance, donate_argnums=1), slot_state.STEPS_PER_CALL
@@ -147,19 +147,19 @@ def decode(config, mesh, a) -> Program:
 
 
 def prefill(config, mesh, a) -> Program:
-    """A row of prompts, beside the slots' cache."""
+    """The prefill of a row of prompts, while the slots' cache lies in memory too."""
     params, state, how = _sampler(config, mesh, a)
     row = {name: _whole(mesh, (1, a.tokens)) for name in ("tokens", "positions", "prompts")}
     # The program has no use for the vocabulary's matrix, so the compiler leaves it out.
     used = {name: x for name, x in params.items() if name != "unembed"}
     beside = {"parameters": params.get("unembed", ()), "cache": state["cache"]}
     call = jax.jit(lambda params, row: kv_cache.prefill(params, **how, **row))
-    # One row: on every part of the batch.
+    # One row is not cut along the batch: every part of the mesh computes it.
     return Program(call, (params, row), {"parameters": used}, beside, mesh.shape["tensor"])
 
 
 def start(config, mesh, a) -> Program:
-    """The answers to a full row of prompts: these are copied from it to the slots."""
+    """The start of the answers to a full row of prompts, which are copied from it to the slots."""
     params, state, how = _sampler(config, mesh, a)
     row_kv = kv_cache.abstract_cache(config, mesh, 1, a.tokens, how["precision"].activations)
     logits_pv = _whole(mesh, (PREFILL_PROMPTS, config.vocab_size), np.float32)
@@ -170,7 +170,7 @@ def start(config, mesh, a) -> Program:
 
 
 def gradients(config, mesh, a) -> Program:
-    """Of a micro-batch of alike pairs; where there are several, they are added to another one's."""
+    """The gradients of a micro-batch of equal pairs, added to those of another if it has one."""
     params, size = decoder.abstract(config, mesh), a.micro_batch_size
     answer = a.max_length - a.max_prompt_length
     pair = packing.Sequence([3] * a.max_prompt_length, [[4] * answer, [5] * answer])
@@ -193,7 +193,7 @@ def gradients(config, mesh, a) -> Program:
 
 
 def layer(_, mesh, a) -> Program:
-    """A layer of PairRM over so many comparisons, the other layers' weights beside it."""
+    """A layer of PairRM over some comparisons, with the other layers' weights in memory too."""
     kernel = a.chip in CHIPS and any(map(deberta_tpu.runs_on, CHIPS[a.chip].kinds))
     config, precision = shapes.PAIRRM, precision_of(a.dtype, a.chip)
     prepare = partial(deberta.prepare, config=config, precision=precision)
@@ -209,7 +209,7 @@ BUILDERS = {each.__name__: each for each in (decode, prefill, start, gradients, 
 
 
 def main(topology: str) -> None:
-    """Print what there is to say of each program that is asked for, a line of JSON each."""
+    """Print the figures of each program that stdin asks for, a line of JSON each."""
     for program in json.load(sys.stdin):
         sizes, build = tuple(program["mesh"]), BUILDERS[program["build"]]
         eos = tuple(program["config"]["eos_token_ids"])
@@ -227,7 +227,7 @@ def main(topology: str) -> None:
         with use(mesh):
             told = longest.describe(bool(topology), mesh.size)
             _, work = usual.traced()
-        # Along fsdp it is the weights that travel, as many whatever the lengths.
+        # Along fsdp weights are exchanged, the same number at any lengths.
         share = work["flops"] / told["flops"] if told["flops"] else 1.0
         exchange = told["exchange"] * (share if mesh.shape["fsdp"] == 1 else 1)
         work |= {"cycles": told["cycles"] * share, "exchange": exchange}
@@ -235,7 +235,7 @@ def main(topology: str) -> None:
 
 
 def _mesh(topology: str, sizes: tuple) -> tuple:
-    """(A mesh, how to set it.) One without devices is enough to trace a program."""
+    """(a mesh, how to set it). To trace a program, a mesh without devices is enough."""
     if not topology:
         return AbstractMesh(sizes, meshes.MESH_AXES), jax.sharding.use_abstract_mesh
     return meshes.make_mesh(*sizes, _devices(topology)[: math.prod(sizes)]), jax.set_mesh
@@ -249,7 +249,7 @@ def _devices(topology: str) -> list:
         target = (HERE / f"{on.chip.name}.target_config.txtpb").read_text()
         more = {"target_config": target, "topology": f"{on.hosts}x1x{on.size // on.hosts}"}
         return topologies.get_topology_desc(platform="cuda", **more).devices
-    # One chip is taken out of four.
+    # The compiler knows no slice of one chip: it is one of four.
     name = topology.replace(":1x1", ":2x2") if on.size == 1 else topology
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
@@ -259,7 +259,7 @@ def _devices(topology: str) -> list:
 
 def operations(jaxpr, trips: int = 1) -> float:
     """FLOPs of the matrix products in a jaxpr, over all devices. A loop's body counts as often as
-    it runs; `trips`: how often, where that depends on the data (once if within such a loop)."""
+    it runs. trips: how often if the data decides that (once for loops within such a loop)."""
     total = 0.0
     for eqn in jaxpr.eqns:
         name, params, times = eqn.primitive.name, eqn.params, 1
@@ -285,7 +285,7 @@ def operations(jaxpr, trips: int = 1) -> float:
 
 
 HEADER = re.compile(r"(ENTRY )?%?([^\s(]+) .*->.*\{$")
-CYCLES = re.compile(r'estimated_cycles":"(\d{1,15})"')  # 19 digits: not known
+CYCLES = re.compile(r'estimated_cycles":"(\d{1,15})"')  # 19 digits mean not known
 CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
@@ -299,7 +299,7 @@ ARRAY = re.compile(r"\b(?:pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
 def compiled_work(text: str, devices: int, trips: int = 1) -> dict[str, float]:
     """{"cycles", "exchange"} of one device: the cycles that a TPU's compiler estimates (it has none
     for Pallas kernels and exchanges), and the bytes that arrive from other devices. `trips` as in
-    `operations`; of a condition's branches the longest counts."""
+    `operations`. The longest branch of a condition counts."""
     blocks: dict[str, list[str]] = {}
     entry = ""
     for line in text.splitlines():
@@ -336,7 +336,7 @@ def compiled_work(text: str, devices: int, trips: int = 1) -> dict[str, float]:
 
 
 def _trips(line: str, blocks: dict[str, list[str]]) -> int:
-    """How often a while loop runs: as the compiler says, or by a condition `i < constant`. 0: that
+    """How often a while loop runs: as the compiler says, or by a condition `i < constant`; 0 if it
     depends on the data."""
     if known := TRIPS.search(line):
         return int(known[1])
@@ -360,7 +360,7 @@ def _moved(line: str, devices: int, scattered: bool) -> float:
         int(width or 8) / 8 * math.prod(int(n) for n in shape.split(",") if n)
         for width, shape in ARRAY.findall(arrays)
     ]
-    if start and kind != "all-reduce":  # (inputs, outputs), and a permutation's own numbers
+    if start and kind != "all-reduce":  # inputs, outputs, and indices of a permutation
         sizes = sizes[:1] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
     times = {"all-reduce": 1 if scattered else 2, "reduce-scatter": devices}
     return sum(sizes) * (1 - 1 / devices) * times.get(kind, 1)

@@ -20,17 +20,18 @@ from sharding.mesh import decoding_sizes, training_sizes
 from stages import dpo, pairs, sample
 from stages.evaluate.kl import Kl
 
-# The share of the roofline that a stage reaches: on accelerators assumed, nothing was measured
-# there; on a CPU measured with the demo. And the seconds that a stage takes beside its programs:
-# imports, opening and closing files, compiling what the loop's cache of programs does not have.
+# The share of the roofline that a stage reaches: assumed on accelerators, where nothing was
+# measured; measured with the demo on a CPU. START: the seconds that a stage takes beside its
+# programs, for imports, files, and compiling what the loop's cache of programs does not have.
 ASSUMED = {"sample": 0.5, "rank": 0.3, "dpo": 0.4, "kl": 0.4}
 MEASURED_ON_CPU = {"sample": 0.75, "rank": 0.8, "dpo": 0.6, "kl": 0.7}
 START = {"sample": 65.0, "rank": 125.0, "dpo": 95.0, "kl": 65.0}
 START_ON_CPU = {"sample": 13.0, "rank": 2.0, "dpo": 17.0, "kl": 5.0}
-DISK = 1e9  # bytes a second of a checkpoint, one host
-PAIRRM_LONGEST = 2048  # tokens: its own limit on three texts
+DISK = 1e9  # bytes per second and host of reading or writing a checkpoint
+PAIRRM_LONGEST = 2048  # tokens of a comparison, PairRM's own limit on three texts
 
-# times: in a whole run. programs: name → how often each time. start: seconds beside them.
+# times: how often a run does the stage. programs: name → how often per time. start: seconds beside
+# the programs.
 Stage = namedtuple("Stage", "name kind times programs start")
 
 
@@ -39,7 +40,7 @@ class Plan:
     recipe: Recipe
     config: DecoderConfig
     on: Slice
-    prompts: int  # an iteration
+    prompts: int  # per iteration
     heldout: int
     lengths: tuple[float, float, float]  # tokens: mean prompt, mean answer, longest prompt
     efficiency: dict[str, float]
@@ -66,8 +67,8 @@ class Plan:
         self.parameters = sum(x.size for x in jax.tree.leaves(decoder.abstract(self.config)))
 
     def _args(self, args, table: dict):
-        """A stage's Args with the flags of a recipe's table, and the dtype that "auto" is there: on
-        a CPU float32, in which its efficiencies were measured."""
+        """A stage's Args with the flags of a recipe's table. "auto" becomes the machine's dtype: on
+        a CPU float32, in which the efficiencies were measured."""
         args = with_flags(args, table)
         auto = "float32" if self.on.chip.name == "cpu" else "bfloat16"
         return dataclasses.replace(args, dtype=auto if args.dtype == "auto" else args.dtype)
@@ -86,7 +87,7 @@ class Plan:
         return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **{stage: table}))
 
     def on_more(self, factor: int) -> "Plan":
-        """The plan on so many times the chips, with the meshes that the stages choose."""
+        """The plan on `factor` times as many chips, with the meshes that the stages choose."""
         if factor == 1:
             return self
         plan = self.changed("sample", mesh=None).changed("dpo", mesh=None)
@@ -95,9 +96,9 @@ class Plan:
     # ---------------------------------------------------------------- the programs
 
     def programs(self) -> list[dict]:
-        """What scripts/plan/compile.py is asked. A program is compiled at the longest texts that
-        are allowed, which decide its memory, and traced with `usual` in place of these arguments,
-        which decides its time. A step of sampling, bound by memory, is compiled at both."""
+        """What scripts/plan/compile.py is asked for. A program is compiled with the longest texts
+        that are allowed, which decide its memory, and traced with the `usual` ones, which decide
+        its time. A step of sampling is bound by memory, so it is compiled with both."""
         kind, chip = self.on.compiler, {"chip": self.on.chip.name}
         drawn = dataclasses.asdict(self.sampling) | chip
         trained = dataclasses.asdict(self.training) | chip
@@ -108,12 +109,12 @@ class Plan:
         longest, usual = (round_up(x, cache_unit(kind)) for x in (round(most) + limit, usual))
         drawn |= {"slots": self.slots, "length": longest, "side_buffer": side_buffer(kind)}
         prompts = drawn | {"tokens": coarse_bucket(round(most))}
-        # Of answers whose lengths fall off so, those that make a pair too long are cut.
+        # The mean of such answers, once those that make a pair too long are cut.
         prompt = min(trained["max_prompt_length"], tokens)
         said = answer * -math.expm1((prompt - trained["max_length"]) / answer)
         mean = {"max_prompt_length": round(prompt), "max_length": round(prompt) + round(said)}
         ranked = {"dtype": self.dtypes["rank"]} | chip | self._comparisons(PAIRRM_LONGEST)
-        # A TPU's compiler chooses how the cache lies: by another choice it would be held twice.
+        # A TPU's compiler chooses the cache's layout; with another one the cache would lie twice.
         needed = {"start": kind == "tpu", "layer": self.pairrm}
         asked = [
             ("sample: a step", "decode", drawn, {}),
@@ -129,7 +130,7 @@ class Plan:
         return [each | {"config": config, "mesh": mesh} for each, mesh in zip(programs, where)]
 
     def _comparisons(self, length: int | None = None) -> dict[str, int]:
-        """In one call of a device, as model/rankers/pairrm.py has it; length: default the usual."""
+        """The size of a device's call, as in model/rankers/pairrm.py. length: default the usual."""
         usual = round(min(self.lengths[0], 1224) + 2 * self.lengths[1] + 9)
         length = length or min(PAIRRM_LONGEST, bucket(usual, 128))
         tokens = 1024 if self.on.chip.name == "cpu" else 16384
@@ -143,12 +144,12 @@ class Plan:
         start = START_ON_CPU if self.on.chip.name == "cpu" else START
         count = self.prompts - self.test_pairs
         steps = training.epochs * math.ceil(count / training.batch_size)
-        passes = 4 if training.remat == "full" else 3  # forward, in the time of a gradient
+        passes = 4 if training.remat == "full" else 3  # forward passes that take a gradient's time
         references = (count + 3 * self.test_pairs) / micro / passes
         trained = {"dpo: gradients": steps * self.micro_batches + references}
         answers = min(self.kl.prompts or self.heldout, self.heldout) * self.heldout_sampling.n
         distance = {"dpo: gradients": answers / 2 / micro / passes}  # a pair holds two answers
-        # The models are compared with the start, and from the second on with the one before.
+        # Each model is compared with the start, and from the second on with the one before.
         table = (
             ("held-out answers", "sample", rounds + 1, self._drawn(True), disk),
             ("sample", "sample", rounds, self._drawn(False), disk),
@@ -160,8 +161,8 @@ class Plan:
         return [Stage(*each[:4], each[4] + start[each[1]]) for each in table]
 
     def _drawn(self, heldout: bool) -> dict[str, float]:
-        """How many steps of all slots, and prompts. The slots are filled and refilled; when no
-        prompt waits they are halved, twice at most, as their answers end."""
+        """The steps of all slots, and the prompts. Slots are filled and refilled; when no prompt
+        waits, they are halved as their answers end, twice at most."""
         args = self.heldout_sampling if heldout else self.sampling
         prompts = self.heldout if heldout else self.prompts
         answers, limit = prompts * args.n, args.max_new_tokens
@@ -173,16 +174,16 @@ class Plan:
 
     def _ranked(self, prompts: int, n: int) -> dict[str, float]:
         """How many layers of PairRM, on each chip."""
-        # Of bubble: the best in n − 1 duels, the worst among about half; both orders.
+        # bubble finds the best in n − 1 duels, the worst among about half; both orders each.
         bubble = self.recipe.rank.get("comparisons") == "bubble"
         comparisons = prompts * (2 * (n - 1) + n - 2 if bubble else n * (n - 1))
         calls = comparisons / self._comparisons()["rows"] / self.on.size
         return {"rank: a layer": PAIRRM.num_hidden_layers * calls} if self.pairrm else {}
 
     def seconds(self, stage: Stage, work: dict[str, dict]) -> dict[str, float]:
-        """Of one time, by what scripts/plan/compile.py says of the programs (name → told). "work":
-        a program takes what it is bound by, over the stage's efficiency; where the TPU's compiler
-        estimates more than that, it takes the compiler's cycles."""
+        """The seconds that a stage takes each time. work: name → the program's figures from
+        scripts/plan/compile.py. "work" of the result: a program takes the time that bounds it, over
+        the stage's efficiency, or, if that is longer, the TPU compiler's estimate of cycles."""
         sums = dict.fromkeys(("products", "memory", "exchange", "cycles", "work"), 0.0)
         for name, times in stage.programs.items():
             each = self.on.seconds(work[name]["usual"], self.dtypes[stage.kind])
@@ -197,7 +198,7 @@ class Plan:
 
 
 def efficiencies(words: tuple[str, ...], on: Slice) -> dict[str, float]:
-    """From --efficiency: sample=0.5, over what is assumed."""
+    """The shares of the roofline, with those of --efficiency (sample=0.5) in place of defaults."""
     known = dict(MEASURED_ON_CPU if on.chip.name == "cpu" else ASSUMED)
     for word in words:
         name, _, share = word.partition("=")

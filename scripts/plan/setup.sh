@@ -2,7 +2,7 @@
 # The compilers of scripts.plan, beside the project's own JAX and of the same version:
 #   bash scripts/plan/setup.sh tpu     libtpu, 0.7 GB
 #   bash scripts/plan/setup.sh cuda    JAX's CUDA 13 plugin and NVIDIA's libraries, 4 GB
-# They lie in .compilers/, which only the plan's own processes read; remove the folder to be rid of it.
+# They lie in .compilers/, which only the plan's own processes read. Delete the folder to remove them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 kind=${1:-}
@@ -14,7 +14,7 @@ esac
 PYTHON=${PYTHON:-.venv/bin/python}
 [[ -x $PYTHON ]] || PYTHON=python3
 
-# What this JAX asks for in its extra, apart from what is installed with it.
+# The packages of this JAX's extra, without those that JAX itself brings.
 wanted=$("$PYTHON" - "$extra" <<'END'
 import importlib.metadata, sys
 for text in importlib.metadata.requires("jax"):

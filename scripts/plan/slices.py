@@ -1,4 +1,4 @@
-"""Slices: chips that work together, and how long work takes them at least."""
+"""Slices: chips that work together, and the least time that work takes on them."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import re
 from sharding.chips import CHIPS, Chip
 from sharding.errors import UserError
 
-TORUS = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}  # dimensions; GPUs are counted in one
+TORUS = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}  # dimensions; GPUs have one
 # Cycles per second: the peak in bf16 over what the matrix units do in a cycle.
 CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 
@@ -29,7 +29,7 @@ class Slice:
 
     @property
     def hosts(self) -> int:
-        """A slice of up to 8 chips of v5e and v6e is one host; a larger one has 4 chips a host."""
+        """A slice of up to 8 chips of v5e or v6e is one host; larger ones have 4 chips per host."""
         host = 4 if self.chip.ports and self.size > self.chip.host else self.chip.host
         return -(-self.size // host)
 
@@ -43,7 +43,7 @@ class Slice:
         return self.chip.links * used / self.chip.ports
 
     def times(self, factor: int) -> "Slice":
-        """So many times the chips, a power of two: the shortest side doubled again and again."""
+        """`factor` (a power of two) times as many chips: the shortest side is doubled each time."""
         sides = self.shape
         for _ in range(round(math.log2(factor))):
             sides = sorted([*sorted(sides)[1:], 2 * min(sides)])
@@ -54,8 +54,8 @@ class Slice:
         return "tpu" if self.chip.ports else "cuda" if self.shape else "cpu"
 
     def seconds(self, work: dict, dtype: str) -> dict[str, float]:
-        """Of what scripts/plan/compile.py says of a program: the least that its products, reading
-        memory once, and exchange take; and the cycles that a TPU's compiler estimates."""
+        """The least times of a program's products, of reading its memory once and of its exchange,
+        and the time of the cycles that a TPU's compiler estimates. work: from compile.py."""
         return {
             "products": work["flops"] / self.chip.flops(dtype),
             "memory": work["bytes"] / self.chip.read,

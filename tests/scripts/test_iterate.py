@@ -247,7 +247,7 @@ def test_the_others_wait_for_process_0_and_end_as_it_ends(tmp_path):
     waits = part(tmp_path, 1, "once $run/more false")
     fails = part(tmp_path, 0, "once $run/more eval 'sleep 1; exit 2'")
     assert end(fails) == (2, "")
-    assert end(waits) == (2, "process 0 ended with exit code 2: it said why\n")
+    assert end(waits) == (2, "process 0 ended with exit code 2: see its output\n")
 
     waits = part(tmp_path, 1, "once $run/more false")  # an earlier failure is none of this one's
     works = part(tmp_path, 0, "once $run/more sleep 2")
@@ -337,5 +337,5 @@ def test_a_signal_to_the_whole_group_of_process_0_ends_it_with_75(tmp_path):
     assert end(stopped) == (75, "stopped: the same command goes on\n")
     assert end(waits) == (
         75,
-        "process 0 ended with exit code 75: it said why\nstopped: the same command goes on\n",
+        "process 0 ended with exit code 75: see its output\nstopped: the same command goes on\n",
     )

@@ -230,7 +230,7 @@ def test_a_wrong_key_or_value_is_refused_with_file_and_key(own, old, new, said):
 
 def test_what_is_not_there_is_refused_with_what_is(own):
     assert "demo, snorkel-mistral-7b" in refusal("nothing")
-    assert "say snorkel-mistral-7b v5p-8" in refusal("mistral-v5p-8")
+    assert "give snorkel-mistral-7b v5p-8" in refusal("mistral-v5p-8")
     assert "has no machine v9: it has v5e-16, v5p-8" in refusal(SNORKEL, "v9")
     assert "has no variant 2023: it has 2024" in refusal(SNORKEL, VARIANT="2023")
     assert "has no machine a: it has none" in refusal(own(), "a")
