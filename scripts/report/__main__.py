@@ -36,10 +36,10 @@ class Args:
     """The page to write, in the place of an earlier one; default: report.html in the run's
     folder."""
     answers: int = 1000
-    """Put the answers to at most this many held-out prompts into the page, which says so."""
+    """The page has the answers to at most this many held-out prompts, and says how many."""
 
 
-PAGE = b"<!doctype html>\n<!-- scripts.report -->\n"  # how a page of ours begins
+PAGE = b"<!doctype html>\n<!-- scripts.report -->\n"  # every page of this command begins so
 
 
 def main(args: Args) -> None:
@@ -156,7 +156,7 @@ def curves(run: gather.Run) -> list[str]:
 
 
 def colour(name: str) -> int:
-    """The number of the page's colour for a model and for what made it: 0 for the start model."""
+    """The number of the page's colour for a model and its training: 0 for the start model."""
     kind, _, number = name.partition("_")
     return 1 + (int(number) - 1) % (plots.SERIES - 1) if kind == "iteration" else 0
 

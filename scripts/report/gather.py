@@ -145,7 +145,7 @@ def _metrics(path) -> list[Fields]:
 
 
 def _measured(place, name: str) -> dict[str, Fields]:
-    """What is measured against the start model and against the previous one, as far as it is."""
+    """The measurements against the start model and the previous one that exist so far."""
     measured = {}
     for other in ("start", "previous"):
         # The previous model of the first iteration is the start model.

@@ -17,7 +17,7 @@ from stages.files.output import Manifest, manifest_path, read_manifest
 from stages.files.paths import file_sha256
 from stages.files.rows import parse_json
 
-# The weights or code that a stage reads itself; its other identities come with its input files.
+# Identities of weights or code that a stage reads itself; the others come with its input files.
 READS = {
     "sample": ("model",),
     "rank": ("ranker",),
@@ -46,7 +46,7 @@ def read(run: str) -> list[Node]:
         nodes.append(node)
         for content in contents:  # of equal checkpoints the first one stands for all
             by_content.setdefault(content, node)
-    unknown = []  # what no content of the run is: named by its path alone
+    unknown = []  # inputs whose content no file of the run has now
     for node in nodes:
         made = node.manifest
         files = {entry["sha256"]: entry["path"] for entry in made.inputs.values()}
@@ -112,8 +112,8 @@ def _add_parent(node: Node, parent: Node) -> None:
 
 
 def _edited(folder, path: str, sha256: str, nodes: list[Node], made: Node) -> Node | None:
-    """The file of the run that `path`, an input of `made`, names, where its content is another one
-    now; None where it names a file outside the run."""
+    """The run's file that `path`, an input of `made`, names, if its content has changed since; None
+    for a file outside the run."""
     parts = [part for part in epath.Path(path).parts if part != "/"]
     # The manifest may name it from another working folder: the longest tail that is in this run.
     tails = ("/".join(parts[i:]) for i in range(len(parts)))
@@ -121,7 +121,7 @@ def _edited(folder, path: str, sha256: str, nodes: list[Node], made: Node) -> No
     if within is None:
         return None
     node = next((node for node in nodes if node.path == within), Node(within, sha256, None))
-    if _is_made_from(node, made):  # only its name is alike
+    if _is_made_from(node, made):  # another file of the same name
         return None
     node.changed |= file_sha256(str(folder / within)) != sha256
     return node

@@ -25,8 +25,8 @@ import tyro
 
 from sharding.errors import UserError
 
-# What a disk or its owner refuses, wherever it comes up. A missing or an existing file is the
-# caller's mistake only where a stage looks for it, and says so there.
+# Errors of a disk or of permissions: the caller's mistake, wherever they come up. A missing or an
+# existing file is one only where a stage looks for it, and the stage says so.
 REFUSED_BY_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP, errno.ESTALE),
@@ -41,14 +41,14 @@ class Stopped(Exception):
 
 
 AGAIN = "run the same command again to go on"
-UNREAD = 128 + signal.SIGPIPE  # the exit code of whoever prints what nobody reads
+UNREAD = 128 + signal.SIGPIPE  # the exit code where the reader of the output is gone
 STOPPED_TOGETHER = Stopped("stopped with the other processes, the work is saved")
 
 
 def run_main(main: Callable, args_type: type, argv: list[str] | None = None, several=None) -> int:
-    """Parse `args_type` (a dataclass) from the command line, run main(args), give the exit code.
+    """Parse `args_type` (a dataclass) from the command line, run main(args), return the exit code.
 
-    several: sharding.processes, for a command that several processes do together: where one of them
+    several: sharding.processes, for a command that several processes run together. If one of them
     fails, the others end with it.
     """
     settle_streams()
@@ -70,9 +70,9 @@ def run_main(main: Callable, args_type: type, argv: list[str] | None = None, sev
                 check_numbers(args)
                 main(args)
                 sys.stdout.flush()
-        except Stopped as stop:  # in all processes together
+        except Stopped as stop:  # all processes stop together
             code, text = 75, f"{stop}: {AGAIN}"
-            os.sync()  # rows are not waited for one by one
+            os.sync()  # the rows so far, which are not synced one by one
         if several is not None:
             several.leave()
     except BaseException as error:
@@ -83,18 +83,18 @@ def run_main(main: Callable, args_type: type, argv: list[str] | None = None, sev
             raise
     finally:
         for number, old in previous.items():
-            # The process that this command line began is at its end, and another signal changes
-            # nothing of how it ends.
+            # A process that ran one command is about to end: another signal must not change its
+            # exit code.
             signal.signal(number, old if argv is not None else lambda *_: os._exit(code))
-    if text and code != UNREAD:  # other tools, too, end without a word
+    if text and code != UNREAD:  # a closed pipe is no news, as with other tools
         print(text, file=sys.stderr)
     return code
 
 
 # ------------------------------------------------------------------ before a command begins
 
-# JAX's variables that say where it computes, what it keeps and what it logs. Others, and Flax's,
-# could change a result, or make an error of what is right: JAX_ENABLE_X64, JAX_DISABLE_JIT, …
+# JAX's variables that say where it computes, what it keeps and what it logs. Its other variables
+# and Flax's could change a result, or cause an error: JAX_ENABLE_X64, JAX_DISABLE_JIT, …
 USED = re.compile(
     r"JAX_(PLATFORM\w*|\w+_DEVICES|LOCAL_DEVICE_IDS|(PARTITION|SLICE)_INDEX|COORDINATOR\w*|PJRT\w*"
     r"|CPU_COLLECTIVES\w*|DISTRIBUTED\w*|SKIP\w*"
@@ -108,9 +108,9 @@ xla_client.CompileOptions().executable_build_options.debug_options
 
 
 def settle_streams() -> None:
-    """Let everything be printed: in UTF-8 whatever the terminal is said to know, however narrow it
-    is, and where a stream is closed (the next file that is opened would take its number). Each line
-    at once, also into a file: a process that is killed loses none."""
+    """Make all output possible: in UTF-8 whatever the locale says, on narrow terminals, and where
+    a stream is closed (otherwise the next file that is opened would take its number). Each line is
+    written at once, also into a file, so that a process that is killed loses none."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
@@ -118,13 +118,13 @@ def settle_streams() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     if shutil.get_terminal_size().columns < 20:
-        os.environ["COLUMNS"] = "20"  # for a few columns tyro lays out its help without an end
+        os.environ["COLUMNS"] = "20"  # in fewer columns, tyro never ends laying out its help
 
 
 def settle_environment() -> None:
-    """Take out of the environment what would change results, before JAX reads it. UserError where
-    Python would read files in another encoding than UTF-8, and where XLA would end the process for
-    a flag that it does not know."""
+    """Remove variables that would change results from the environment, before JAX reads them.
+    Raises UserError if Python would read files in another encoding than UTF-8, or XLA would end the
+    process for a flag that it does not know."""
     encoding = locale.getpreferredencoding(False)
     if codecs.lookup(encoding).name != "utf-8":
         raise UserError(f"Python reads files as {encoding}: set PYTHONUTF8=1, or a UTF-8 locale")
@@ -133,7 +133,7 @@ def settle_environment() -> None:
             value = os.environ.pop(name)
             print(f"{name}={value} is not used: it could change the result", file=sys.stderr)
     if any(option.startswith("error") for option in sys.warnoptions):
-        warnings.simplefilter("default")  # a library's warning ends no run
+        warnings.simplefilter("default")  # no library's warning may end a run
     if (flags := os.environ.get("XLA_FLAGS")) and "jax" not in sys.modules:
         tried = subprocess.run([sys.executable, "-c", READ_FLAGS], capture_output=True, text=True)
         if tried.returncode and (reason := re.match(r"[EF]\d{4} .*?\] (.*)", tried.stderr)):
@@ -141,8 +141,8 @@ def settle_environment() -> None:
 
 
 def check_numbers(args) -> None:
-    """Raise UserError for a flag that is not finite, or is not in float32 once it is multiplied,
-    and for a seed or a timeout that Python's libraries do not take. A command checks its other
+    """Raise UserError for a flag that is not finite, or too large or small for products in float32,
+    and for a seed or a timeout that Python's libraries refuse. Each command checks its other
     limits."""
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
@@ -160,7 +160,7 @@ def check_numbers(args) -> None:
 
 
 def _told(error: BaseException) -> tuple[int, str]:
-    """The exit code of a command that an exception ended, and what to say."""
+    """(exit code, message) of a command that an exception ended."""
     if isinstance(error, KeyboardInterrupt):
         return 75, f"stopped: {AGAIN}"
     if isinstance(error, BrokenPipeError) and _is_stdout_unread():
@@ -178,8 +178,8 @@ def _told(error: BaseException) -> tuple[int, str]:
 
 
 def _variables(error: BaseException) -> str:
-    """NAME=value of JAX's variables whose value is at fault: JAX reads them when it is imported,
-    and names some of them alone; it makes their folders when it writes there."""
+    """NAME=value of JAX's variables whose value is at fault. JAX reads the variables when it is
+    imported, but names only some in its errors; it makes their folders when it writes there."""
     frames = traceback.extract_tb(error.__traceback__)
     read = isinstance(error, ValueError) and frames[-1].filename.endswith("jax/_src/config.py")
     folder = error.filename if isinstance(error, OSError) else None
@@ -195,8 +195,8 @@ def _variables(error: BaseException) -> str:
 
 
 def _is_stdout_unread() -> bool:
-    """Whether stdout is a pipe whose reader has gone (`… | head -1`). Then it becomes /dev/null,
-    since Python writes the rest at its end."""
+    """Whether stdout is a pipe whose reader has gone (`… | head -1`). If so, stdout becomes
+    /dev/null, since Python writes what is left when it ends."""
     poll = select.poll()
     poll.register(1, 0)
     if not poll.poll(0):
@@ -208,8 +208,8 @@ def _is_stdout_unread() -> bool:
 @contextlib.contextmanager
 def _second_signal() -> Iterator[None]:
     """Have a second SIGTERM or SIGINT end the process at once; what was saved is kept. A thread
-    waits for it, since a handler in Python waits for the end of whatever is computed or compiled.
-    Several processes have a thread of their own (sharding/processes.py)."""
+    waits for the signals, since a handler in Python would run only after whatever is being computed
+    or compiled. Several processes have a thread of their own (sharding/processes.py)."""
     receiving, sending = socket.socketpair()
     sending.setblocking(False)
 
@@ -224,16 +224,16 @@ def _second_signal() -> Iterator[None]:
         yield
     finally:
         now = signal.set_wakeup_fd(before)
-        if now != sending.fileno():  # that of several processes, who are still to end together
+        if now != sending.fileno():  # that of sharding.processes, which still needs it
             signal.set_wakeup_fd(now, warn_on_full_buffer=False)
         sending.close()
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], None]]:
-    """Turn SIGTERM and SIGINT into a flag; yields `check()`, which raises Stopped once it is up.
+    """Turn SIGTERM and SIGINT into a flag; yields `check()`, which raises Stopped once it is set.
 
-    Call it where the work is saved: between steps, never inside a write.
+    Call `check` where the work can be saved: between steps, never inside a write.
     """
     received: list[int] = []
 
