@@ -25,7 +25,7 @@ class Chip:
     host: int  # chips of the largest host
 
     def flops(self, dtype: str) -> float:
-        return self.bf16 if dtype in ("bf16", "bfloat16") else self.fp32
+        return self.bf16 if dtype == "bfloat16" else self.fp32
 
 
 def _chip(name, kinds, gib, bf16, fp32, read, links, ports, network, host) -> Chip:

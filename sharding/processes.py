@@ -43,6 +43,7 @@ ASKING = 1.0  # seconds between two exchanges in a loop of whether it should sto
 ARRIVAL = 600  # seconds to wait for all at the start: one may still be installing packages
 GRACE = 6  # beats to wait, after a failure here, for the news that another process died
 AGAIN = "run the same command again, on all, to go on"
+ABORTED = f"aborted: either another process died, or the lines above name a fault here: {AGAIN}"
 
 _others: "_Others | None" = None  # once this process has joined others
 
@@ -299,7 +300,7 @@ class _Others:
         # Waits for `end` for a while only: JAX aborts with a lock held that `end` may wait for.
         self.ending.acquire(timeout=2 * GRACE * BEAT)
         code, why = self.said[2:]
-        os.write(2, f"\n{why or f'another process died: {AGAIN}'}\n".encode())
+        os.write(2, f"\n{why or ABORTED}\n".encode())
         os._exit(code or 75)
 
     def close(self) -> None:

@@ -69,8 +69,9 @@ def parse(topology: str) -> Slice:
     if topology == "cpu":
         from scripts.bench.machine import gemm_rate, read_rate  # here: they load JAX
 
-        memory, gemm = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), gemm_rate()
-        return Slice(Chip("cpu", (), memory, gemm, gemm, read_rate(), math.inf, 0, math.inf, 1), ())
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        rates = gemm_rate("JAX", "bfloat16"), gemm_rate("JAX", "float32"), read_rate()
+        return Slice(Chip("cpu", (), memory, *rates, math.inf, 0, math.inf, 1), ())
     name, _, shape = topology.partition(":")
     if name not in CHIPS:
         raise UserError(f"{topology}: no chip {name!r} in the table: cpu, {', '.join(CHIPS)}")

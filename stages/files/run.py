@@ -53,7 +53,10 @@ def run_main(main: Callable, args_type: type, argv: list[str] | None = None, sev
     """
     settle_streams()
     try:
-        args = tyro.cli(args_type, args=argv, description=sys.modules[main.__module__].__doc__)
+        module = sys.modules[main.__module__]
+        spec = module.__spec__  # its name is what one types; argv[0] is the path of the file
+        prog = spec and f"python -m {spec.name.removesuffix('.__main__')}"
+        args = tyro.cli(args_type, args=argv, prog=prog, description=module.__doc__)
     except (SystemExit, BrokenPipeError):  # after --help
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
+from scripts.bench import machine as rates
 from scripts.bench.shapes import MISTRAL_7B
 from scripts.plan import __main__ as command
 from scripts.plan import compile as compiler
@@ -431,6 +432,17 @@ def small(machine: str):
     plan = plan.changed("sample", slots=8, max_new_tokens=64, mesh=None)
     flags = {"max_length": 64, "max_prompt_length": 32, "micro_batch_size": 8, "mesh": None}
     return plan.changed("dpo", **flags)
+
+
+def test_the_plan_is_of_this_computer_where_no_machine_is_named(monkeypatch):
+    monkeypatch.setattr(rates, "read_rate", lambda: 20e9)
+    monkeypatch.setattr(
+        rates, "gemm_rate", lambda library, dtype: {"float32": 3e11, "bfloat16": 1e12}[dtype]
+    )
+    plan = command.make(command.Args("demo"))
+    assert plan.on.compiler == "cpu" and plan.on.size == 1
+    assert (plan.on.chip.flops("float32"), plan.on.chip.flops("bfloat16")) == (3e11, 1e12)
+    assert plan.on.chip.read == 20e9
 
 
 def test_every_stages_programs_compile_for_this_cpu():
