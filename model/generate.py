@@ -34,7 +34,7 @@ from model import attention_tpu, decoder, drawing, kv_cache, slot_state
 from model.buckets import coarse_bucket
 from model.config import DecoderConfig
 from model.precision import FLOAT32, Precision
-from model.prompt_rows import PREFILL_PROMPTS, PREFILL_TOKENS, Row, rows_of
+from model.prompt_rows import PREFILL_PROMPTS, PREFILL_TOKENS, PromptRow, rows_of
 from model.slot_state import STEPS_PER_CALL
 from sharding.errors import UserError
 from sharding.mesh import batch_shards
@@ -107,7 +107,7 @@ class Group:
     token_ids: list[int]
     indices: Sequence[int]
     sampling: Sampling
-    row: Row | None = None  # None until it is cut
+    row: PromptRow | None = None  # None until it is cut
     prompt: int = 0  # which of the row
 
 
@@ -357,7 +357,7 @@ class Sampler:
             if groups and (group.row is not None or tokens > self.prefill_tokens):
                 break
             groups.append(group)
-        row = Row([(group.prompt_id, group.token_ids) for group in groups])
+        row = PromptRow([(group.prompt_id, group.token_ids) for group in groups])
         for number, group in enumerate(groups):
             group.row, group.prompt = row, number
 

@@ -10,7 +10,7 @@ PREFILL_TOKENS = 512  # the most tokens in a row of several prompts; off CPU fou
 PREFILL_PROMPTS = 8  # the most prompts in a row; a power of two: few numbers to compile
 
 
-class Row:
+class PromptRow:
     """Prompts that are prefilled together, and what came of it: keys and values, and the logits of
     the first tokens."""
 
@@ -30,14 +30,16 @@ class Row:
             self.starts[number], self.lengths[number], start = start, length, start + length
 
 
-def rows_of(prompts: Iterable[tuple[str, list[int]]], most: int = PREFILL_TOKENS) -> Iterator[Row]:
+def rows_of(
+    prompts: Iterable[tuple[str, list[int]]], most: int = PREFILL_TOKENS
+) -> Iterator[PromptRow]:
     """The prompts in rows, as many in each as `most` tokens and PREFILL_PROMPTS allow."""
     row: list[tuple[str, list[int]]] = []
     for prompt_id, token_ids in prompts:
         tokens = sum(len(ids) for _, ids in row) + len(token_ids)
         if row and (tokens > most or len(row) == PREFILL_PROMPTS):
-            yield Row(row)
+            yield PromptRow(row)
             row = []
         row.append((prompt_id, token_ids))
     if row:
-        yield Row(row)
+        yield PromptRow(row)

