@@ -39,6 +39,8 @@ from model.slot_state import STEPS_PER_CALL
 from sharding.errors import UserError
 from sharding.mesh import batch_shards
 
+FEWEST_IN_BF16 = 8  # slots that round as more slots do, on a CPU in bf16 (`fewest_slots`)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -141,7 +143,7 @@ def round_up(length: int, unit: int) -> int:
     return -(-length // unit) * unit
 
 
-def fewest_slots(config: DecoderConfig, slots: int) -> int:
+def fewest_slots(config: DecoderConfig, slots: int, precision: Precision) -> int:
     """How many slots the last answers must keep so that no bit of theirs changes: measured on a CPU
     with jax 0.10 and one device, where small products take other paths."""
     sizes = (
@@ -149,7 +151,8 @@ def fewest_slots(config: DecoderConfig, slots: int) -> int:
         config.intermediate_size,
         config.head_dim * config.num_attention_heads,
     )
-    return min(slots, 48) if min(sizes) >= 512 else slots
+    fewest = FEWEST_IN_BF16 if precision.rounds_operands else 48
+    return min(slots, fewest) if min(sizes) >= 512 else slots
 
 
 class Sampler:
@@ -196,8 +199,11 @@ class Sampler:
         self.rows, self.length, self.state = 0, 0, None
         self.more = True  # whether prompts may still come
         self.shards = batch_shards(jax.sharding.get_abstract_mesh())
-        self.fewest = fewest_slots(config, slots // self.shards) * self.shards
-        self.prefill_tokens = PREFILL_TOKENS * (1 if self.on_cpu else 4)
+        self.fewest = fewest_slots(config, slots // self.shards, precision) * self.shards
+        # Attention rounds a prompt's last bits by what else is in the row. Where operands are
+        # rounded to bf16 that grows to other answers, so there each prompt has a row of its own.
+        tokens = PREFILL_TOKENS * (1 if self.on_cpu else 4)
+        self.prefill_tokens = 0 if precision.rounds_operands else tokens
         how = {"config": config, "precision": precision}
         prefill, start = slot_state.BY_PARTS if self.on_cpu else slot_state.WHOLE
         self._prefill, self._start = partial(prefill, **how), partial(start, config=config)

@@ -19,6 +19,11 @@ class Precision(NamedTuple):
     operands: jnp.dtype
     activations: jnp.dtype
 
+    @property
+    def rounds_operands(self) -> bool:
+        """Whether activations are rounded at each product: bf16 on a CPU."""
+        return self.operands != self.activations
+
 
 FLOAT32 = Precision(jnp.dtype("float32"), jnp.dtype("float32"))
 

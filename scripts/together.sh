@@ -79,7 +79,11 @@ ended() { # the last command
     echo "error: ${BASH_REMATCH[1]} failed (its message is above): mend that, and run the same command again" >&2
     code=2
   fi
-  case $code in 130 | 137 | 143) code=75 ;; esac # a stage was killed, or stopped while it started
+  case $code in
+    130 | 137 | 143) code=75 ;; # a stage was killed, or stopped while it started
+    134) # JAX aborts a process when another has died
+      [[ -z ${COORDINATOR:-} ]] || { echo "aborted: another process died, or see above" >&2 && code=75; } ;;
+  esac
   [[ $code != 75 ]] || echo "stopped: the same command goes on" >&2
   if [[ -n $alive ]]; then
     kill "$alive" 2>/dev/null || true # a signal to the whole group ended it before

@@ -43,7 +43,7 @@ ASKING = 1.0  # seconds between two exchanges in a loop of whether it should sto
 ARRIVAL = 600  # seconds to wait for all at the start: one may still be installing packages
 GRACE = 6  # beats to wait, after a failure here, for the news that another process died
 AGAIN = "run the same command again, on all, to go on"
-ABORTED = f"aborted: either another process died, or the lines above name a fault here: {AGAIN}"
+ABORTED = f"aborted: unless the lines above tell of a fault, another process died: {AGAIN}"
 
 _others: "_Others | None" = None  # once this process has joined others
 
@@ -304,7 +304,8 @@ class _Others:
         os._exit(code or 75)
 
     def close(self) -> None:
-        ctypes.CDLL(None).signal(signal.SIGABRT, None)
+        if self.client is None:  # otherwise JAX still leaves its service, which process 0 may end
+            ctypes.CDLL(None).signal(signal.SIGABRT, None)
         self.over.set()
         self.thread.join()
         signal.set_wakeup_fd(-1)

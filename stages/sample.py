@@ -223,8 +223,9 @@ def load_samplers(args: Args, config, tokenizer, sampling, mesh, longest: int, p
     bar.write(f"{slots} slots, a KV cache of at most {slots * slot_bytes / 1e9:.2f} GB")
     tell = table.table if args.shardings else table.summary
     bar.write(tell(mesh, slot_state.arrays_held(config, mesh, slots, length, precision)))
-    # Two threads would mix up the collectives of several devices.
-    count = 2 if precision.operands != precision.activations and mesh.size == 1 < slots else 1
+    # Two threads would mix up the collectives of several devices; a few slots round differently.
+    in_two = precision.rounds_operands and slots >= 2 * generate.FEWEST_IN_BF16
+    count = 2 if in_two and mesh.size == 1 else 1
     samplers: list[generate.Sampler] = []
     for number in range(count):
         share = len(range(number, slots, count))

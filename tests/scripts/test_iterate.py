@@ -299,6 +299,12 @@ def test_a_loop_whose_stage_was_killed_can_go_on(tmp_path, code, gives, coordina
     assert end(loop) == (gives, said)
 
 
+@pytest.mark.parametrize("coordinator,gives", [("", 134), ("localhost:1", 75)])
+def test_an_abort_by_jax_is_another_process_that_died(tmp_path, coordinator, gives):
+    code, said = end(part(tmp_path, 0, "once $run/done sh -c 'exit 134'", COORDINATOR=coordinator))
+    assert code == gives and ("another process died" in said) == (gives == 75)
+
+
 def test_where_process_0_is_killed_the_others_give_up(tmp_path):
     waits = part(tmp_path, 1, "once $run/done false", PROCESS_TIMEOUT="2")
     killed = part(tmp_path, 0, "once $run/done sleep 60")

@@ -128,7 +128,7 @@ def test_without_process_0_the_others_end(begin):
 @pytest.mark.parametrize(
     "before, code, said",
     [
-        ("", 75, "either another process died, or the lines above name a fault"),
+        ("", 75, "aborted: unless the lines above tell of a fault, another process died"),
         # The thread that ends this process waits for a lock that JAX holds while it aborts.
         ("o.client = Waits(); o.end(2, 'a mistake')", 2, "a mistake"),
     ],
