@@ -75,9 +75,9 @@ class Args(processes.Flags):
     """Memory for the keys and values of all slots at full length, over all devices, e.g. 8GiB.
     Default: a quarter of a CPU machine's free memory, four fifths of the accelerators'."""
     dtype: Dtype = "auto"
-    """The dtype of computation. auto: bfloat16 on accelerators, float32 on CPUs; a run that goes on
-    keeps the dtype it began with. On CPUs with bfloat16 instructions (amx_bf16 or avx512_bf16) it
-    is faster, but more answers depend on the slots and the order of the prompts."""
+    """The dtype of computation. auto: bfloat16 on accelerators and on CPUs with bfloat16
+    instructions (amx_bf16 or avx512_bf16), float32 on other CPUs; a run that goes on keeps the
+    dtype it began with."""
     mesh: tuple[int, int, int] | None = None
     """Devices along data, fsdp, tensor; -1: the rest. Default: along tensor as far as the key heads
     and the MLP divide, the rest along data. Along fsdp, each token would collect the weights."""

@@ -53,8 +53,8 @@ class Kl(processes.Flags):
     batch_size: int = 32
     """Answers in memory at a time, or those of one prompt if they are more."""
     dtype: Dtype = "auto"
-    """The dtype of computation. auto: bfloat16 on accelerators, float32 on CPUs, as in
-    stages.sample; a run that goes on keeps the dtype it began with."""
+    """The dtype of computation. auto: as in stages.sample; a run that goes on keeps the dtype it
+    began with."""
     mesh: tuple[int, int, int] | None = None
     """Devices along data, fsdp, tensor; -1: the rest. Default: as in stages.dpo."""
     overwrite: bool = False

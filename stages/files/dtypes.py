@@ -18,10 +18,6 @@ with epy.lazy_imports():  # loads JAX, which --help does without
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 SETTLED = ("float32", "bfloat16")
-# Stages that compute in float32 on CPUs unless bfloat16 is asked for. With other slots and another
-# order of prompts, a sampler in bfloat16 repeated only 72% of its answers. The KL compares with a
-# sampler.
-FLOAT32_ON_CPU = {"sample", "evaluate kl"}
 
 
 def settle_dtype(manifest: Manifest, begun: Iterable[Manifest]) -> str:
@@ -36,12 +32,7 @@ def settle_dtype(manifest: Manifest, begun: Iterable[Manifest]) -> str:
     dtype, why = asked, "asked for"
     if asked == "auto":
         platform = meshes.list_devices()[0].platform  # first, since this refuses a missing device
-        if same:
-            dtype = same.arguments["dtype"]
-        elif platform == "cpu" and manifest.stage in FLOAT32_ON_CPU:
-            dtype = "float32"
-        else:
-            dtype = precisions.resolved(asked, platform)
+        dtype = same.arguments["dtype"] if same else precisions.resolved(asked, platform)
         # Process 0 has the files, and its CPU may differ from another's.
         first = processes.from_first(np.array([SETTLED.index(dtype), same is not None]))
         dtype = SETTLED[first[0]]

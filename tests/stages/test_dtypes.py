@@ -24,10 +24,9 @@ UNPATCHED = precision.cpu_multiplies_bf16.__wrapped__  # neither kept nor replac
 @pytest.fixture
 def cpu(monkeypatch):
     """A call cpu(True) makes this machine one that multiplies in bf16, cpu(False) one that does
-    not. "auto" is the same for all stages."""
+    not."""
 
     def make(does: bool) -> None:
-        monkeypatch.setattr(dtypes, "FLOAT32_ON_CPU", set())
         monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: does)
 
     return make
@@ -61,9 +60,10 @@ def test_what_auto_is(cpu):
         assert precision.resolved("float32", "tpu") == "float32"
 
 
-def test_auto_is_float32_on_a_cpu_for_sampling_and_what_compares_with_it(monkeypatch):
-    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
-    for stage, name in (("sample", "float32"), ("dpo", "bfloat16"), ("evaluate kl", "float32")):
+@pytest.mark.parametrize("stage", ["sample", "dpo", "evaluate kl"])
+def test_auto_is_the_same_in_every_stage_and_gives_way_to_what_is_asked(cpu, stage):
+    for does, name in ((True, "bfloat16"), (False, "float32")):
+        cpu(does)
         for asked, settled in (("auto", name), ("bfloat16", "bfloat16"), ("float32", "float32")):
             manifest = Manifest(stage, {"dtype": asked}, {}, {})
             assert dtypes.settle_dtype(manifest, []) == settled
