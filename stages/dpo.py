@@ -378,7 +378,8 @@ def reference_logprobs(
     for role, entry in manifest.inputs.items():
         if not examples[role]:
             continue
-        flags = args.max_length, args.max_prompt_length, args.dtype
+        activations = str(precisions.precision_of(args.dtype).activations)
+        flags = args.max_length, args.max_prompt_length, args.dtype, activations
         makers = (manifest.identities[n] for n in ("reference", "tokenizer", "chat_template"))
         content = [entry["sha256"], *flags, logprobs.VERSION, *makers]
         name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

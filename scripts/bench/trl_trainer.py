@@ -11,19 +11,22 @@ from trl import DPOConfig, DPOTrainer
 
 class Plain(DPOTrainer):
     """Takes rows of prompt_ids, chosen_ids and rejected_ids, in their order. It keeps the losses
-    unrounded, and how long it computed the reference's log-probs beforehand."""
-
-    reference_seconds = 0.0
+    unrounded, and how long it computed the reference's log-probs of each batch beforehand."""
 
     def _prepare_dataset(self, dataset, *_, **__):
-        self.losses = []
+        self.losses, self.computed = [], []
         return dataset
 
     def _precompute_ref_logps(self, *args):
-        begun = time.perf_counter()
         dataset = super()._precompute_ref_logps(*args)
-        self.reference_seconds = time.perf_counter() - begun
+        self.reference_seconds, self.computed = self.computed, []
         return dataset
+
+    def compute_ref_log_probs(self, *args):
+        begun = time.perf_counter()
+        logps = super().compute_ref_log_probs(*args)
+        self.computed.append(time.perf_counter() - begun)
+        return logps
 
     def _get_train_sampler(self, *_):
         return torch.utils.data.SequentialSampler(self.train_dataset)
