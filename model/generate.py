@@ -39,7 +39,7 @@ from model.slot_state import STEPS_PER_CALL
 from sharding.errors import UserError
 from sharding.mesh import batch_shards
 
-FEWEST_IN_BF16 = 8  # slots that round as more slots do, on a CPU in bf16 (`fewest_slots`)
+FEWEST_IN_BF16 = 24  # slots that round as more slots do, on a CPU in bf16 (`fewest_slots`)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from model.forward import forward
 from model.generate import Sampler, Sampling
 from model.logprobs import response_logprobs
 from model.packing import Sequence, pack
-from model.precision import FLOAT32
+from model.precision import FLOAT32, precision_of
 from sharding.mesh import make_mesh
 from tests import tiny
 
@@ -36,11 +36,14 @@ def as_text(ids):
     return " ".join(map(str, ids))
 
 
-def answers(sampling, slots=8, prompts=PROMPTS, seed=0, params=None, answered=(), **changes):
-    config = tiny.config(**changes)
+def answers(
+    sampling, slots=8, prompts=PROMPTS, seed=0, params=None, answered=(), dtype="float32", **changes
+):
+    config, precision = tiny.config(**changes), precision_of(dtype)
     params = tiny.params(config, seed) if params is None else params
+    params = decoder.stored_in(params, precision)
     longest = max(len(ids) for _, ids in prompts)
-    sampler = Sampler(config, params, as_text, sampling, slots, longest)
+    sampler = Sampler(config, params, as_text, sampling, slots, longest, precision)
     return dict(sampler.run(prompts, answered=answered))
 
 
@@ -191,6 +194,32 @@ def test_answers_do_not_depend_on_slots_order_or_company():
             for a, b in zip(base[prompt_id], other):
                 assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+def test_in_bf16_on_a_cpu_no_bit_depends_on_slots_order_or_company():
+    """Each prompt has a row of its own there: what else is in a row changes its last bits, and
+    rounding to bf16 makes other answers of that."""
+    how = {"dtype": "bfloat16", "hidden_size": 512, "intermediate_size": 512, "head_dim": 128}
+    sampling = Sampling(n=3, temperature=1.0, top_p=0.9, max_new_tokens=20, seed=5)
+    base = answers(sampling, slots=generate.FEWEST_IN_BF16, **how)
+    for slots, prompts in ((40, PROMPTS[::-1]), (27, PROMPTS[2:5])):
+        for prompt_id, other in answers(sampling, slots, prompts, **how).items():
+            assert other == base[prompt_id]
+
+
+@pytest.mark.parametrize("dtype,in_a_row", [("float32", 7), ("bfloat16", 1)])
+def test_how_many_prompts_a_row_has(dtype, in_a_row):
+    config, precision = tiny.config(), precision_of(dtype)
+    params = decoder.stored_in(tiny.params(config), precision)
+    sampler = Sampler(config, params, as_text, Sampling(n=1), 8, 70, precision)
+    rows = [groups[0].row for groups in sampler.rows_of_groups(PROMPTS, ())]
+    assert max(len(row.prompts) for row in rows) == in_a_row
+    for prompt in PROMPTS:
+        sampler.submit(*prompt)
+    while sampler.waiting:
+        sampler._cut_row()
+        assert len(sampler.waiting[0].row.prompts) == in_a_row
+        sampler.waiting = type(sampler.waiting)(g for g in sampler.waiting if g.row is None)
 
 
 @pytest.mark.parametrize(
