@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from model import decoder, kv_cache, logprobs, losses, packing, slot_state, train
 from model.config import DecoderConfig
@@ -237,7 +237,8 @@ def main(topology: str) -> None:
 def _mesh(topology: str, sizes: tuple) -> tuple:
     """(a mesh, how to set it). To trace a program, a mesh without devices is enough."""
     if not topology:
-        return AbstractMesh(sizes, meshes.MESH_AXES), jax.sharding.use_abstract_mesh
+        kinds = (AxisType.Auto,) * len(sizes)
+        return AbstractMesh(sizes, meshes.MESH_AXES, kinds), jax.sharding.use_abstract_mesh
     return meshes.make_mesh(*sizes, _devices(topology)[: math.prod(sizes)]), jax.set_mesh
 
 

@@ -227,7 +227,7 @@ def test_sizes_are_read_with_their_units(text, size):
         (["--max-new-tokens", "999"], "room"),
         (["--slots", "0"], "slots"),
         (["--mesh", "3", "1", "1"], "mesh"),
-        (["--cache-memory", "1GiB"], "twice"),
+        (["--cache-memory", "1GiB"], "both set the number of slots"),
         (["--slice", "3/3"], "--slice"),
         (["--slice", "1"], "--slice"),
         (["--min-p", "1"], "min_p"),
