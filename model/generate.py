@@ -1,12 +1,13 @@
 """The sampling engine: a fixed set of slots, each of which holds one answer in the making.
 
-Several prompts are packed into one row and prefilled once; their keys and values are copied to the
-slots of their answers. All slots then advance together, one token per step, in a compiled loop. A
-slot whose answer has ended is given the next answer. The cache and the rest of the slots' state
-(model/slot_state.py) stay on the device, donated from call to call; the host gets each call's
-tokens. The cache is only as long as the longest answer in the making needs, and when no more
-prompts come, the last answers are gathered into fewer slots. Both sizes take a few fixed values,
-each compiled once. How answers are drawn differs from slot to slot and compiles nothing.
+Several prompts are packed into one row and prefilled once (on a CPU in bf16, each has a row of its
+own); their keys and values are copied to the slots of their answers. All slots then advance
+together, one token per step, in a compiled loop. A slot whose answer has ended is given the next
+answer. The cache and the rest of the slots' state (model/slot_state.py) stay on the device, donated
+from call to call; the host gets each call's tokens. The cache is only as long as the longest answer
+in the making needs, and when no more prompts come, the last answers are gathered into fewer slots.
+Both sizes take a few fixed values, each compiled once. How answers are drawn differs from slot to
+slot and compiles nothing.
 
 Randomness is a function of (seed, prompt_id, answer index, token position) alone, so an answer does
 not depend on the slots, the order of the prompts, or a restart. Arithmetic may depend on the first
@@ -39,7 +40,7 @@ from model.slot_state import STEPS_PER_CALL
 from sharding.errors import UserError
 from sharding.mesh import batch_shards
 
-FEWEST_IN_BF16 = 24  # slots that round as more slots do, on a CPU in bf16 (`fewest_slots`)
+FEWEST_IN_BF16 = 24  # the fewest slots that round as more slots do, on a CPU in bf16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +201,8 @@ class Sampler:
         self.more = True  # whether prompts may still come
         self.shards = batch_shards(jax.sharding.get_abstract_mesh())
         self.fewest = fewest_slots(config, slots // self.shards, precision) * self.shards
-        # Attention rounds a prompt's last bits by what else is in the row. Where operands are
-        # rounded to bf16 that grows to other answers, so there each prompt has a row of its own.
+        # Attention rounds a prompt's last bits by what else is in the row. On a CPU in bf16, the
+        # next products' rounding makes other answers of that, so each prompt has a row of its own.
         tokens = PREFILL_TOKENS * (1 if self.on_cpu else 4)
         self.prefill_tokens = 0 if precision.rounds_operands else tokens
         how = {"config": config, "precision": precision}

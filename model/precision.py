@@ -21,7 +21,7 @@ class Precision(NamedTuple):
 
     @property
     def rounds_operands(self) -> bool:
-        """Whether activations are rounded at each product: bf16 on a CPU."""
+        """Whether a product rounds its operands: in bf16 on a CPU, where activations are fp32."""
         return self.operands != self.activations
 
 

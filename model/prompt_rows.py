@@ -1,4 +1,4 @@
-"""Rows of prompts, for the sampling engine to prefill several prompts at once. Runs without JAX."""
+"""Rows of prompts, each of which the sampling engine prefills at once. Runs without JAX."""
 
 from collections.abc import Iterable, Iterator
 

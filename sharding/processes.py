@@ -116,7 +116,7 @@ def start(flags: Flags) -> None:
         raise UserError(f"--coordinator {where}: {first_line(error)}") from None
     state = distributed.global_state
     others.me, others.count, others.client = state.process_id, state.num_processes, state.client
-    others.say()  # before `agree`: a process that dies right after it is known
+    others.say()  # before `agree`, so that all know of a process that dies right after it
     _others = others
     places = {field.name for field in dataclasses.fields(Flags)}
     same = {name: x for name, x in dataclasses.asdict(flags).items() if name not in places}
@@ -200,7 +200,7 @@ def agree(text: str) -> bool:
 
 
 def leave() -> None:
-    """End a run that went well: wait until all processes are here."""
+    """End a run in which no process failed: wait until all are here."""
     if _others is not None:
         wait()
         _others.close()
@@ -304,7 +304,9 @@ class _Others:
         os._exit(code or 75)
 
     def close(self) -> None:
-        if self.client is None:  # otherwise JAX still leaves its service, which process 0 may end
+        # Once joined, the handler stays: JAX leaves its service only when Python ends, and aborts
+        # if process 0 has ended the service before.
+        if self.client is None:
             ctypes.CDLL(None).signal(signal.SIGABRT, None)
         self.over.set()
         self.thread.join()

@@ -153,7 +153,7 @@ def ranker_options(args: Args, pairwise: bool) -> dict:
         raise UserError(f"--{next(iter(chosen))} is for PairRM, and {args.ranker} is a function")
     if args.comparisons not in (None, "full") and args.aggregation is not None:
         raise UserError(
-            f"--aggregation is for --comparisons full: {args.comparisons} scores only some answers"
+            f"--aggregation is for --comparisons full: {args.comparisons} makes too few comparisons"
         )
     for name in ("device", "dtype"):
         if args.backend == "llm-blender" and name in chosen:

@@ -209,8 +209,8 @@ def parse_slice(text: str | None) -> tuple[int, int]:
 
 def load_samplers(args: Args, config, tokenizer, sampling, mesh, longest: int, prompts: int, bar):
     """The engines (generate.Sampler) that answer the prompts with the checkpoint's weights: one, or
-    on a CPU in bfloat16 two with half the slots each, since two keep the cores busier. longest:
-    tokens of the longest prompt."""
+    two with half the slots each in bfloat16 on a single CPU device, if it has enough slots: two
+    keep the cores busier. longest: tokens of the longest prompt."""
     params = checkpoint.load(args.checkpoint, mesh)[1]
     precision = precisions.precision_of(args.dtype)
     params = decoder.stored_in(params, precision)

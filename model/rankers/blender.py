@@ -78,7 +78,7 @@ class BlenderRanker:
     ) -> list[float]:
         """As PairRM.logits; a comparison is (what `encode` gave, i, j). Each is computed alone, so
         that no text is padded."""
-        import torch  # here: takes seconds to load, and only this backend needs it
+        import torch  # here: takes seconds to load
 
         all_logits = []
         for encoded, i, j in comparisons:

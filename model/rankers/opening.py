@@ -25,7 +25,7 @@ def open_ranker(
         raise UserError(f"ranker {name} names no function: give FILE.py:FUNCTION")
     try:
         if backend == "llm-blender":
-            from model.rankers.blender import BlenderRanker  # here: only this backend needs PyTorch
+            from model.rankers.blender import BlenderRanker  # here: needs PyTorch
 
             model = BlenderRanker(name)
         else:

@@ -83,7 +83,7 @@ class Program:
     call: Callable
     args: tuple
     inside: dict  # title → shapes of its arguments and results
-    beside: dict = dataclasses.field(default_factory=dict)  # of other arrays there
+    beside: dict = dataclasses.field(default_factory=dict)  # of other arrays in memory
     devices: int = 1  # how many share its products
     trips: int = 1  # rounds of an outermost loop whose end depends on the data
     steps: int = 1  # of one call; the figures are per step
@@ -159,7 +159,7 @@ def prefill(config, mesh, a) -> Program:
 
 
 def start(config, mesh, a) -> Program:
-    """The start of the answers to a full row of prompts, which are copied from it to the slots."""
+    """The start of answers: the prompts of a full row are copied to the slots."""
     params, state, how = _sampler(config, mesh, a)
     row_kv = kv_cache.abstract_cache(config, mesh, 1, a.tokens, how["precision"].activations)
     logits_pv = _whole(mesh, (PREFILL_PROMPTS, config.vocab_size), np.float32)

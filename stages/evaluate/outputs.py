@@ -71,8 +71,8 @@ class Outputs(processes.Flags):
     seed: int = 0
     """The seed of sampling."""
     dtype: Dtype = "auto"
-    """The dtype of computation in sampling. auto: bfloat16 on accelerators, float32 on CPUs; a run
-    that goes on keeps the dtype it began with."""
+    """The dtype of computation in sampling. auto: as in stages.sample; a run that goes on keeps the
+    dtype it began with."""
     mesh: tuple[int, int, int] | None = None
     """Devices along data, fsdp, tensor; -1: the rest. Default: as in stages.sample."""
     slots: int | None = None

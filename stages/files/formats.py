@@ -340,7 +340,8 @@ def _why_not_opened(source: str, config: str, error: Exception) -> str:
 
 def _json_values(row: dict, where: str, counts: Counter) -> Fields:
     """The row with values that JSON can hold: dates as ISO text; null for NaN, infinities and
-    bytes, each counted in `counts`. The published columns must need neither. Raises UserError."""
+    bytes, each counted in `counts`. Raises UserError where a published column holds one of these
+    three."""
 
     def convert(value, column: str):
         if value is None or isinstance(value, str | bool | int):
