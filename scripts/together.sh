@@ -21,12 +21,15 @@ if [[ -n ${COORDINATOR:-} && ${PROCESS_ID:-0} != 0 ]]; then
   begun=$(mktemp "${RUNS:-runs}/.process_$PROCESS_ID.XXXXXX") # made at the shared disk's time
 fi
 
+alone= # while process 0 does something by itself
 once() { # MARK COMMAND…: by process 0 alone, which then makes the file MARK
   if [[ -z ${COORDINATOR:-} ]]; then
     "${@:2}"
   elif [[ $PROCESS_ID == 0 ]]; then
     # One worker of a TPU pod cannot use its chips without the other workers.
+    alone=yes
     COORDINATOR='' JAX_PLATFORMS=${JAX_PLATFORMS:-$(has_tpu && echo cpu || true)} "${@:2}"
+    alone=
     echo "$attempt" >"$1.new" && mv "$1.new" "$1"
   else
     wait_for "$1"
@@ -82,7 +85,7 @@ ended() { # the last command
   case $code in
     130 | 137 | 143) code=75 ;; # a stage was killed, or stopped while it started
     134) # JAX aborts a process when another has died
-      [[ -z ${COORDINATOR:-} ]] || { echo "aborted: another process died, or see above" >&2 && code=75; } ;;
+      [[ -z ${COORDINATOR:-} || -n $alone ]] || { echo "aborted: another process died, or see above" >&2 && code=75; } ;;
   esac
   [[ $code != 75 ]] || echo "stopped: the same command goes on" >&2
   if [[ -n $alive ]]; then

@@ -299,9 +299,13 @@ def test_a_loop_whose_stage_was_killed_can_go_on(tmp_path, code, gives, coordina
     assert end(loop) == (gives, said)
 
 
-@pytest.mark.parametrize("coordinator,gives", [("", 134), ("localhost:1", 75)])
-def test_an_abort_by_jax_is_another_process_that_died(tmp_path, coordinator, gives):
-    code, said = end(part(tmp_path, 0, "once $run/done sh -c 'exit 134'", COORDINATOR=coordinator))
+@pytest.mark.parametrize(
+    "coordinator,command,gives",
+    [("", "", 134), ("localhost:1", "", 75), ("localhost:1", "once $run/done", 134)],
+)
+def test_an_abort_by_jax_is_another_process_that_died(tmp_path, coordinator, command, gives):
+    loop = part(tmp_path, 0, f"{command} sh -c 'exit 134'", COORDINATOR=coordinator)
+    code, said = end(loop)
     assert code == gives and ("another process died" in said) == (gives == 75)
 
 
