@@ -178,7 +178,9 @@ def assumptions(plan) -> None:
     prompts = f"{plan.prompts:,} prompts of {prompt:.0f} tokens, {plan.heldout:,} held out"
     print(f"{plan.recipe.name} on {on}: {on.size} chips, {on.hosts} hosts; a chip: {rates}, {more}")
     print(f"{plan.parameters:,} parameters; {prompts}; {plan.sampling.n} answers of {answer:.0f}")
-    print(f"share of the roofline (assumed, or as you gave it): {told}\n", flush=True)
+    dtypes = f"sample in {plan.sampling.dtype}, dpo in {plan.training.dtype}"
+    origin = "measured in float32" if on.compiler == "cpu" else "assumed"
+    print(f"{dtypes}; share of the roofline ({origin}, or as you gave it): {told}\n", flush=True)
 
 
 def memory_table(plan, work: dict[str, dict]) -> Iterator[list[str]]:
