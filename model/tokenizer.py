@@ -97,6 +97,9 @@ class ChatTokenizer:
             [self._added[vocabulary[text]] for text in others if text in vocabulary]
         )
 
+        self._unknown = tokenizer.unk_token_id
+        self._check_post_processor()
+
         # One that finds nothing but them, which takes no time.
         self._finder = Tokenizer(WordLevel({"": 0}, unk_token=""))
         if self._full.normalizer is not None:
@@ -191,6 +194,13 @@ class ChatTokenizer:
             raise UserError(
                 f"{folder}: the tokenizer fails ({first_line(error)}): copy its files again"
             ) from error
+
+    def _check_post_processor(self) -> None:
+        """UserError where the last step of tokenizer.json leaves out a text, or repeats it."""
+        content = json.loads(self._full.to_str()) | {"post_processor": None}
+        plain = Tokenizer.from_str(json.dumps(content)).encode(PROBE, add_special_tokens=False)
+        if self._full.encode(PROBE, add_special_tokens=False).ids != plain.ids:
+            raise UserError("the post_processor of tokenizer.json changes a text: copy it again")
 
     def __len__(self) -> int:
         """One more than the highest id; the model's vocabulary must be at least as large."""
@@ -333,7 +343,7 @@ class ChatTokenizer:
             run = [*run[:-1], (run[-1][0].removesuffix(" "), True)]
         if self._sentencepiece is None:
             text = "".join(self._names.get(part, part) for part, _ in run)
-            known = self._names.keys() - {self._hf.unk_token_id}
+            known = self._names.keys() - {self._unknown}
             wanted = [part for part, _ in run if part in known]
             for encoder in self._encoders:  # the last one finds each name, wherever it stands
                 ids = encoder.encode(text, add_special_tokens=False).ids

@@ -321,6 +321,18 @@ def test_sentencepiece_files(folder, tokenizer_files, data):
     check_tokenizer(folder, files | {"tokenizer.model": data.draw(damaged(model))})
 
 
+def template(*texts: str) -> dict:
+    """A post_processor that puts these texts, A alone for a single one, behind each other."""
+    of = {name: [{"Sequence": {"id": x, "type_id": 0}} for x in name] for name in ("A", "AB")}
+    single = [part for text in texts for part in of[text]]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": of["AB"],
+        "special_tokens": {},
+    }
+
+
 # Inputs that a search like those above came upon.
 @pytest.mark.parametrize(
     "file, changes, problem",
@@ -331,6 +343,13 @@ def test_sentencepiece_files(folder, tokenizer_files, data):
             {"bos_token": "", "unk_token": ""},
             r"the tokenizer fails \(maximum recursion depth",
         ),
+        (
+            "tokenizer_config.json",
+            {"unk_token": ""},
+            r"the tokenizer fails \(maximum recursion depth",
+        ),
+        ("tokenizer.json", {"post_processor": template()}, "changes a text"),
+        ("tokenizer.json", {"post_processor": template("A", "A")}, "changes a text"),
     ],
 )
 def test_tokenizers_whose_own_code_fails_are_refused(
