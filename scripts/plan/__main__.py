@@ -69,7 +69,7 @@ def main(args: Args) -> None:
     if not compiles:
         print("Activations and exchange are left out: the machine's compiler is not installed. To")
         print(f"install it: bash scripts/plan/setup.sh {plan.on.compiler}\n")
-    show("Seconds each time; products, memory, exchange: at least:", time_table(plan, work))
+    show("Seconds; products, memory and exchange are lower bounds:", time_table(plan, work))
     hours = plan.hours(work)
     cost = f", {hours * plan.on.size * args.price:,.0f} dollars" if args.price else ""
     print(f"the whole run: {hours:.3g} hours, {hours * plan.on.size:.3g} chip-hours{cost}\n")
